@@ -84,7 +84,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--depth": {"type": int, "help": "of a signature: default 7, or all"},
     "--dtype": {
         "default": "bfloat16",
-        "choices": ("bfloat16", "float16", "float32", "exact"),
+        "choices": ("bfloat16", "float32", "exact"),
         "help": "of the differences; exact keeps the new values instead, and "
         "gives the model bit for bit",
     },

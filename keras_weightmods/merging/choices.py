@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.core.filters import included
-from keras_weightmods.merging.methods import MergeMethod
+from keras_weightmods.merging.methods import METHODS
 from keras_weightmods.merging.sources import Weight
 from keras_weightmods.utils import checks
 
@@ -59,30 +59,34 @@ def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
     )
 
 
-def shares(
-    chosen: MergeMethod,
-    method: str,
-    specs: Any,
-    found: list[Weight],
-    kept: dict[str, str],
-) -> dict[str, tuple[float, ...]]:
-    """Return {name of a weight: the weights of the models there}."""
+def numbers(
+    method: str, weights: Any, options: Any, found: list[Weight], kept: Any
+) -> dict[str, tuple[tuple[float, ...], dict[str, float]]]:
+    """Return {name of a weight: weights of the models and options there}."""
+    chosen, made = METHODS[method], {}
     columns = [
         resolved(f"weights[{number}]", spec, found)
-        for number, spec in enumerate(specs)
+        for number, spec in enumerate(weights)
     ]
-    made = {w.name: tuple(c[w.name] for c in columns) for w in found}
+    settings = {x: resolved(x, spec, found) for x, spec in options.items()}
     for weight in found:
-        each, expected = made[weight.name], None
-        if weight.is_statistic:
-            is_mean = min(each) >= 0 and sum(each) > 0
-            if not chosen.needs_base and not is_mean:
-                made[weight.name] = (1.0,) * len(each)
-        elif chosen.weights in ("votes", "shares") and min(each) < 0:
-            expected = "numbers >= 0"
-        elif chosen.weights in ("mean", "shares") and sum(each) <= 0:
-            expected = "of a sum > 0"
-        if expected is not None and weight.name not in kept:
-            expected += f" for method {method!r}, at {weight.path!r}"
-            raise checks.error("weights", expected, each)
+        shares = tuple(column[weight.name] for column in columns)
+        given = {name: each[weight.name] for name, each in settings.items()}
+        is_positive, total = min(shares) >= 0, sum(shares)
+        if weight.is_statistic and not chosen.needs_base:
+            if not is_positive or total <= 0:
+                shares = (1.0,) * len(shares)
+        elif weight.name not in kept and not weight.is_statistic:
+            expected = None
+            if chosen.weights in ("votes", "shares") and not is_positive:
+                expected = "numbers >= 0"
+            elif chosen.weights in ("mean", "shares") and total <= 0:
+                expected = "of a sum > 0"
+            if expected is not None:
+                expected += f" for method {method!r}, at {weight.path!r}"
+                raise checks.error("weights", expected, shares)
+        bounds = chosen.bounds(given)
+        for name, value in given.items() if weight.name not in kept else ():
+            checks.check_float(name, value, **bounds.get(name, {}))
+        made[weight.name] = shares, given
     return made

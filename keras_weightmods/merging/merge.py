@@ -81,14 +81,13 @@ def merge(
     weights: Sequence[Any] | None = None,
     *,
     base: Any = None,
-    density: Any = None,
     seed: int = 0,
     include: Any = None,
     exclude: Any = None,
     overwrite: bool = True,
     custom_objects: dict[str, Any] | None = None,
     verbose: int = 1,
-    **options: float,
+    **options: Any,
 ) -> MergeReport:
     r"""Merge models of one architecture into one.
 
@@ -141,7 +140,7 @@ def merge(
         models: List of built Keras models, of files of `save_model` or of
             `.keras` files. Or a config of mergekit, a dict or the path of its
             YAML, whose models are such files: it stands for `method`,
-            `weights`, `base`, `density` and the options.
+            `weights`, `base` and the options.
         output: The path of the file of `save_model` to write, or the model
             that gets the merged weights, which may be one of the others. The
             config and the assets of a file are those of `base`, or of the
@@ -155,9 +154,6 @@ def merge(
             must be found in one). Defaults to ones.
         base: Model or file, what the models were trained from. For all
             methods but `"linear"` and `"slerp"`.
-        density: Number in (0, 1], or one of the other forms of a weight: the
-            share of entries to keep, with `gamma` at most 1. Defaults to 0.2
-            for TIES, 0.1 for DARE, 0.3 for DELLA and 0.15 for breadcrumbs.
         seed: Int, of random entries. Defaults to 0.
         include: Regex or list of regexes for the paths of the variables to
             merge; the others are taken from the base. Defaults to all.
@@ -166,9 +162,12 @@ def merge(
         custom_objects: As in `load_model`, to build the model in a file.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
-        **options: Floats that a method takes: `scale`, of the merged change,
-            1 by default; `gamma` in [0, 1), of breadcrumbs, 0.01 by default;
-            `epsilon` in [0, 1), of DELLA, 0.1 by default.
+        **options: What a method takes, numbers or the other forms of a weight:
+            `scale`, of the merged change, 1 by default; `density` in (0, 1],
+            the share of entries to keep, with `gamma` at most 1, 0.2 by default
+            for TIES, 0.1 for DARE, 0.3 for DELLA and 0.15 for breadcrumbs;
+            `gamma` in [0, 1), of breadcrumbs, 0.01 by default; `epsilon` in
+            [0, 1), of DELLA, 0.1 by default.
 
     Returns:
         A `MergeReport`.
@@ -199,24 +198,16 @@ def merge(
     assert np.allclose(c, (a + 3 * b) / 4, atol=1e-6)
     ```
     """
-    given = {
-        "method": method,
-        "weights": weights,
-        "base": base,
-        "density": density,
-        **options,
-    }
     if isinstance(models, (dict, str, os.PathLike)):
-        defaults = {"method": "linear"}
+        given = {"method": method, "weights": weights, "base": base, **options}
         for name, value in given.items():
-            if value != defaults.get(name):
+            if value is not None and (name, value) != ("method", "linear"):
                 expected = "left out: the config of mergekit has it"
                 raise checks.error(name, expected, value)
-        given = dict.fromkeys(given) | mergekit.arguments_of(models)
-        models = given.pop("models")
-    named = ("method", "weights", "base", "density")
-    method, weights, base, density = (given.pop(name) for name in named)
-    numbers = _checked(models, method, weights, base, density, given)
+        options = mergekit.arguments_of(models)
+        named = ("models", "method", "weights", "base")
+        models, method, weights, base = (options.pop(x, None) for x in named)
+    options = _checked(models, method, weights, base, options)
     chosen = METHODS[method]
     checks.check_int("seed", seed, 0)
     checks.check_verbose(verbose)
@@ -251,12 +242,7 @@ def merge(
         kept = choices.kept(found, include, exclude)
         if weights is None:
             weights = [1.0] * len(models)
-        shares = choices.shares(chosen, method, weights, found, kept)
-        if density is None:
-            density = chosen.density or 1.0
-        densities = choices.resolved("density", density, found)
-        for value in {*densities.values()} if chosen.density else ():
-            checks.check_float("density", value, **chosen.densities(numbers))
+        numbers = choices.numbers(method, weights, options, found, kept)
         for source in everything:
             if source.reader is not None:
                 source.reader.check_data()
@@ -270,12 +256,12 @@ def merge(
                 values = template.reading(weight.name)(whole)
                 yield _rounded(values, dtype, weight)
                 return
+            shares, given = numbers[weight.name]
             task = Task(
                 shape=weight.shape,
                 read=_reading(weight, [*sources, template]),
-                weights=shares[weight.name],
-                density=densities[weight.name],
-                options=numbers,
+                weights=shares,
+                options=given,
                 # By the weight's place in the model.
                 seed=(seed, number),
                 axes=weight.axes,
@@ -316,7 +302,7 @@ def merge(
         method=method,
         output=os.fspath(output) if to_file else output.name,
         merged=tuple(
-            MergedWeight(w.path, w.shape, shares[w.name])
+            MergedWeight(w.path, w.shape, numbers[w.name][0])
             for w in found
             if w.name not in kept
         ),
@@ -331,10 +317,9 @@ def _checked(
     method: str,
     weights: Any,
     base: Any,
-    density: Any,
     options: dict[str, Any],
-) -> dict[str, float]:
-    """Return the numbers that a method takes; check these arguments by it."""
+) -> dict[str, Any]:
+    """Return the options that a method takes; check these arguments by it."""
     checks.check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if not isinstance(models, (list, tuple)) or not models:
@@ -349,24 +334,13 @@ def _checked(
         if base is None:
             expected = f"what the models were trained from, for {method!r}"
         raise checks.error("base", expected, base)
-    numbers = dict(chosen.options)
-    if density is not None:
-        options = {**options, "density": density}
-    for name, value in options.items():
-        takers = [
-            each
-            for each, found in METHODS.items()
-            if name in found.options
-            or (name == "density" and found.density is not None)
-        ]
-        if method not in takers:
-            expected = f"left out for method {method!r}"
-            if takers:
-                expected += f": it is for {', '.join(takers)}"
-            raise checks.error(name, expected, value)
-        if name in numbers and value is not None:
-            bounds: Any = chosen.bounds.get(name, {})
-            numbers[name] = checks.check_float(name, value, **bounds)
+    options = {k: v for k, v in options.items() if v is not None}
+    for name in options.keys() - chosen.options.keys():
+        takers = [each for each, x in METHODS.items() if name in x.options]
+        expected = f"left out for method {method!r}"
+        if takers:
+            expected += f": it is for {', '.join(takers)}"
+        raise checks.error(name, expected, options[name])
     if weights is not None:
         if chosen.weights == "none":
             raise checks.error("weights", f"None for {method}", weights)
@@ -374,7 +348,7 @@ def _checked(
         if not is_list or len(weights) != len(models):
             expected = f"a list of {len(models)} elements"
             raise checks.error("weights", expected, weights)
-    return numbers
+    return {**chosen.options, **options}
 
 
 def _reading(weight: Any, sources: list[Source]) -> Any:

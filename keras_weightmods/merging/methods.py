@@ -42,34 +42,26 @@ class MergeMethod:
             the flattened array, in order, and of the merged values there.
         needs_base: Bool, whether it merges what the models have changed of a
             base, and not the models themselves.
-        density: Float, the default share of entries that are kept; `None`
-            where the method keeps all.
-        options: Dict from the names of its other numbers to their defaults.
-        bounds: Dict from the names of these to the bounds that
-            `checks.check_float` takes.
+        options: Dict from the names of its numbers to their defaults.
+        bounds: Callable from the numbers for a weight to a dict, from their
+            names to the bounds that `checks.check_float` takes.
         weights: String, what the weights of the models are: `"any"` numbers;
             those of a `"mean"`, of a sum above 0; `"shares"`, 0 or more too;
             `"votes"`, 0 or more, of which those that agree divide a sum;
             `"none"`, no weights.
         models: Pair of ints, the fewest and the most models; `None` for any
             number.
-        densities: Callable from the options to the bounds of the density,
-            which `checks.check_float` takes.
         mergekit: String, its name there; `None` for the same.
     """
 
     function: Callable[[Task], _Parts]
     needs_base: bool = True
-    density: float | None = None
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    bounds: Mapping[str, Mapping[str, float]] = dataclasses.field(
-        default_factory=dict
+    bounds: Callable[[Mapping[str, float]], Mapping[str, Any]] = (
+        lambda numbers: {"density": {"above": 0.0, "most": 1.0}}
     )
     weights: str = "any"
     models: tuple[int, int | None] = (1, None)
-    densities: Callable[[Mapping[str, float]], Mapping[str, float]] = (
-        lambda options: {"above": 0.0, "most": 1.0}
-    )
     mergekit: str | None = None
 
 
@@ -85,9 +77,8 @@ def register_merge_method(
             the merged values there. `task.mapped(f)` makes one of a function
             from a slice to values, `task.models(part)` and
             `task.changes(part)` are what it reads.
-        **fields: What the method needs: `needs_base`, `density`, `options`,
-            `bounds`, `weights`, `models`, `densities` and `mergekit`, see
-            `MergeMethod`.
+        **fields: What the method needs: `needs_base`, `options`, `bounds`,
+            `weights`, `models` and `mergekit`, see `MergeMethod`.
 
     Raises:
         ValueError: If the name is that of a method of this package, or an
@@ -154,7 +145,7 @@ def _task_arithmetic(task):
 
 
 def _ties(task):
-    count = max(1, math.ceil(task.density * task.size))
+    count = max(1, math.ceil(task.options["density"] * task.size))
     (least,) = task.kth_largest(count)
 
     def trimmed(changes, part):
@@ -164,10 +155,12 @@ def _ties(task):
 
 
 def _dare(task, fuse=weighted_sum):
+    density = task.options["density"]
+
     def kept(changes, part):
         return [
             # A draw of 64 bits for each entry.
-            dropped(x, 1 - task.density, task.generator(model, part.start))
+            dropped(x, density, task.generator(model, part.start))
             for model, x in enumerate(changes)
         ]
 
@@ -176,7 +169,8 @@ def _dare(task, fuse=weighted_sum):
 
 def _breadcrumbs(task):
     removed = math.floor(task.options["gamma"] * task.size)
-    kept = max(1, min(math.ceil(task.density * task.size), task.size - removed))
+    kept = math.ceil(task.options["density"] * task.size)
+    kept = max(1, min(kept, task.size - removed))
     # Without any removed, the largest is a bound that does not count.
     least, most = task.kth_largest(removed + kept, max(1, removed))
     if not removed:
@@ -202,8 +196,8 @@ def _della(task):
         found = []
         for model, change in enumerate(changes):
             rows = change.reshape(-1, count)
-            epsilon = task.options["epsilon"]
-            keep = keep_probabilities(rows, task.density, epsilon)
+            density, epsilon = task.options["density"], task.options["epsilon"]
+            keep = keep_probabilities(rows, density, epsilon)
             generator = task.generator(model, part.start // 2)
             uniform = generator.random(rows.shape, dtype="float32")
             found.append((rows / keep * (uniform < keep)).reshape(-1))
@@ -278,6 +272,7 @@ def _iso_c(task):
 
 WEIGHTS = ("any", "mean", "shares", "votes", "none")
 _SCALE = {"scale": 1.0}
+_DRAWN = {**_SCALE, "density": 0.1}
 _SHARE = {"least": 0.0, "below": 1.0}
 # Densities are those of the papers, or near.
 METHODS = {
@@ -286,32 +281,33 @@ METHODS = {
         _slerp, needs_base=False, weights="shares", models=(2, 2)
     ),
     "task_arithmetic": MergeMethod(_task_arithmetic, options=_SCALE),
-    "ties": MergeMethod(_ties, density=0.2, options=_SCALE, weights="votes"),
-    "dare": MergeMethod(
-        _dare, density=0.1, options=_SCALE, mergekit="dare_linear"
+    "ties": MergeMethod(
+        _ties, options={**_SCALE, "density": 0.2}, weights="votes"
     ),
+    "dare": MergeMethod(_dare, options=_DRAWN, mergekit="dare_linear"),
     "dare_ties": MergeMethod(
         functools.partial(_dare, fuse=elected_mean),
-        density=0.1,
-        options=_SCALE,
+        options=_DRAWN,
         weights="votes",
     ),
     "della": MergeMethod(
         _della,
-        density=0.3,
-        options={**_SCALE, "epsilon": 0.1},
-        bounds={"epsilon": _SHARE},
-        weights="votes",
+        options={**_SCALE, "epsilon": 0.1, "density": 0.3},
         # Probabilities are density - epsilon to density + epsilon.
-        densities=lambda x: {"above": x["epsilon"], "most": 1 - x["epsilon"]},
+        bounds=lambda x: {
+            "epsilon": _SHARE,
+            "density": {"above": x["epsilon"], "most": 1 - x["epsilon"]},
+        },
+        weights="votes",
     ),
     "breadcrumbs": MergeMethod(
         _breadcrumbs,
-        density=0.15,
-        options={**_SCALE, "gamma": 0.01},
-        bounds={"gamma": _SHARE},
+        options={**_SCALE, "gamma": 0.01, "density": 0.15},
         # The share `gamma` of entries is not kept.
-        densities=lambda x: {"above": 0.0, "most": 1 - x["gamma"]},
+        bounds=lambda x: {
+            "gamma": _SHARE,
+            "density": {"above": 0.0, "most": 1 - x["gamma"]},
+        },
     ),
     "model_stock": MergeMethod(_model_stock, weights="none", models=(2, None)),
     "iso_c": MergeMethod(_iso_c, options=_SCALE, weights="mean"),

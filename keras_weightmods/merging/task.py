@@ -23,7 +23,6 @@ class Task:
             of the array flattened to the values there, float32 or float64.
             Several threads call it.
         weights: Tuple of floats, one for each model.
-        density: Float, the share of entries that a method keeps.
         options: Dict from the names of the method's numbers to these.
         seed: Tuple of ints, of random entries.
         axes: Pair of tuples, the contraction and the stack axes of a kernel;
@@ -33,7 +32,6 @@ class Task:
     shape: tuple[int, ...]
     read: Callable[[int, slice], np.ndarray]
     weights: tuple[float, ...]
-    density: float
     options: Mapping[str, float]
     seed: tuple[int, ...]
     axes: Any = None

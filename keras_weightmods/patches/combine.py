@@ -1,6 +1,5 @@
 """The arithmetic of signatures: sums, TIES, DARE, similarity."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,28 +8,26 @@ import numpy as np
 from keras_weightmods.patches.checkpoint import mismatches
 from keras_weightmods.utils import checks
 
+# The default shares of entries that methods keep, of the papers.
+_DENSITY = {"ties": 0.2, "dare": 0.1}
 
-def summed(signatures, method, weights, density, drop_rate, seed):
+
+def summed(signatures, method, weights, density, seed):
     """Return one signature of several; see `WeightSignature.sum`."""
-    checks.check_choice("method", method, ("sum", "mean", "ties", "dare"))
+    checks.check_choice("method", method, ("sum", "mean", *_DENSITY))
     count = len(signatures)
     weights = [1.0] * count if weights is None else weights
     is_list = isinstance(weights, (list, tuple)) or np.ndim(weights) == 1
     if not is_list or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [checks.check_float("weights", each) for each in weights]
-    for name, value, taker in (
-        ("density", density, "ties"),
-        ("drop_rate", drop_rate, "dare"),
-    ):
-        if value is not None and method != taker:
-            expected = f'None for method {method!r}: it is for "{taker}"'
-            raise checks.error(name, expected, value)
-    density = 0.2 if density is None else density
-    drop_rate = 0.9 if drop_rate is None else drop_rate
+    if density is None:
+        density = _DENSITY.get(method, 1.0)
+    elif method not in _DENSITY:
+        expected = f'None for method {method!r}: it is for "ties" and "dare"'
+        raise checks.error("density", expected, density)
     density = checks.check_float("density", density, above=0, most=1)
-    drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
-    seed = checks.check_int("seed", seed, least=0)
+    generator = np.random.default_rng(checks.check_int("seed", seed, least=0))
     shares = weights
     if method in ("mean", "ties"):
         total = sum(weights)
@@ -38,7 +35,6 @@ def summed(signatures, method, weights, density, drop_rate, seed):
             expected = f"numbers that do not sum to 0 for method {method!r}"
             raise checks.error("weights", expected, weights)
         shares = [weight / total for weight in weights]
-    fuse, keep = functools.partial(weighted_sum, weights=shares), None
     if method == "ties":
         if min(weights) < 0:
             expected = (
@@ -46,21 +42,25 @@ def summed(signatures, method, weights, density, drop_rate, seed):
                 "signature, `-1 * signature`, to take it away"
             )
             raise checks.error("weights", expected, weights)
-        fuse = functools.partial(elected_mean, weights=weights)
-        keep = functools.partial(trimmed, density=density)
+        signatures = [
+            _map_weights(each, lambda arrays: trimmed(arrays, density))
+            for each in signatures
+        ]
     elif method == "dare":
-        generator = np.random.default_rng(seed)
-
-        def keep(arrays):
-            return [dropped(x, drop_rate, generator) for x in arrays]
-
-    if keep is not None:
-        signatures = [_map_weights(each, keep) for each in signatures]
+        signatures = [
+            _map_weights(
+                each,
+                lambda arrays: [dropped(x, density, generator) for x in arrays],
+            )
+            for each in signatures
+        ]
     entries = []
     for found in _aligned(signatures):
-        is_statistic = found[0].info.is_statistic
         arrays = [entry.dequantized("float64") for entry in found]
-        tensor = weighted_sum(arrays, shares) if is_statistic else fuse(arrays)
+        if method == "ties" and not found[0].info.is_statistic:
+            tensor = elected_mean(arrays, weights)
+        else:
+            tensor = weighted_sum(arrays, shares)
         replaced = math.fsum(w * e.replaced for w, e in zip(shares, found))
         entries.append(found[0].with_tensor(tensor, replaced=replaced))
     only = signatures[0].name if count == 1 else None
@@ -107,20 +107,20 @@ def elected_mean(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
 
 
 def dropped(
-    x: np.ndarray, drop_rate: float, generator: np.random.Generator
+    x: np.ndarray, density: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Drop entries at random and rescale the rest by `1 / (1 - rate)`.
+    """Keep a share of the entries, drawn at random, divided by it.
 
     DARE (arXiv 2311.03099), equation 1: the expectation stays.
 
     Args:
         x: Array of a floating dtype.
-        drop_rate: Float in [0, 1).
+        density: Float in (0, 1], the share.
         generator: A `numpy.random.Generator`.
     """
-    keep = generator.random(x.shape) >= drop_rate
+    keep = generator.random(x.shape) >= 1 - density
     # Five times as fast as `np.where`.
-    return x * keep / x.dtype.type(1 - drop_rate)
+    return x * keep / x.dtype.type(density)
 
 
 def weighted_sum(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
@@ -159,9 +159,8 @@ def _map_weights(signature, function):
     weights = [entry for entry in signature if not entry.info.is_statistic]
     arrays = function([entry.dequantized("float64") for entry in weights])
     statistics = [entry for entry in signature if entry.info.is_statistic]
-    return signature.with_entries(
-        [entry.with_tensor(x) for entry, x in zip(weights, arrays)] + statistics
-    )
+    changed = [entry.with_tensor(x) for entry, x in zip(weights, arrays)]
+    return signature.with_entries(changed + statistics)
 
 
 def _aligned(signatures):

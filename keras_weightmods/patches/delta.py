@@ -1,6 +1,5 @@
 """Deltas: what a fine-tuning has changed in a model."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def differences(
         replaced = {p for p, v in enumerate(model.weights) if id(v) in ids}
     drawn = _drawn_masks(model)
     entries: list[PatchEntry] = []
-    problems, lost, count = [], 0, 0
+    problems = []
     # Each is compared, and read once more for the hash.
     with Progress(2 * len(new.infos), "weight", verbose) as progress:
         hash_of_base = old.fingerprint(without=replaced, see=progress.add)
@@ -87,8 +86,6 @@ def differences(
                 change = (after - before).astype(numpy_dtype(dtype))
             # Added to 0.0 and to -0.0 it leaves the sign.
             change[~is_changed[places]] = -0.0
-            lost += int(np.count_nonzero((change == 0) & (after != before)))
-            count += change.size
             entries.append(PatchEntry(info, Sparse(places, change), seed=seed))
     checks.raise_all("The change cannot be stored:", problems)
     if not entries:
@@ -96,13 +93,6 @@ def differences(
             "`model` must differ from `base`. Received: two models with equal "
             "weights. Pass the list that `model.get_weights()` returned "
             "before the training."
-        )
-    if lost:
-        warnings.warn(
-            f"{lost} of {count} changes are too small for {dtype} and stored "
-            "as 0. Take a `dtype` of more range: bfloat16 has that of float32, "
-            "and None is exact.",
-            stacklevel=3,
         )
     return {
         "entries": tuple(entries),

@@ -33,7 +33,7 @@ FORMAT = "keras_weightmods.patch"
 VERSION = 1
 CONFIG = "patch.json"
 # Of the differences of a delta.
-DIFFERENCES = ("bfloat16", "float16", "float32")
+DIFFERENCES = ("bfloat16", "float32")
 _ABOUT = {
     "method": str,
     "name": str | None,

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.patches.checkpoint import Checkpoint, mismatches
 from keras_weightmods.patches.entry import Replacing, Sparse
+from keras_weightmods.patches.report import PatchReport
 from keras_weightmods.utils.checks import raise_all
 from keras_weightmods.utils.parallel import map_ahead
+from keras_weightmods.utils.report import Skipped
 
 _UNWRITABLE = "The change cannot be written:"
 
@@ -101,6 +103,34 @@ class Ledger:
 
         return model.fingerprint(read, without)
 
+    def check(self, patch: Any, model: Checkpoint, force: bool = True) -> None:
+        """Raise ValueError unless a patch fits a model; by force on any base.
+
+        Args:
+            patch: `Patch`.
+            model: `Checkpoint` of the model with the patches of this ledger.
+            force: Bool, whether the base of the patch does not matter.
+        """
+        raise_all(
+            f"The patch does not fit the {model.argument}:",
+            mismatches(
+                patch.architecture,
+                model.infos,
+                f"`{model.argument}`",
+                {entry.position for entry in patch},
+            ),
+        )
+        if force or patch.base is None:
+            return
+        if self.fingerprint(model, patch.whole) != patch.base:
+            name = getattr(model.model, "name", "a list")
+            raise ValueError(
+                "The model must be the base that the patch was made for, and "
+                "its weights are others. Load the base model, or pass "
+                "`force=True` to put the changes on this one. Received: "
+                f"patch={patch!r}, model={name!r}"
+            )
+
     def _changed(self, model, positions, force=False):
         """Return the positions of weights that something else has changed.
 
@@ -134,25 +164,25 @@ class Ledger:
             )
         return changed
 
-    def update(self, model, after, force=False):
+    def update(
+        self, model, after, action, name=None, scale=None, force=False
+    ) -> PatchReport:
         """Bring a model from the present patches to those in `after`.
 
         Args:
             model: `Checkpoint` of the model.
             after: Dict from names to `Applied`.
+            action, name, scale: As in the report.
             force: Bool, whether to take patches off weights that were changed
                 since: off their clean values where these are kept of a few
                 entries, and off what they are now where of all of them.
-
-        Returns:
-            Three lists of positions: of the weights that were written from
-            clean values, of those from which patches were subtracted, and of
-            changed statistics, which are left as they are.
 
         Raises:
             ValueError: Listing all weights that were changed since, or whose
                 result is not finite. The model is unchanged then.
         """
+        for applied in {**self.patches, **after}.values():
+            self.check(applied.patch, model)
         old, new = self._entries(self.patches), self._entries(after)
         touched = [p for p in {**old, **new} if old.get(p) != new.get(p)]
         touched.sort()
@@ -195,9 +225,20 @@ class Ledger:
         lost = {each for each in lost if each[0] in after}
         _write(model, sums)
         self.patches, self._clean, self._lost = after, clean, lost
-        return [p for p in written if p not in subtracted], subtracted, left
+        reason = "changed since, and not known from before"
+        keys = {p: model.infos[p].key for p in touched}
+        return PatchReport(
+            action=action,
+            name=name,
+            scale=scale,
+            changed=tuple(keys[p] for p in written if p not in subtracted),
+            subtracted=tuple(keys[p] for p in subtracted),
+            active={each: applied.scale for each, applied in after.items()},
+            clean_nbytes=self.nbytes,
+            skipped=tuple(Skipped(keys[p], reason) for p in left),
+        )
 
-    def subtract(self, model, patch, scale):
+    def subtract(self, model, patch, scale) -> PatchReport:
         """Subtract a patch that a model without patches was saved with.
 
         Args:
@@ -205,13 +246,11 @@ class Ledger:
             patch: `Patch`.
             scale: Float, of the patch.
 
-        Returns:
-            Tuple of the keys of the weights that were written.
-
         Raises:
             ValueError: If there are patches on the model, or what was there
                 before is not known. The model is unchanged then.
         """
+        self.check(patch, model)
         raise_all("Patches must be taken off first:", self.patches)
         unknown = [
             entry.key
@@ -232,7 +271,8 @@ class Ledger:
             terms = _terms([(entry, scaled)])
             sums[entry.position] = before, before._replace(terms=terms)
         _write(model, sums)
-        return tuple(entry.key for entry in patch)
+        keys = tuple(entry.key for entry in patch)
+        return PatchReport("subtract", patch.name, scale, subtracted=keys)
 
     def _entries(self, patches):
         """Return {position: [(entry, scale, patch)]} of some patches."""

@@ -35,21 +35,30 @@ _MOST_RANK = 2**14
 _FACTOR = re.compile(
     r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# Settings of peft with which a change is not alpha / rank * B A alone.
-_MORE_THAN_FACTORS = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "bias",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
-)
-# Values of `init_lora_weights` that leave the base as it is.
-_HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal")
+# What a config of peft may say where a change is alpha / rank * B A alone.
+_PLAIN: dict[str, Any] = {
+    "peft_type": ("LORA",),
+    # Those that leave the base as it is.
+    "init_lora_weights": (
+        *(None, True, False),
+        *("gaussian", "eva", "orthogonal"),
+    ),
+    **dict.fromkeys(
+        (
+            "alora_invocation_tokens",
+            "alpha_pattern",
+            "arrow_config",
+            "bias",
+            "layer_replication",
+            "lora_bias",
+            "modules_to_save",
+            "trainable_token_indices",
+            "use_dora",
+            "use_qalora",
+        ),
+        (None, False, "none", {}, []),
+    ),
+}
 
 
 def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
@@ -57,14 +66,9 @@ def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
     checks.check_int("rank", rank, 1, _MOST_RANK)
     checks.check_bool("overwrite", overwrite)
     path = os.path.realpath(checks.check_path("filepath", filepath))
-    if not os.path.isdir(os.path.dirname(path)):
-        raise checks.error("filepath", "in a folder that exists", path)
-    names = ["a file"] if os.path.lexists(path) else []
-    if os.path.isdir(path):
-        names = os.listdir(path)
-    if names and _CONFIG not in names:
-        raise checks.error("filepath", "a new folder, or an adapter's", path)
-    if names and not overwrite:
+    if os.path.isfile(path) or not os.path.isdir(os.path.dirname(path)):
+        raise checks.error("filepath", "a folder, in one that exists", path)
+    if os.path.exists(os.path.join(path, _CONFIG)) and not overwrite:
         raise FileExistsError(
             "Pass `overwrite=True` to replace what is there. Received: "
             f"filepath={path!r}, overwrite=False"
@@ -79,7 +83,7 @@ def write(
     kernels = _kernels(values)
     arrays: dict[str, np.ndarray] = {}
     rows: list[LoraKernel] = []
-    skipped = []
+    modules, skipped = [], []
     whole = lost = 0.0
     progress.total = 1 + len(patch)
     for entry in patch:
@@ -110,6 +114,7 @@ def write(
         for which, factor in (("A", left), ("B", right)):
             key = f"base_model.model.{name}.lora_{which}.weight"
             arrays[key] = np.ascontiguousarray(factor.T, "float32")
+        modules.append(name)
         rows.append(LoraKernel(target.key, target.shape, (rest / size) ** 0.5))
         lost += rest
     if not rows:
@@ -130,12 +135,7 @@ def write(
         # (out, in) is that of a Linear, (in, out) GPT-2's own.
         "fan_in_fan_out": any(is_plain for *_, is_plain in kernels.values()),
         "inference_mode": True,
-        "target_modules": [
-            name
-            for key in arrays
-            for name, which in _FACTOR.findall(key)
-            if which == "A"
-        ],
+        "target_modules": modules,
     }
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
@@ -148,12 +148,10 @@ def write(
             os.replace(each, os.path.join(path, os.path.basename(each)))
     error = (lost / whole) ** 0.5
     if skipped:
-        left_out = [each.path for each in skipped[:3]]
         warnings.warn(
-            f"The adapter has not the changes of {len(skipped)} of the "
-            f"patch's {len(patch)} weights, as {left_out}: they are no "
-            "kernels that it can hold. The report has the reasons, and the "
-            f"adapter lacks {error:.1%} of the change in all.",
+            f"The adapter lacks the changes of {len(skipped)} of the patch's "
+            f"{len(patch)} weights, and {error:.1%} of the change in all. The "
+            "report lists them.",
             stacklevel=3,
         )
     return LoraReport(path, rank, tuple(rows), error, tuple(skipped))
@@ -282,21 +280,11 @@ def _scale_of(path: str) -> tuple[float, float]:
     plain = "a plain LoRA of peft, alpha / rank * B A over its base and no more"
     if not isinstance(config, dict):
         _refuse(plain, path, [f"{_CONFIG} holds {config!r}"])
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type={config.get('peft_type')!r}, not 'LORA'")
-    problems += [
-        f"{name}={config[name]!r}"
-        for name in _MORE_THAN_FACTORS
-        if config.get(name) not in (None, False, "none", {}, [])
+    problems = [
+        f"{name}={config.get(name)!r}"
+        for name, allowed in _PLAIN.items()
+        if config.get(name) not in allowed
     ]
-    init = config.get("init_lora_weights")
-    if (init.lower() if isinstance(init, str) else init) not in _HARMLESS:
-        problems.append(
-            f"init_lora_weights={init!r}, which may change the base too: let "
-            "peft convert it, where it can, by `save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)`"
-        )
     alpha = config.get("lora_alpha")
     if not checks.is_finite(alpha):
         problems.append(f"lora_alpha={alpha!r}, not a finite number")

@@ -14,11 +14,7 @@ from typing import Any, ClassVar, Self
 
 from keras_weightmods.patches import delta, files
 from keras_weightmods.patches import lora as adapters
-from keras_weightmods.patches.checkpoint import (
-    Checkpoint,
-    bytes_of,
-    mismatches,
-)
+from keras_weightmods.patches.checkpoint import Checkpoint, bytes_of
 from keras_weightmods.patches.entry import PatchEntry, WeightInfo
 from keras_weightmods.patches.ledger import (
     Applied,
@@ -35,7 +31,6 @@ from keras_weightmods.patches.report import (
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -139,13 +134,12 @@ class Patch:
             model: A built Keras model.
             base: What it was before: a model, or the list that
                 `model.get_weights()` returned then.
-            dtype: `"bfloat16"`, `"float16"` or `"float32"`, of the differences.
-                `None` stores no differences but the new values of these
-                entries, in the type of the weight: at scale 1, and where no
-                other patch changes the entry, they give the model bit for bit.
-                Differences, in float32 too, are rounded. Defaults to
-                `"bfloat16"`, with an error of at most 2^-9 of the difference.
-                What is too small for float16 is stored as 0, with a warning.
+            dtype: `"bfloat16"` or `"float32"`, of the differences. `None`
+                stores no differences but the new values of these entries, in
+                the type of the weight: at scale 1, and where no other patch
+                changes the entry, they give the model bit for bit. Differences,
+                in float32 too, are rounded. Defaults to `"bfloat16"`, with an
+                error of at most 2^-9 of the difference.
             whole: Weights that are stored with all their values, exactly, as
                 they are no part of a base that others have: a new head. They
                 may be others in the model that gets the patch, which replaces
@@ -296,7 +290,7 @@ class Patch:
         adapters.check_plain(model)
         with Progress(1, "weight", verbose) as progress:
             values = Checkpoint("model", model)
-            self._check(values, None if force else Ledger())
+            Ledger().check(self, values, force)
             return adapters.write(self, values, path, rank, progress)
 
     @classmethod
@@ -407,17 +401,17 @@ class Patch:
         checks.check_verbose(verbose)
         values = Checkpoint("model", model)
         if values.model is None:
-            self._check(values, None if force else Ledger())
+            Ledger().check(self, values, force)
             return changed_list(values, self, scale)
         ledger = ledger_of(model)
         with ledger.lock, Progress(2, "step", verbose) as progress:
             name, action = ledger.name_of(self), "rescale"
             if name is None:
-                self._check(values, None if force else ledger)
+                ledger.check(self, values, force)
                 name, action = ledger.free_name(self.name), "add"
             progress.add()
             after = {**ledger.patches, name: Applied(self, scale)}
-            return _update(ledger, values, action, name, scale, after)
+            return ledger.update(values, after, action, name, scale)
 
     def remove(
         self, model: Any, *, force: bool = False, verbose: int = 1
@@ -473,7 +467,7 @@ class Patch:
                 )
             after = dict(ledger.patches)
             scale = after.pop(name).scale
-            return _update(ledger, values, "remove", name, scale, after, force)
+            return ledger.update(values, after, "remove", name, scale, force)
 
     @contextlib.contextmanager
     def applied(self, model: Any, scale: float = 1.0) -> Iterator[PatchReport]:
@@ -539,13 +533,7 @@ class Patch:
         scale = checks.check_float("scale", scale)
         values, ledger = _of_model(model)
         with ledger.lock:
-            self._check(values)
-            return PatchReport(
-                action="subtract",
-                name=self.name,
-                scale=scale,
-                subtracted=ledger.subtract(values, self, scale),
-            )
+            return ledger.subtract(values, self, scale)
 
     @staticmethod
     def on(model: Any) -> dict[str, Applied]:
@@ -576,7 +564,7 @@ class Patch:
         checks.check_bool("force", force)
         values, ledger = _of_model(model)
         with ledger.lock:
-            return _update(ledger, values, "clear", None, None, {}, force)
+            return ledger.update(values, {}, "clear", force=force)
 
     def report(self) -> PatchContentsReport:
         """Return what the patch holds, as a table to print."""
@@ -609,25 +597,6 @@ class Patch:
     def __iter__(self) -> Iterator[PatchEntry]:
         return iter(self.entries)
 
-    def _check(self, model: Checkpoint, ledger: Ledger | None = None) -> None:
-        """Raise ValueError unless the patch fits; with a ledger, its base."""
-        argument = f"`{model.argument}`"
-        changed = {entry.position for entry in self}
-        checks.raise_all(
-            f"The patch does not fit the {model.argument}:",
-            mismatches(self.architecture, model.infos, argument, changed),
-        )
-        if ledger is None or self.base is None:
-            return
-        if ledger.fingerprint(model, self.whole) != self.base:
-            name = getattr(model.model, "name", "a list")
-            raise ValueError(
-                "The model must be the base that the patch was made for, and "
-                "its weights are others. Load the base model, or pass "
-                "`force=True` to put the changes on this one. Received: "
-                f"patch={self!r}, model={name!r}"
-            )
-
     def __repr__(self) -> str:
         name = "" if self.name is None else f"{self.name!r}, "
         kind = type(self).__name__
@@ -642,32 +611,3 @@ def _of_model(model: Any) -> tuple[Checkpoint, Ledger]:
     if isinstance(model, (list, tuple)):
         raise checks.error("model", "a built Keras model", type(model))
     return Checkpoint("model", model), ledger_of(model)
-
-
-def _update(
-    ledger: Ledger,
-    model: Checkpoint,
-    action: str,
-    name: str | None,
-    scale: float | None,
-    after: dict[str, Applied],
-    force: bool = False,
-) -> PatchReport:
-    """Bring a model to the patches in `after`; return what was changed."""
-    for applied in {**ledger.patches, **after}.values():
-        applied.patch._check(model)
-    written, subtracted, left = (
-        tuple(model.infos[position].key for position in positions)
-        for positions in ledger.update(model, after, force)
-    )
-    reason = "changed since, and not known from before"
-    return PatchReport(
-        action=action,
-        name=name,
-        scale=scale,
-        changed=written,
-        subtracted=subtracted,
-        active={name: each.scale for name, each in ledger.patches.items()},
-        clean_nbytes=ledger.nbytes,
-        skipped=tuple(Skipped(key, reason) for key in left),
-    )

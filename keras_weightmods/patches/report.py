@@ -61,21 +61,20 @@ class PatchRow(Row):
 
     Attributes:
         key, path, shape: As of `Row`.
-        depth: Int, place of its layer among those with a kernel, in a
-            signature; -1 in a delta.
+        depth: Int, the least `depth` of a signature with it; `None` in a delta.
         entries: Int, how many entries of the weight are changed.
         bits: Int, bits of a number.
         nbytes: Int, the bytes of the numbers.
         norm: Float, the Euclidean norm of the numbers.
-        replaced: Float, 0, or the share of the weight that is replaced.
+        replaced: Float, the share of the weight that is replaced, or `None`.
     """
 
-    depth: int
+    depth: int | None
     entries: int
     bits: int
     nbytes: int
     norm: float
-    replaced: float
+    replaced: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +114,13 @@ class PatchContentsReport(Report):
         )
         if self.index_bits is not None:
             caption += f"; {self.index_bits:.2f} bits a place"
-        rows = []
-        for row in self.rows:
-            depth = None if row.depth < 0 else row.depth + 1
-            norm = f"{row.norm:.3g}"
-            if row.replaced:
-                norm = f"replaces {row.replaced:.0%}"
-            sizes = row.entries, row.bits, row.nbytes
-            rows.append((row.path, depth, row.shape, *sizes, norm))
+        name = self.filepath or self.name or "(no name)"
+        count = f"{self.entries:,} entries of {len(self.rows)} weights"
         yield Table(
-            title=f"{self.filepath or self.name or '(no name)'}, {self.method}:"
-            f" {self.entries:,} entries of {len(rows)} weights",
-            rows=rows,
-            columns="weight depth shape entries:, bits bytes:, norm",
+            f"{name}, {self.method}: {count}",
+            self.rows,
+            "weight=path depth shape entries:, bits bytes=nbytes:, norm:.3g "
+            "replaces=replaced:.0%",
             caption=caption,
         )
 
@@ -138,16 +131,16 @@ def contents_report(
     """Return the `PatchContentsReport` of a patch, and of its file if any."""
     rows = []
     for entry in patch:
-        tensor, replaced = entry.tensor, entry.replaced
+        tensor, info, replaced = entry.tensor, entry.info, entry.replaced
         numbers, bits = entry.arrays[-1], 8 * entry.arrays[-1].itemsize
         if isinstance(tensor, Quantized):
             numbers, bits = tensor.dequantized(), tensor.bits
         if isinstance(tensor, Replacing):
-            replaced = tensor.size / math.prod(entry.info.shape)
+            replaced = tensor.size / math.prod(info.shape)
         norm = float(np.linalg.norm(numbers.astype("float64")))
-        about = entry.key, entry.info.path, entry.info.shape, entry.depth
+        about = entry.key, info.path, info.shape, entry.depth + 1 or None
         sizes = tensor.size, bits, tensor.nbytes
-        rows.append(PatchRow(*about, *sizes, norm, replaced))
+        rows.append(PatchRow(*about, *sizes, norm, replaced or None))
     nbytes = patch.nbytes if filepath is None else os.path.getsize(filepath)
     return PatchContentsReport(
         name=patch.name,

@@ -254,7 +254,6 @@ class WeightSignature(Patch):
         weights: Sequence[float] | None = None,
         *,
         density: float | None = None,
-        drop_rate: float | None = None,
         seed: int = 0,
         verbose: int = 1,
     ) -> "WeightSignature":
@@ -275,14 +274,12 @@ class WeightSignature(Patch):
                 trimmed to its largest entries; an entry becomes the weighted
                 mean of those that have the sign of their weighted sum.
                 `"dare"` (arXiv 2311.03099): entries of each signature are
-                dropped at random and the others rescaled; then the sum.
+                kept at random and divided by `density`; then the sum.
             weights: List of floats, one for each signature; 0 or more for
                 `"ties"`. Defaults to ones.
-            density: Float in (0, 1], for `"ties"`: the share of entries that
-                the trimming keeps, over all of a signature's weights together.
-                Defaults to 0.2 there.
-            drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
-                Defaults to 0.9 there.
+            density: Float in (0, 1], the share of entries that are kept: for
+                `"ties"` over all of a signature's weights together, 0.2 by
+                default; for `"dare"` the probability of each, 0.1 by default.
             seed: Int, for `"dare"`.
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
                 taken two seconds. Defaults to `1`.
@@ -321,7 +318,7 @@ class WeightSignature(Patch):
         checks.check_verbose(verbose)
         with Progress(1, "step", verbose):
             made: WeightSignature = combine.summed(
-                signatures, method, weights, density, drop_rate, seed
+                signatures, method, weights, density, seed
             )
         return made
 

@@ -100,10 +100,10 @@ def test_a_file_of_models_in_memory_and_of_keras(tmp_path):
 
 @pytest.mark.one_backend
 def test_a_method_from_outside(tmp_path):
-    """With a density and a number of its own, by `merge` and by mergekit."""
+    """With numbers of its own, by `merge` and by mergekit."""
 
     def clipped(task):
-        most = task.options["most"] * task.density
+        most = task.options["most"] * task.options["density"]
 
         def merged(part):
             base, changes = task.changes(part)
@@ -117,9 +117,8 @@ def test_a_method_from_outside(tmp_path):
     kwm.register_merge_method(
         method,
         clipped,
-        density=0.5,
-        options={"most": 0.1},
-        bounds={"most": {"above": 0}},
+        options={"most": 0.1, "density": 0.5},
+        bounds=lambda numbers: {"most": {"above": 0}},
         weights="none",
         models=(2, 3),
         mergekit="clipped",

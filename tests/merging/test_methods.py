@@ -34,14 +34,13 @@ def make(dtype="float64"):
     ]
 
 
-def merged(method, arrays, weights=WEIGHTS, density=1.0, axes=None, **options):
+def merged(method, arrays, weights=WEIGHTS, axes=None, **options):
     arrays = [*arrays[: len(weights)], arrays[-1]]
     task = Task(
         shape=SHAPE,
         read=lambda number, part: arrays[number].reshape(-1)[part],
         weights=weights,
-        density=density,
-        options={**METHODS[method].options, **options},
+        options={**METHODS[method].options, "density": 1.0, **options},
         seed=(),
         axes=axes,
     )
@@ -204,6 +203,6 @@ def test_kth_largest(monkeypatch):
     order = [np.sort(np.abs(x).astype("float32"))[::-1] for x in rows[:-1]]
     counts = (1, 2, 333, 500, 998, 999)
     monkeypatch.setattr(task, "PIECE", 250)
-    each = Task((999,), lambda i, part: rows[i][part], (1, 1, 1), 1.0, {}, ())
+    each = Task((999,), lambda i, part: rows[i][part], (1, 1, 1), {}, ())
     found = each.kth_largest(*counts)
     assert found == [[row[count - 1] for row in order] for count in counts]

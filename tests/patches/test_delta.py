@@ -45,7 +45,7 @@ def put(model, path, scale=1.0, **kwargs):
     return kwm.Patch.load(path).apply(model, scale, **kwargs)
 
 
-@breadth("dtype", ["bfloat16", "float16", "float32"])
+@breadth("dtype", ["bfloat16", "float32"])
 def test_brings_the_change(base, tmp_path, dtype):
     tuned, path = make(), tmp_path / "task.safetensors"
     tuned.set_weights(changed(base, 1))
@@ -55,7 +55,7 @@ def test_brings_the_change(base, tmp_path, dtype):
     for keys in ([row.key for row in report.rows], applied.changed):
         assert [key.split(":")[0] for key in keys] == ["0", "6"]
     assert applied.active == {"task": 1.0}
-    relative = {"bfloat16": 2**-8, "float16": 2**-9, "float32": 0}[dtype]
+    relative = {"bfloat16": 2**-8, "float32": 0}[dtype]
     for clean, new, brought in zip(base, weights_of(tuned), weights_of(model)):
         assert np.array_equal(brought != clean, new != clean)
         error = np.abs(brought - new)
@@ -275,18 +275,6 @@ def test_one_entry_that_has_not_changed(base, tmp_path):
             put(other, path)
             got = weights_of(other)[0].flat[first]
             assert got.tobytes() == np.float32(value).tobytes()
-
-
-@pytest.mark.one_backend
-def test_changes_that_are_lost_are_counted(base, tmp_path):
-    tuned, path = make(), tmp_path / "task.safetensors"
-    new = [w.copy() for w in base]
-    new[1][:5], new[1][5:7] = 2e-8, 0.5  # it was zero
-    new[7][:3] = -0.0
-    tuned.set_weights(new)
-    with pytest.warns(UserWarning, match="5 of 10 changes are too small for f"):
-        save(tuned, base, path, "float16")
-    save(tuned, base, path)
 
 
 class Counting(keras.layers.Layer):
