@@ -47,23 +47,17 @@ class CAST(LogitsDistiller):
     `SemiStructuredSparse.attach(model, pattern, frozen=True)` holds it.
 
     With `Checkpoint` among the callbacks, a run that was interrupted goes on
-    after its last whole epoch by running the same program again. Without it,
-    a run is resumed in a `CAST` made and compiled in the same way, by
-    `load_weights` of what `save_weights` wrote and `fit` with the same
-    `epochs`:
+    after its last whole epoch by running the same program again. The files of
+    Keras serve too: make and compile a `CAST` in the same way, load into it by
+    `load_weights` what `save_weights` wrote, and `fit` with the same `epochs`
+    and with `initial_epoch`. `keras.callbacks.BackupAndRestore` does this by
+    itself. After a save within an epoch, first `fit` the batches that remain
+    of it; `BackupAndRestore(save_freq=...)` trains on all of them again.
 
-    - saved at the end of an epoch: `fit(..., initial_epoch=...)`, which
-      `keras.callbacks.BackupAndRestore` does by itself. With its
-      `save_freq=<batches>` Keras begins the epoch again on the weights from
-      the middle of it, which trains on some batches twice;
-    - saved after any step: `fit` on the batches that remain of that epoch,
-      then `fit(..., initial_epoch=...)` on whole ones.
-
-    The file holds the model with its scales, the teacher, the optimizer with
-    its masks and the length of the run. Given the same batches
-    (`shuffle=False`, or a dataset with its own seed) the weights are bit for
-    bit those of a run that was not interrupted. In a model with dropout only
-    `Checkpoint` gives these, as Keras' own files leave out random states.
+    The file holds the model with its scales and the seeds of its layers, the
+    teacher, the optimizer with its masks and the length of the run. Given the
+    same batches (`shuffle=False`, or a dataset with its own seed) the weights
+    are bit for bit those of a run that was not interrupted.
 
     Args:
         model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
@@ -84,17 +78,12 @@ class CAST(LogitsDistiller):
             `"wanda"` or `"sparsegpt"`, a criterion of `sparsify` that makes the
             model sparse in one shot when `fit` begins, on the first rows of
             its data. The default optimizer then trains under the mask of
-            that start; the teacher is the dense model still. On SmolLM2 with
-            30,720 tokens that is as good on text of the kind trained on, and
-            worse on other text. Defaults to `"dense"`.
+            that start; the teacher is the dense model still. Defaults to
+            `"dense"`.
         init_refine: As `refine` of `sparsify`, for a one-shot start. With
-            `"blocks"` the default learning rate is lower. The best recipe
-            that we know for text that is not trained on is
-            `init="sparsegpt", init_refine=("swaps", "blocks")`, on rows of
-            which half are of `self_generated`. Defaults to `None`.
+            `"blocks"` the default learning rate is lower. Defaults to `None`.
         init_rows: Int, the rows (texts, images) that the one-shot start is
-            made on, rounded up to whole batches. Defaults to `128`, as many
-            as SparseGPT's authors take.
+            made on, rounded up to whole batches. Defaults to `128`.
         teacher_dtype: Dtype in which the copy of `teacher="self"` is kept,
             for example `"bfloat16"` for half the memory. `None` keeps the
             model's own. Defaults to `None`.
@@ -297,10 +286,11 @@ class CAST(LogitsDistiller):
         also strings, where it has a preprocessor, and rows of token ids, whose
         labels are the next tokens where there is no `y`. Fills in
         `total_steps` of the optimizer, where it was not given, from the steps
-        of an epoch times `epochs`. The plan stands from the first step on; a
-        `fit` after its end is warned about. While the step is
-        compiled, which may take a minute, the seconds are shown, unless
-        `verbose` is 0.
+        of an epoch times `epochs`. The plan stands from the first step on. A
+        `fit` that goes beyond its end is warned about: before it starts, or
+        after it where the data do not say how many batches they have. While
+        the step is compiled, which may take a minute, the seconds are shown,
+        unless `verbose` is 0.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
@@ -326,12 +316,15 @@ class CAST(LogitsDistiller):
         split = kwargs.get("validation_split", 0.0)
         steps = kwargs.get("steps_per_epoch")
         steps = steps or data.batch_count(x, batch_size, split) or math.inf
+        # With these, `epochs` counts those of a fit that was interrupted.
+        is_resumed = False
         for callback in keras.tree.flatten(kwargs.get("callbacks")):
+            is_resumed |= isinstance(callback, keras.callbacks.BackupAndRestore)
             if isinstance(callback, Checkpoint):
                 # Before the start of the run, which is not made again then.
-                callback.restore(self)
-        taken = int(ops.convert_to_numpy(self.adam_s.iterations))
-        if self.adam_s.total_steps is None or (
+                is_resumed |= callback.restore(self)
+        optimizer, taken = self.adam_s, cast_run.steps_taken(self.adam_s)
+        if optimizer.total_steps is None or (
             self._planned is not None and not taken
         ):
             if steps == math.inf:
@@ -342,12 +335,19 @@ class CAST(LogitsDistiller):
                     f"{type(x).__name__}"
                 )
             self._plan(epochs * int(steps))
+            last = optimizer.total_steps
+        elif steps == math.inf:
+            last = taken + 1
         else:
-            cast_run.warn_about_the_end(self.adam_s, taken)
+            last = self._updates(epochs * int(steps))
+            if not is_resumed:
+                first = kwargs.get("initial_epoch", 0) * int(steps)
+                last += taken - self._updates(first)
+        cast_run.warn_about_the_end(optimizer, last)
         with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
                 self._build_optimizer()
-            self._check_all_sparsified()
+            cast_run.check_sparsified(self.adam_s, self.targets)
             if not taken:
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose, began)
@@ -355,7 +355,10 @@ class CAST(LogitsDistiller):
         with contextlib.ExitStack() as self._building:
             waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)
-            return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
+            history = super().fit(x, y, batch_size, epochs, verbose, **kwargs)
+        if last <= optimizer.total_steps:
+            cast_run.warn_about_the_end(optimizer)
+        return history
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model` does."""
@@ -396,7 +399,7 @@ class CAST(LogitsDistiller):
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
-        self._check_all_sparsified()
+        cast_run.check_sparsified(self.adam_s, self.targets)
         with Progress(2, "step", verbose) as progress:
             cast_run.warn_about_an_early_end(self.adam_s)
             self.adam_s.prune()
@@ -409,18 +412,6 @@ class CAST(LogitsDistiller):
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
         return self.student
-
-    def _check_all_sparsified(self) -> None:
-        known = {id(variable) for variable in self.adam_s.sparsified}
-        left = [t.path for t in self.targets if id(t.variable) not in known]
-        if left:
-            raise ValueError(
-                "Each target of `CAST` must be trained by its `AdamS`. "
-                f"Received: {len(left)} that are not, frozen since or not "
-                f"among the optimizer's targets: {left[:5]}. Set "
-                "`trainable = True` on their layers, then `compile()` and "
-                "`fit()` again, or leave them out of `targets`."
-            )
 
     def _check_not_finalized(self, what: str) -> None:
         if self.report is not None:
@@ -437,6 +428,8 @@ class CAST(LogitsDistiller):
         )
 
     def save_own_variables(self, store: Any) -> None:
+        for place, state in enumerate(self._random_states()):
+            store[f"random_{place}"] = ops.convert_to_numpy(state)
         store["is_started"] = np.asarray(self._is_started)
         if self._planned is not None:
             store["planned_batches"] = np.asarray(self._planned)
@@ -446,12 +439,19 @@ class CAST(LogitsDistiller):
         # that is built, and that takes the length of the run.
         saved = {key: np.asarray(store[key]) for key in list(store.keys())}
         self._is_started = bool(saved.get("is_started", self._is_started))
+        for place, state in enumerate(self._random_states()):
+            state.assign(saved.get(f"random_{place}", state))
         if not self.compiled:
             return
         if self.adam_s.total_steps is None and "planned_batches" in saved:
             self._plan(int(saved["planned_batches"]))
         if self.adam_s.total_steps is not None:
             self._build_optimizer()
+
+    def _random_states(self) -> list[Any]:
+        """Return those of the model's layers, which Keras does not save."""
+        saved = set(map(id, self.student.weights))
+        return [v for v in self.student.variables if id(v) not in saved]
 
     def _build_optimizer(self) -> None:
         # A `LossScaleOptimizer` that is built again adds its variables again.
@@ -461,8 +461,7 @@ class CAST(LogitsDistiller):
     def _plan(self, batches: int) -> None:
         """Set the length of the run, and the default's schedule by it."""
         optimizer = self.adam_s
-        accumulated = optimizer.gradient_accumulation_steps or 1
-        optimizer.total_steps = max(1, batches // accumulated)
+        optimizer.total_steps = max(1, self._updates(batches))
         if self._optimizer_is_default:
             rate = self._recipe["learning_rate"]
             warmup = max(1, round(cast_run.WARMUP * batches))
@@ -471,6 +470,9 @@ class CAST(LogitsDistiller):
         self._planned = batches
         # Compiled, it holds the length of an earlier plan.
         self.train_function = None
+
+    def _updates(self, batches: int) -> int:
+        return batches // (self.adam_s.gradient_accumulation_steps or 1)
 
     def _start(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.criteria import CRITERIA
@@ -51,21 +52,42 @@ def default_recipe(
 _NO_CUT = 1e-3
 
 
-def warn_about_the_end(adam_s: AdamS, taken: int) -> None:
-    """Warn where a fit begins after the end of the planned run."""
-    if taken >= adam_s.total_steps:
+def check_sparsified(adam_s: AdamS, targets: Targets) -> None:
+    """Raise ValueError for a target that the optimizer does not sparsify."""
+    known = set(map(id, adam_s.sparsified))
+    left = [t.path for t in targets if id(t.variable) not in known]
+    if left:
+        raise ValueError(
+            "Each target of `CAST` must be trained by its `AdamS`. Received: "
+            f"{len(left)} that are not, frozen since or not among the "
+            f"optimizer's targets: {left[:5]}. Set `trainable = True` on their "
+            "layers, then `compile()` and `fit()` again, or leave them out of "
+            "`targets`."
+        )
+
+
+def steps_taken(adam_s: AdamS) -> int:
+    """Return the updates made so far."""
+    return int(ops.convert_to_numpy(adam_s.iterations))
+
+
+def warn_about_the_end(adam_s: AdamS, last: int | None = None) -> None:
+    """Warn of a fit whose last step, that of now, is beyond the run."""
+    last = steps_taken(adam_s) if last is None else last
+    if last > adam_s.total_steps:
         warnings.warn(
-            f"CAST: the run of {adam_s.total_steps} steps is over. The pull is "
-            "done, and the default learning rate is 0. To train in several "
-            "calls of `fit`, pass the sum of their steps as "
-            "`AdamS(total_steps=...)`. For another run make a new `CAST`.",
+            f"CAST: this `fit` reaches step {last}, beyond the run of "
+            f"{adam_s.total_steps} steps. After its end the pull is done, and "
+            "the default learning rate is 0. To train in several calls of "
+            "`fit`, pass the sum of their steps as `AdamS(total_steps=...)`. "
+            "For another run make a new `CAST`.",
             stacklevel=3,
         )
 
 
 def warn_about_an_early_end(adam_s: AdamS) -> None:
     """Warn where the run is not over, and the prune cuts what matters."""
-    taken = int(ops.convert_to_numpy(adam_s.iterations))
+    taken = steps_taken(adam_s)
     planned = adam_s.total_steps
     state = adam_s.sparsified_state
     share, largest = kept_share((v, bits.value) for v, _, bits in state)

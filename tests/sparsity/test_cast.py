@@ -64,7 +64,7 @@ def test_raw_strings():
     x, y, w = keras.tree.map_structure(np.asarray, preprocessor(texts))
     loss = cast.evaluate(x, y, 2, sample_weight=w, verbose=0)
     assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-6)
-    with pytest.warns(UserWarning, match="the run of 4 steps is over"):
+    with pytest.warns(UserWarning, match="step 6, beyond the run of 4"):
         history = fit(cast, (texts, None), 2, validation_data=dataset)
     assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-6)
     with pytest.raises(ValueError, match="preprocessor"):
@@ -337,14 +337,24 @@ def test_a_target_frozen_since_leaves_the_model_alone():
 
 
 @one_backend
-def test_a_fit_after_the_end_is_warned_about_and_nan_refused(recwarn):
+def test_a_fit_beyond_the_end_is_warned_about_and_nan_refused(recwarn):
+    batches = casts.Batches(*make_data(), 4)
     cast = compiled()
-    fit(cast, epochs=3)
+    fit(cast, epochs=3, callbacks=[casts.stopping(cast, 0)])
+    fit(cast, epochs=3, initial_epoch=1)
+    planned = compiled(kwm.AdamS(total_steps=7))
+    fit(planned, steps_per_epoch=2, epochs=3)
     assert not [w for w in recwarn if "CAST" in str(w.message)]
     before = weights_of(cast.student)
-    with pytest.warns(UserWarning, match="the run of 12 steps is over"):
+    with pytest.warns(UserWarning, match="step 16, beyond the run of 12"):
         fit(cast)
     assert_same(weights_of(cast.student), before)
+    with pytest.warns(UserWarning, match="step 8, beyond the run of 7"):
+        started(planned, batches, steps_per_epoch=2)
+    # Where the length is not known, it is seen at the end. Keras takes one
+    # batch of a generator twice on TensorFlow.
+    with pytest.warns(UserWarning, match=r"step 1[01], beyond the run of 7"):
+        planned.fit((batches[i] for i in range(4)), verbose=0)
     kernel = cast.targets[0].variable
     kernel.assign(np.full(kernel.shape, np.nan))
     before = weights_of(cast.student)
@@ -364,8 +374,14 @@ def test_an_early_stop_is_warned_about():
 @one_backend
 @pytest.mark.parametrize("init", ["dense", "sparsegpt"])
 def test_a_resumed_run_is_the_same(init, tmp_path):
+    def start():
+        dropout = keras.layers.Dropout(0.3, seed=1)
+        layers = keras.layers.Dense(16), dropout, keras.layers.Dense(4)
+        model = models.randomize(models.sequential((8,), *layers))
+        return compiled(model=model, teacher="self", init=init)
+
     def run(*callbacks, cast=None, **kwargs):
-        cast = cast or compiled(teacher="self", init=init)
+        cast = cast or start()
         fit(cast, epochs=4, callbacks=list(callbacks), **kwargs)
         variables = [numpy(v) for v in cast.optimizer.variables]
         return weights_of(cast) + variables
@@ -373,14 +389,14 @@ def test_a_resumed_run_is_the_same(init, tmp_path):
     path = str(tmp_path / "{epoch}.weights.h5")
     save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
     whole = run(save)
-    cast = compiled(teacher="self", init=init)
+    cast = start()
     cast.load_weights(path.format(epoch=2))
     assert (cast.adam_s.total_steps, int(cast.adam_s.iterations)) == (16, 8)
     assert_same(run(cast=cast, initial_epoch=2), whole)
     assert cast.init_report is None
     # Also the last one can be pruned at once.
     final = weights_of(cast.finalize())
-    cast = compiled(teacher="self", init=init)
+    cast = start()
     cast.load_weights(path.format(epoch=4))
     assert_same(weights_of(cast.finalize()), final)
 
