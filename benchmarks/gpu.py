@@ -128,7 +128,7 @@ def plan_of(framework):
 
     name = f"keras_weightmods.backend.{framework}.sparse_matmul_gpu"
     products = importlib.import_module(name)
-    if products.device_name() is None:
+    if not products.has_gpu():
         raise SystemExit(f"{framework} finds no NVIDIA GPU.")
 
     return products.plan

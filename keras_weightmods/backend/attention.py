@@ -49,7 +49,7 @@ def attend(
         or heads % key_heads
         or len(dtypes) != 1
         or not dtypes <= {"float32", "bfloat16", "float16"}
-        or not native.has_vectors()
+        or not native.is_available()
     ):
         return None
     if mask is not None:

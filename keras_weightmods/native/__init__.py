@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 _ABI_VERSION = 6
-_SCALAR = 0  # KWM_ISA_SCALAR
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -68,7 +67,7 @@ XLA_TARGETS = (
     "kwm_xla_values_gradient",
     "kwm_xla_attend",
 )
-NO_XLA = (
+_NO_XLA = (
     "the compiled library was built without the headers of jaxlib 0.8.0, as "
     "by `pip install --no-build-isolation` beside another jaxlib. " + _WAY_OUT
 )
@@ -96,14 +95,16 @@ def reason_unavailable() -> str:
     return _load()[1]
 
 
-def has_vectors() -> bool:
-    """Return whether the compiled kernels use a vector unit on this CPU."""
-    return is_available() and library().kwm_isa() != _SCALAR
-
-
 def library() -> Any:
     """Return the `ctypes.CDLL`, with its functions typed, or None."""
     return _load()[0]
+
+
+def reason_without_xla() -> str:
+    """Return why XLA cannot call the kernels; empty if it can."""
+    if is_available() and xla_handler(XLA_TARGETS[0]) is None:
+        return _NO_XLA
+    return reason_unavailable()
 
 
 def xla_handler(name: str) -> ctypes.c_void_p | None:
@@ -146,8 +147,8 @@ def _find():
     # Not beside this file: tools that walk a package would take the library
     # for an extension module, and fail to import it.
     folder = pathlib.Path(__file__).parent / "lib"
-    path = next(folder.glob("kwm_native.*"), None)
-    if path is None:
+    path = folder / ("kwm_native.dll" if os.name == "nt" else "kwm_native.so")
+    if not path.exists():
         return None, (
             f"{folder} holds no compiled library, so there was no C++ compiler "
             f"when the package was installed, or it failed. {_WAY_OUT}"

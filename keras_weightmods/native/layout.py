@@ -23,13 +23,11 @@ block in int8 at [:, :, g, :, q] of (NB, KB, 8, 16, 4); in int4 as uint8
 (NB, KB, 4, 16, 4), the words g and g + 4 in the two halves. Scales as above.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.dtypes import numpy_dtype
 
 COLUMNS = 16
 ROWS = 32
@@ -111,47 +109,3 @@ def words(xp: Any, values: Any, dtype: str) -> Any:
 def cast(xp: Any, array: Any, dtype: str) -> Any:
     """Cast an array by NumPy, or a tensor by `keras.ops`."""
     return array.astype(dtype) if xp is np else xp.cast(array, dtype)
-
-
-def halves(words: Any, dtype: str) -> Any:
-    """Return what `words` undoes: int8 words, of int4 two in a byte."""
-    words = np.ascontiguousarray(words, np.int8)
-    if dtype == "int8":
-        return words
-    low, high = np.split(words.view(np.uint8), 2, axis=2)
-    return (low & 15) | (high << 4)
-
-
-def values_of_slots(slots: Any, dtype: str) -> Any:
-    """Return the array `values` of kept values, a NumPy array (16 KB, 16 NB).
-
-    Slot s of block b is row 16 b + s.
-    """
-    rows, columns = slots.shape[0] // SLOTS, slots.shape[1] // COLUMNS
-    if dtype in INTEGERS:
-        slots = slots.reshape(rows, 4, 4, columns, COLUMNS)
-        return halves(slots.transpose(3, 0, 2, 4, 1), dtype)
-    if dtype == "bfloat16":
-        slots = slots.reshape(rows * SLOTS // 2, 2, columns, COLUMNS)
-        slots = slots.transpose(2, 0, 3, 1)
-    else:
-        slots = slots.reshape(rows * SLOTS, columns, COLUMNS)
-        slots = slots.transpose(1, 0, 2)
-    return np.ascontiguousarray(slots, numpy_dtype(dtype))
-
-
-def pad(matrix: Any, dtype: Any, columns: int, rows: int) -> Any:
-    """Return a matrix with zeros behind it, so many blocks wide and high."""
-    padded = np.zeros((rows * ROWS, columns * COLUMNS), dtype)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return padded
-
-
-def lay_out_scale(scale: Any, spec: Any) -> Any:
-    """Return scales (groups or 1, columns) as `spec` has them, ones behind."""
-    shape, dtype = spec
-    blocks, groups = shape[0], math.prod(shape[1:-1])
-    padded = np.ones((groups, blocks * COLUMNS), numpy_dtype(dtype))
-    padded[: len(scale), : scale.shape[1]] = scale
-    padded = padded.reshape(groups, blocks, COLUMNS).transpose(1, 0, 2)
-    return np.ascontiguousarray(padded).reshape(shape)

@@ -16,11 +16,7 @@ from keras_weightmods.native.layout import (
     ROWS,
     SLOTS,
     cast,
-    halves,
-    lay_out_scale,
     packed_arrays,
-    pad,
-    values_of_slots,
     words,
 )
 from keras_weightmods.utils import checks
@@ -145,7 +141,7 @@ def pack_kernel(
         dtype = "bfloat16" if given == "bfloat16" else "float32"
     specs = packed_arrays(shape, dtype)
     columns, rows, _ = specs["meta"][0]
-    padded = pad(_to_numpy(kernel, np.float32), np.float32, columns, rows)
+    padded = _pad(_to_numpy(kernel, np.float32), columns, rows)
     groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
     flags = (groups != 0).view(np.uint8) << np.arange(4, dtype=np.uint8)[
         :, None
@@ -171,8 +167,8 @@ def pack_kernel(
     if dtype in INTEGERS:
         # Half as many kept values as rows share a scale.
         slots, scale = quantize.round_matrix(slots, dtype, GROUP // 2)
-        scale = lay_out_scale(scale, specs["scale"])
-    values = values_of_slots(slots, dtype)
+        scale = _lay_out_scale(scale, specs["scale"][0])
+    values = _values_of_slots(slots, dtype)
     return Packed(values, meta, scale, shape, dtype, activations)
 
 
@@ -216,10 +212,10 @@ def pack_dense(matrix: Any, dtype: str) -> Packed:
     shape = steps.shape
     specs = packed_arrays(shape, dtype, is_dense=True)
     columns, rows = specs["values"][0][:2]
-    padded = pad(steps, np.int8, columns, rows)
+    padded = _pad(steps, columns, rows)
     padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
-    values = halves(padded.transpose(3, 0, 1, 4, 2), dtype)
-    scale = lay_out_scale(scale, specs["scale"])
+    values = _halves(padded.transpose(3, 0, 1, 4, 2), dtype)
+    scale = _lay_out_scale(scale, specs["scale"][0])
     return Packed(values, None, scale, shape, dtype, "int8")
 
 
@@ -327,6 +323,47 @@ def _unpack(
         kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
     kernel = xp.reshape(kernel, (rows * ROWS, blocks * COLUMNS))
     return kernel[: packed.shape[0], : packed.shape[1]]
+
+
+def _halves(words: Any, dtype: str) -> Any:
+    """Return what `words` undoes: int8 words, of int4 two in a byte."""
+    words = np.ascontiguousarray(words, np.int8)
+    if dtype == "int8":
+        return words
+    low, high = np.split(words.view(np.uint8), 2, axis=2)
+    return (low & 15) | (high << 4)
+
+
+def _values_of_slots(slots: Any, dtype: str) -> Any:
+    """Return the array `values` of kept values, a NumPy array (16 KB, 16 NB).
+
+    Slot s of block b is row 16 b + s.
+    """
+    rows, columns = slots.shape[0] // SLOTS, slots.shape[1] // COLUMNS
+    if dtype in INTEGERS:
+        slots = slots.reshape(rows, 4, 4, columns, COLUMNS)
+        return _halves(slots.transpose(3, 0, 2, 4, 1), dtype)
+    if dtype == "bfloat16":
+        slots = slots.reshape(rows * SLOTS // 2, 2, columns, COLUMNS)
+        slots = slots.transpose(2, 0, 3, 1)
+    else:
+        slots = slots.reshape(rows * SLOTS, columns, COLUMNS)
+        slots = slots.transpose(1, 0, 2)
+    return np.ascontiguousarray(slots, numpy_dtype(dtype))
+
+
+def _pad(matrix: Any, columns: int, rows: int) -> Any:
+    """Return a matrix with zeros behind it, so many blocks wide and high."""
+    k, n = matrix.shape
+    return np.pad(matrix, ((0, rows * ROWS - k), (0, columns * COLUMNS - n)))
+
+
+def _lay_out_scale(scale: Any, shape: Any) -> Any:
+    """Return scales (groups or 1, columns) in this shape, with ones behind."""
+    missing = shape[0] * COLUMNS - scale.shape[1]
+    padded = np.pad(scale, ((0, 0), (0, missing)), constant_values=1)
+    blocks = padded.reshape(len(scale), shape[0], COLUMNS).swapaxes(0, 1)
+    return np.ascontiguousarray(blocks).reshape(shape)
 
 
 def _matrix_shape(matrix: Any) -> tuple[int, int]:

@@ -119,9 +119,10 @@ def gpu_plan(shape: Any, x_dtype: str, activations: str = "float32") -> Any:
     ```
     """
     module = backend.current().gpu_products()
-    if module is None or module.device_name() is None:
+    if module is None or not module.has_gpu():
         return None
-    return module.plan(shape, x_dtype, activations)
+    kind = x_dtype if activations == "float32" else activations
+    return module.plan(tuple(shape), kind)
 
 
 # A dict and not a cached function, which torch.compile would look into.

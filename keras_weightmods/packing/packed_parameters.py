@@ -210,7 +210,7 @@ class PackedParameters(Reparameterization):
                 )
             if self.split is not None:
                 cls = current.layouts().SplitPacked
-                self.packed = cls.of(self.packed, self.split)
+                self.packed = cls(**vars(self.packed), split=self.split)
             if self.plan is not None and keras.backend.backend() == "jax":
                 gpu = current.gpu_products()
                 x_dtype = self.target.layer.compute_dtype

@@ -14,7 +14,7 @@ from keras_weightmods.backend import attention
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
     pytest.skip("Keras' own serves TensorFlow", allow_module_level=True)
-if not native.has_vectors():
+if not native.is_available():
     pytest.skip("no compiled kernels", allow_module_level=True)
 
 kernel = importlib.import_module(

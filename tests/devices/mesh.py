@@ -101,7 +101,7 @@ def split_as(packed, layout):
         name: jax.device_put(getattr(packed, name), own)
         for name, own in split.layouts(specs).items()
     }
-    return dataclasses.replace(layouts.SplitPacked.of(packed, split), **arrays)
+    return layouts.SplitPacked(**{**vars(packed), **arrays}, split=split)
 
 
 def product(packed, split, axes):

@@ -102,7 +102,7 @@ def test_dense_product_and_its_gradient(is_prepared):
 
 
 def test_without_a_gpu_it_says_so():
-    if products.device_name() is not None:
+    if products.has_gpu():
         pytest.skip("there is a GPU")
     assert "finds no NVIDIA GPU" in products.reason_unavailable()
     with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
@@ -128,7 +128,7 @@ def card(monkeypatch, fake_gpu):
     for owner, name, value in (
         (jax.ffi, "ffi_call", fake_gpu.ffi_call),
         (products.native, "library", lambda: fake_gpu.library),
-        (products, "device_name", lambda: "card"),
+        (products, "has_gpu", lambda: True),
         (products, "_devices", lambda: cpu),
         (products, "reason_unavailable", lambda: ""),
         # Either product at some number of rows.
@@ -142,10 +142,10 @@ def card(monkeypatch, fake_gpu):
         ),
     ):
         monkeypatch.setattr(owner, name, value)
-    products._plan.cache_clear()
+    products.plan.cache_clear()
     yield fake_gpu
     fake_gpu.cuda.fake_break(0)
-    products._plan.cache_clear()
+    products.plan.cache_clear()
 
 
 def seconds(multiply, weights, x, wait):

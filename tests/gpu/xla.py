@@ -104,8 +104,8 @@ def fresh_library(folder):
     """Return a copy of the library, with the functions for a GPU typed."""
     if native.xla_handler("kwm_gpu_cusparselt") is None:
         pytest.skip("the library was built without the XLA handlers")
-    (own,) = (SOURCES / "lib").glob("kwm_native.*")
-    library = native.open_library(shutil.copy(own, folder / "copy.so"))
+    own = shutil.copy(SOURCES / "lib" / "kwm_native.so", folder / "copy.so")
+    library = native.open_library(own)
     native.typed(library, "kwm_gpu_load", "s", "ss")
     native.typed(library, "kwm_gpu_compressed_size", "s", "iqqiP")
     return library

@@ -63,11 +63,6 @@ class SplitPacked(Packed):
 
     split: Split | None = None
 
-    @classmethod
-    def of(cls, packed, split):
-        """Return a `Packed`, told of how its arrays are split."""
-        return cls(**{**vars(packed), "split": split})
-
 
 def split_of(layout, contraction_axes, matrix_shape, dtype, sides):
     """Return how to split the packed matrix of a kernel.

@@ -46,16 +46,12 @@ class PreparedPacked(Packed):
     x_dtype: str = "float32"
 
 
-def plan(shape, x_dtype, activations="float32"):
+@functools.cache
+def plan(shape, kind):
     """Return the `trial.Plan` for a kernel on the GPU that is there.
 
-    The first call for a shape and type tries both products.
+    The first call for a shape and a type of activations tries both products.
     """
-    return _plan(tuple(shape), trials.kind_of(x_dtype, activations))
-
-
-@functools.cache
-def _plan(shape, kind):
     attempt = functools.partial(_try, shape, kind)
     return trials.plan(shape, kind, _reason_not_to_try, attempt)
 
@@ -104,10 +100,7 @@ def companion_spec(kind, shape, x_dtype):
 
 def companion(kind, packed, x_dtype):
     """Return the companion of a packed kernel of concrete arrays."""
-    values = getattr(packed.values, "value", packed.values)
-    devices = values.devices() if isinstance(values, jax.Array) else ()
-    device = next(iter(devices)) if len(devices) == 1 else None
-    kernel = jax.device_put(unpack_kernel(packed).astype(x_dtype), device)
+    kernel = jnp.asarray(unpack_kernel(packed), x_dtype)
     return kernel if kind == "dense" else _compress(kernel)
 
 
@@ -195,27 +188,19 @@ def _devices():
         return []
 
 
-@functools.cache
-def device_name():
-    """Return the name of the GPU; None where JAX has none."""
-    devices = _devices()
-    return devices[0].device_kind if devices else None
+def has_gpu():
+    """Return whether JAX has an NVIDIA GPU."""
+    return bool(_devices())
 
 
 @functools.cache
 def reason_unavailable():
     """Return why cuSPARSELt cannot be used; empty if it can."""
-    if device_name() is None:
+    if not has_gpu():
         return "JAX finds no NVIDIA GPU."
     if reason := gpu.load_cusparselt():
         return reason
-    register()
-    return ""
-
-
-@functools.cache
-def register():
-    """Register the custom calls for CUDA; there need not be a GPU."""
     for target in TARGETS:
         handler = jax.ffi.pycapsule(native.xla_handler(target))
         jax.ffi.register_ffi_target(target, handler, platform="CUDA")
+    return ""

@@ -97,7 +97,6 @@ class _Run:
         self.key_shape = key_shape
         # Equal constants are one, as those of most layers are.
         self.constants: dict[Any, Any] = {}
-        self.held: list[Any] = []
 
     def __call__(self, jaxpr, consts, args):
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
@@ -153,13 +152,13 @@ class _Run:
         return list(map(value, jaxpr.outvars))
 
     def constant(self, equation, values):
-        self.held += values
         names = [id(x) if jnp.shape(x) else str(x) for x in values]
         key = equation.primitive, str(equation.params), *names
         if key not in self.constants:
             with jax.ensure_compile_time_eval():
-                self.constants[key] = _evaluated(equation, values)
-        return self.constants[key]
+                # The values too, so that no others get their ids.
+                self.constants[key] = values, _evaluated(equation, values)
+        return self.constants[key][1]
 
 
 def _is_constant(equation, fixed):

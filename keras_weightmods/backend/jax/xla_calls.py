@@ -9,9 +9,9 @@ from keras_weightmods import native
 
 def reason_unavailable():
     """Return why there are none on the CPU; empty if there are."""
-    if not native.is_available():
-        return native.reason_unavailable()
-    return "" if _register() else native.NO_XLA
+    if reason := native.reason_without_xla():
+        return reason
+    return "" if _register() else "JAX has no device on the CPU: see JAX_PLATFORMS."
 
 
 def cpu_devices():
@@ -27,7 +27,7 @@ def _register():
     """Register the handlers; False if that cannot be."""
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
-    if native.xla_handler(native.XLA_TARGETS[0]) is None or not cpu_devices():
+    if not cpu_devices():
         return False
     for name in native.XLA_TARGETS:
         handler = jax.ffi.pycapsule(native.xla_handler(name))

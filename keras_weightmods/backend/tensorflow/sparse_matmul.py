@@ -18,10 +18,8 @@ from keras_weightmods.native.packed import pack_kernel
 
 def reason_unavailable():
     """Return why the compiled kernels cannot be used; empty if they can."""
-    if not native.is_available():
-        return native.reason_unavailable()
-    if native.xla_handler(native.XLA_TARGETS[0]) is None:
-        return native.NO_XLA
+    if reason := native.reason_without_xla():
+        return reason
     if tf.config.list_physical_devices("GPU"):
         return (
             "on TensorFlow the compiled kernels are for the CPU alone, and "

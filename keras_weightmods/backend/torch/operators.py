@@ -49,17 +49,17 @@ def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
         kind = shape, _TYPES[values.dtype], "int8"
         matrix = form.unpack_tensor(form.Packed(values, None, scale, *kind))
         return x @ (matrix.T if transposed else matrix)
-    if not transposed:
-        k, n = inner, size
-        name, weights = product(x.dtype, k, n, values, meta, scale, rounded)
-        return multiply(getattr(_compiled(), name), x, weights, size)
-    weights = weights_of(size, inner, values, meta, scale)
-    function = _compiled().kwm_matmul_transposed
-    return multiply(function, x.float(), weights, size).to(x.dtype)
+    arrays = values, meta, scale
+    if transposed:
+        weights = weights_of(size, inner, *arrays)
+        function = _compiled().kwm_matmul_transposed
+        return multiply(function, x.float(), weights, size).to(x.dtype)
+    function, weights = product(x.dtype, inner, size, *arrays, rounded)
+    return multiply(function, x, weights, size)
 
 
 def product(x_dtype, k, n, values, meta, scale, rounded):
-    """Return the name of the library's function for a product.
+    """Return the library's function for a product.
 
     Args:
         x_dtype: The type of the activations.
@@ -67,19 +67,19 @@ def product(x_dtype, k, n, values, meta, scale, rounded):
         k, n, values, meta, scale: As of `weights_of`.
 
     Returns:
-        The name, and the arguments of the function for the weights.
+        The function, and its arguments for the weights.
     """
     weights = weights_of(k, n, values, meta, scale)
     if not rounded and x_dtype is values.dtype is torch.bfloat16:
         # Their type is no argument.
         *_, values, meta, _ = weights
-        return "kwm_matmul_bfloat16", (k, n, values, meta)
+        return _compiled().kwm_matmul_bfloat16, (k, n, values, meta)
     _check_float32(x_dtype)
     if not rounded:
-        return "kwm_matmul", weights
+        return _compiled().kwm_matmul, weights
     if values.dtype not in (torch.int8, torch.uint8):
         raise checks.error("values", "of int8 or uint8", values.dtype)
-    return "kwm_matmul_int8", weights
+    return _compiled().kwm_matmul_int8, weights
 
 
 def multiply(function, x, weights, size):

@@ -33,6 +33,7 @@ _COPIES = (
 _SMALL = 2**14
 # Where torch keeps the functions of its operators.
 _PLACES = torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase
+_RANDOM = torch.Tag.nondeterministic_seeded
 _REFUSED = {
     torch.Tag.data_dependent_output: "reads a number out of a tensor",
     torch.Tag.dynamic_output_shape: "has a result whose shape depends on the "
@@ -51,20 +52,19 @@ class Recorded:
         graph: `torch.fx.GraphModule` of the held tensors and the inputs.
     """
 
-    def __init__(self, graph, held, inputs, spec):
+    def __init__(self, graph, held, spec):
         self.graph = torch.fx.GraphModule({}, graph)
         self._forward = self.graph.forward
         self._held = held
-        self._strides = [x.stride() for x in inputs]
         self._spec = spec
 
     def __call__(self, *inputs):
         """Return what the function would; an input may be written into."""
         given = [
             x
-            if x.stride() == strides and x.storage_offset() == 0
+            if x.is_contiguous() and x.storage_offset() == 0
             else x.clone(memory_format=torch.contiguous_format)
-            for x, strides in zip(inputs, self._strides)
+            for x in inputs
         ]
         with torch.inference_mode():
             results = self._forward(*self._held, *given)
@@ -105,7 +105,7 @@ def record(function, inputs, weights):
     _prepare_products(graph)
     _take_fast_functions(graph)
     graph.set_codegen(torch.fx.graph.CodeGen())
-    return Recorded(graph, held, inputs, spec), results
+    return Recorded(graph, held, spec), results
 
 
 def _is_equal(x, y):
@@ -130,8 +130,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes = WeakIdKeyDictionary()
         self.weights = {}
         for i, x in enumerate(weights):
-            node = self._add("placeholder", f"weight_{i}", x, is_weight=True)
-            self.weights[memory(x)] = node
+            self.weights[memory(x)] = self._add("placeholder", f"weight_{i}", x)
         for i, x in enumerate(inputs):
             self._add("placeholder", f"given_{i}", x)
 
@@ -151,29 +150,31 @@ class _Recorder(TorchDispatchMode):
                 self._add("call_function", operator.getitem, x, (node, i))
         return result
 
-    def _add(self, op, target, result, args=(), kwargs=None, is_weight=False):
+    def _add(self, op, target, result, args=(), kwargs=None):
         node = self.graph.create_node(op, target, args, kwargs)
         parents = node.all_input_nodes
-        known = dict(self.weights) if op == "get_attr" else {}
+        known = dict(self.weights)
         for parent in parents:
             known.update(parent.meta["owners"])
         tags = getattr(target, "tags", ())
-        varies = op == "placeholder" or any(
-            p.meta["varies"] or _owner(p).meta["varies"] for p in parents
+        varies = (
+            _RANDOM in tags
+            or op == "placeholder"
+            or any(
+                p.meta["varies"] or _owner(p).meta["varies"] for p in parents
+            )
         )
         for tag in tags if varies else ():
             if tag in _REFUSED:
                 raise NotRecordable(f"{target} {_REFUSED[tag]}")
-        is_random = torch.Tag.nondeterministic_seeded in tags
         is_tensor = isinstance(result, torch.Tensor)
         node.meta = {
             "geometry": _geometry(result) if is_tensor else None,
             "owners": {
                 memory(x): known.get(memory(x), node) for x in tensors(result)
             },
-            "varies": varies or is_random,
-            "is_random": is_random,
-            "is_weight": is_weight,
+            "varies": varies,
+            "is_weight": str(target).startswith("weight_"),
             "changed": False,
             "tensor": None,
         }
@@ -242,10 +243,12 @@ def _simplify(graph):
     """Have one node for equal ones, and one view for a chain of them."""
     known: dict[Any, Any] = {}
     for node in list(graph.nodes):
-        meta, owner, key = node.meta, _owner(node), None
+        meta, owner = node.meta, _owner(node)
+        key: Any = None
         if _is_known(node):
-            if not (meta["is_weight"] or meta["varies"]):
-                key = _constant_key(meta["tensor"])
+            x = meta["tensor"]
+            if not meta["varies"] and x.numel() <= _SMALL:
+                key = meta["geometry"], x.device, str(x.tolist())
         elif (
             node.op != "call_function"
             or meta["geometry"] is None
@@ -265,7 +268,7 @@ def _simplify(graph):
             if is_copy and source.meta["geometry"] == meta["geometry"]:
                 _replace(node, source)
                 continue
-            if not meta["is_random"]:
+            if _RANDOM not in getattr(node.target, "tags", ()):
                 key = node.target, str(node.args), str(node.kwargs)
         if key is not None and known.setdefault(key, node) is not node:
             _replace(node, known[key])
@@ -278,12 +281,6 @@ def _dtype(node):
 def _replace(node, equal):
     node.replace_all_uses_with(equal)
     node.meta["equal"] = equal
-
-
-def _constant_key(x):
-    if x.numel() > _SMALL:
-        return None
-    return "constant", _geometry(x), x.device, str(x.tolist())
 
 
 def _is_known(node):

@@ -58,8 +58,7 @@ def prepared(dtype, k, values, meta, scale, n):
         Function of a tensor of shape (..., k). No gradients.
     """
     held = values, meta, scale
-    name, weights = operators.product(dtype, k, n, *held, rounded=False)
-    function = getattr(native.library(), name)
+    function, weights = operators.product(dtype, k, n, *held, rounded=False)
     return lambda x, held=held: operators.multiply(function, x, weights, n)
 
 

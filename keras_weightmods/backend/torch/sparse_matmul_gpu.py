@@ -63,16 +63,12 @@ def sparse_matmul(
     return multiply(matrix, kernel).reshape(*leading, size)
 
 
-def plan(shape, x_dtype, activations="float32"):
-    """Return the `trial.Plan` for a kernel on the current GPU.
+def plan(shape, kind, device=None):
+    """Return the `trial.Plan` for a kernel on a GPU, the current by default.
 
-    The first call for a shape and type tries both products.
+    The first call for a shape and a type of activations tries both products.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    return _plan(device, tuple(shape), trials.kind_of(x_dtype, activations))
-
-
-def _plan(device, shape, kind):
+    device = device or torch.device("cuda", torch.cuda.current_device())
     key = device, shape, kind
     if key not in _plans:
         attempt = functools.partial(_try, *key)
@@ -83,11 +79,10 @@ def _plan(device, shape, kind):
 def _choose(matrix, n):
     """Return the product to take."""
     rows, k = matrix.shape
-    kind = _name_of(matrix.dtype)
-    key = matrix.device, (k, n), kind
+    key = device, shape, kind = matrix.device, (k, n), _name_of(matrix.dtype)
     if not _is_on_gpu(matrix) or (key not in _plans and _is_capturing()):
         return "dense"
-    return _plan(*key).method(rows)
+    return plan(shape, kind, device).method(rows)
 
 
 def _name_of(dtype):
@@ -160,17 +155,15 @@ def _is_capturing():
     )
 
 
-def device_name():
-    """Return the name of the current GPU; None where torch has none."""
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_name()
+def has_gpu():
+    """Return whether torch has an NVIDIA GPU."""
+    return torch.cuda.is_available()
 
 
 @functools.cache
 def reason_unavailable():
     """Return why cuSPARSELt cannot be used; empty if it can."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return "torch finds no NVIDIA GPU."
     if torch.backends.cusparselt.is_available():
         return ""

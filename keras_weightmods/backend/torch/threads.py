@@ -19,8 +19,8 @@ def threads(work):
         work: Int, the multiply-adds to do.
 
     Returns:
-        The addresses of the function that shares the work and of its pool;
-        None for both where one thread is enough.
+        The function that shares the work, and a pointer to its pool; None for
+        both where one thread is enough.
     """
     count = torch.get_num_threads()
     if count == 1 or work < _ALONE:
@@ -34,16 +34,11 @@ class _OpenMP(ctypes.Structure):
     _fields_ = [("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64)]
 
 
-_pools: dict[int, _OpenMP] = {}
-
-
 @functools.cache
 def _openmp(count):
     # Global, as torch has loaded its runtime so.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     if parallel is None:
         return None, None
-    address = ctypes.cast(parallel, ctypes.c_void_p).value
-    pool = _pools[count] = _OpenMP(address, count)
-    function = ctypes.cast(native.library().kwm_openmp_for, ctypes.c_void_p)
-    return function.value, ctypes.addressof(pool)
+    pool = _OpenMP(ctypes.cast(parallel, ctypes.c_void_p), count)
+    return native.library().kwm_openmp_for, ctypes.byref(pool)

@@ -23,10 +23,8 @@ def load_cusparselt():
     Returns:
         String: the reason why cuSPARSELt cannot be used; empty if it can.
     """
-    if not native.is_available():
-        return native.reason_unavailable()
-    if native.xla_handler("kwm_gpu_cusparselt") is None:
-        return native.NO_XLA
+    if reason := native.reason_without_xla():
+        return reason
     cuda = 12 if importlib.util.find_spec("jax_cuda12_plugin") else 13
     load = native.typed(native.library(), "kwm_gpu_load", "s", "ss")
     failure = load(_DRIVER.encode(), cusparselt_path(cuda).encode())

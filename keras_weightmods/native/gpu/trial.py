@@ -87,17 +87,12 @@ class Plan:
         return next(found, self.tried[-1] if self.tried else None)
 
 
-def kind_of(x_dtype, activations):
-    """Return the type of what a kernel is multiplied by."""
-    return x_dtype if activations == "float32" else activations
-
-
 def plan(shape, kind, reason_unavailable, attempt):
     """Return the `Plan` of a kernel.
 
     Args:
         shape: Pair of ints (K, N).
-        kind: String, as of `kind_of`.
+        kind: String, the type of what the kernel is multiplied by.
         reason_unavailable: Callable to a string, why cuSPARSELt cannot be used.
         attempt: Callable to the plan, by a `trial`.
     """
