@@ -11,7 +11,7 @@ def reason_unavailable():
     """Return why there are none on the CPU; empty if there are."""
     if reason := native.reason_without_xla():
         return reason
-    return "" if _register() else "JAX has no device on the CPU: see JAX_PLATFORMS."
+    return "" if _register() else "JAX_PLATFORMS leaves out the CPU."
 
 
 def cpu_devices():
