@@ -78,7 +78,8 @@ class Snapshot:
 
     def add(self, model):
         """Have an eye on a user's model as well."""
-        self.models.append((model, type(model), shadowed(model)))
+        layers = [(x, type(x)) for x in model._flatten_layers()]
+        self.models.append((model, type(model), layers, shadowed(model)))
         return model
 
     def changes(self):
@@ -94,9 +95,13 @@ class Snapshot:
                 map(operator.is_, own.values(), values)
             ):
                 found |= {f"{name}.{key}" for key in _changed(own, before)}
-        for model, cls, before in list(self.models):
+        for model, cls, layers, before in list(self.models):
             if type(model) is not cls:
                 found.add(f"the class of {cls.__name__}")
+            # A reparameterized layer is of a subclass.
+            for layer, each in layers:
+                if not isinstance(layer, each):
+                    found.add(f"the class of a {each.__name__}")
             found.update(name for _, name in shadowed(model) - before)
         return found
 

@@ -7,6 +7,7 @@ method runs.
 import contextlib
 import dataclasses
 import threading
+import time
 
 import keras
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 pytest.importorskip("keras_hub")
 
 import keras_weightmods as kwm
-from tests import attributes
+from keras_weightmods.exporting import export
+from tests import attributes, models
 from tests.backends import breadth
 from tests.matrix import methods
 from tests.matrix.families import families
@@ -81,6 +83,23 @@ def test_nothing_is_replaced(method, name):
     with attributes.watched() as (snapshot, changed):
         _run(method, name, snapshot)
     assert changed == (ASKED if "generate" in method else set())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_packed_model_is_left_alone_while_it_is_exported(monkeypatch):
+    monkeypatch.setattr(export, "FORMATS", dict(export.FORMATS))
+    model, seen = models.make_sparse(models.mlp(16, 16, 16)), []
+    kwm.pack(model)
+
+    def writer(dense):
+        return lambda path, progress: seen.append(time.sleep(0.5))
+
+    kwm.register_export_format("slow", writer)
+    with attributes.watched() as (snapshot, changed):
+        snapshot.add(model)
+        kwm.export(model, "model", "slow")
+    assert seen
+    assert changed == set()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -38,8 +38,13 @@ def load_model(path):
 
 
 def _load_preset(path):
-    from keras_hub import models
-
+    try:
+        from keras_hub import models
+    except ImportError as error:
+        raise ImportError(
+            f"A preset, such as {path}, needs KerasHub. Install with: pip "
+            f"install keras-hub ({error})"
+        ) from error
     task = pathlib.Path(path, "task.json")
     name = "CausalLM"
     if task.is_file():
@@ -70,12 +75,17 @@ def read_data(model, args):
     path = args.data
     if path is None:
         return None
-    if path.endswith(".npy"):
-        return np.load(path, allow_pickle=False)[: args.rows]
+    try:
+        if path.endswith(".npy"):
+            with open(path, "rb") as file:
+                return np.lib.format.read_array(file)[: args.rows]
+        text = pathlib.Path(path).read_text("utf-8")
+    except ValueError as error:
+        expected = f"a text in UTF-8, or an array in a .npy file ({error})"
+        raise checks.error("data", expected, path) from error
     from keras_weightmods.evaluation import perplexity
 
     checks.check_int("length", args.length, 2)
-    text = pathlib.Path(path).read_text("utf-8")
     tokens = perplexity.tokenize(model, text)
     start = perplexity.start_token(model)
     size = args.length

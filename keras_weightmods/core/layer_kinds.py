@@ -16,6 +16,7 @@ from keras import layers
 from keras_weightmods.core import keras_compat, layer_calls
 from keras_weightmods.utils.checks import error
 
+_NOT_ALONE = "which does not multiply by it alone"
 EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 # The release of KerasHub whose layers the functions of `layer_calls` are.
 KERAS_HUB = "0.32"
@@ -29,6 +30,8 @@ class Kernel:
         contraction_axes, output_axes, stack_axes: Tuples of ints, or callables
             from the layer to one; see `register_layer_kind`.
         reason: String, why it is no target; None if it is one.
+        unread: String, why its products are not known, whatever `call` is;
+            None if they are.
         dense: String, or callable from the layer to one or None: why nothing
             else can stand for it in a product; None if it can.
         depthwise: Bool, whether it is one where depthwise kernels are.
@@ -39,6 +42,7 @@ class Kernel:
     output_axes: Any = None
     stack_axes: Any = ()
     reason: str | None = None
+    unread: str | None = None
     dense: Any = None
     depthwise: bool = False
     optional: bool = False
@@ -177,17 +181,19 @@ def kind_with_call(layer: Any) -> LayerKind | None:
 
 def reason_unread(layer: Any, attribute: str) -> str | None:
     """Return why the products with a kernel are not known; None if they are."""
-    kind = kind_with_call(layer)
-    rule = kind.kernels.get(attribute) if kind is not None else None
-    if kind is not None and rule is not None and not rule.depthwise:
-        return kind.reason(layer)
-    name = type(layer).__name__
-    if attribute in kernels_of(layer) and kind is None:
-        return (
-            f"of {name}, whose `call` is not known; "
-            "`kwm.register_layer_kind` makes it known"
+    kind, rule = kind_with_call(layer), kernels_of(layer).get(attribute)
+    if rule is not None and rule.unread is not None:
+        why = rule.unread
+    elif rule is not None and kind is None:
+        why = (
+            "whose `call` is not known; `kwm.register_layer_kind` makes it "
+            "known"
         )
-    return f"of {name}, which does not multiply by it alone"
+    elif kind is None or attribute not in kind.kernels:
+        why = _NOT_ALONE
+    else:
+        return kind.reason(layer)
+    return f"of {type(layer).__name__}, {why}"
 
 
 def reason_dense(layer: Any, attribute: str) -> str | None:
@@ -252,6 +258,7 @@ _CONV = Kernel(lambda layer: tuple(range(layer.rank + 1)))
 _DEPTHWISE = Kernel(
     lambda layer: tuple(range(layer.rank)),
     reason="a depthwise kernel contracts no channels",
+    unread=_NOT_ALONE,
     depthwise=True,
 )
 # (spatial..., out, in). Of a pixel of the output each sums over other taps, so
@@ -259,6 +266,16 @@ _DEPTHWISE = Kernel(
 _TRANSPOSED = Kernel(
     (-1,), dense="of a transposed convolution, which adds up its products"
 )
+
+
+_OF_CELLS = "kernel", "recurrent_kernel"
+
+
+def _in_loop(kernel: Kernel) -> Kernel:
+    # On torch that loop does not call the cell.
+    why = "whose layer reads it whole, in a loop over the steps of a sequence"
+    return dataclasses.replace(kernel, unread=why)
+
 
 # {layer class: kind}; `register_layer_kind` adds to it.
 _KINDS: dict[type, LayerKind] = {
@@ -294,14 +311,13 @@ _KINDS: dict[type, LayerKind] = {
         (layers.DepthwiseConv1D, layers.DepthwiseConv2D),
         LayerKind({"kernel": _DEPTHWISE}),
     ),
-    # (in, gates * units) and (units, gates * units). On torch the loops around
-    # the cells read their kernels whole.
+    # (in, gates * units) and (units, gates * units).
     **dict.fromkeys(
         (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell),
-        LayerKind({"kernel": _MATRIX, "recurrent_kernel": _MATRIX}),
+        LayerKind(dict.fromkeys(_OF_CELLS, _in_loop(_MATRIX))),
     ),
     keras_compat.ConvLSTMCell: LayerKind(
-        {"kernel": _CONV, "recurrent_kernel": _CONV}
+        dict.fromkeys(_OF_CELLS, _in_loop(_CONV))
     ),
     # The heads tied to an embedding are in this class as well; the axes are
     # those of the head.

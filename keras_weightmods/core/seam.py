@@ -5,10 +5,9 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from keras_weightmods.core import keras_compat
@@ -201,38 +200,6 @@ def fold(
     return items
 
 
-@contextlib.contextmanager
-def stored_weights(
-    model: Any, see: Callable[[Any], Any] = lambda item: None
-) -> Iterator[list[Any]]:
-    """Give layers back, in a scope, the weights that parameters stand for.
-
-    Afterwards the very same parameters are there again, so that the model is
-    as it was, bit for bit, with its optimizer and what was compiled for it.
-    `see` is called with each item that has its weight back.
-
-    Yields:
-        The list of the items, those whose `keeps_stored` is False.
-    """
-    items = [i for i in reparameterizations(model) if not i.keeps_stored]
-    given: list[Any] = []
-    try:
-        for item in items:
-            given.append((item, _give_back(item)))
-            see(item)
-        keras_compat.track_torch_parameters(model)
-        yield items
-    finally:
-        for item, places in reversed(given):
-            _take_out(item)
-            for parameter, place in reversed(places):
-                keras_compat.put_variable_back(
-                    item.target.layer, parameter, place
-                )
-            _put_in(item)
-        keras_compat.track_torch_parameters(model)
-
-
 def forget_variables(model: Any) -> None:
     """Drop what was compiled for, and trained with, other variables."""
     for layer in keras_compat.layers_of(model):
@@ -261,11 +228,7 @@ def _put_in(item):
 
 
 def _give_back(item):
-    """Make a weight plain again, as the one that the layer computes with.
-
-    Returns:
-        List of pairs of the parameters, which left, and their places.
-    """
+    """Make a weight plain again, as the one that the layer computes with."""
     layer, variable = item.target.layer, item.target.variable
     value = item.folded()
     others = {a: x for a, x in slots(layer).items() if x is not item}
@@ -275,13 +238,12 @@ def _give_back(item):
         # Another may have been set since.
         if getattr(variable, name) is ours:
             setattr(variable, name, own)
-    places = _drop_parameters(item)
+    _drop_parameters(item)
     if item.keeps_stored:
         variable.assign(value)
     else:
         keras_compat.restore_value(variable, value)
         keras_compat.put_variable_back(layer, variable, item.place)
-    return places
 
 
 def _take_out(item):
@@ -316,10 +278,8 @@ def _create_parameters(item):
 
 
 def _drop_parameters(item):
-    return [
-        (parameter, keras_compat.remove_variable(item.target.layer, parameter))
-        for parameter in item.parameters
-    ]
+    for parameter in item.parameters:
+        keras_compat.remove_variable(item.target.layer, parameter)
 
 
 def has_built_optimizer(model: Any) -> bool:

@@ -17,6 +17,7 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
+from keras_weightmods.saving.model import copied
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
@@ -56,9 +57,8 @@ def register_export_format(
     Args:
         name: String, the `format` of `export`.
         writer: Callable from a model, and the further arguments of `export`,
-            to what writes the file: a callable from its path and a progress
-            bar, whose `add()` counts a step. Only the second finds packed
-            weights dense.
+            whose packed weights are dense, to what writes the file: a callable
+            from its path and a progress bar, whose `add()` counts a step.
         **fields: `ending`, `needs` and `keeps_packed`, see
             `ExportFormat`.
 
@@ -109,10 +109,10 @@ def export(
 ) -> None:
     """Write a model for another runtime, packed kernels in dense form.
 
-    No other runtime reads packed kernels: they are given their dense form for
-    the time of the export, and a warning says so. Afterwards the model is as
-    it was. int8 activations are a matter of the packed product, so that
-    a model packed with them is exported with float ones.
+    No other runtime reads packed kernels. So a copy of the model is made, whose
+    kernels are dense, and written; a warning says so. The copy is built from
+    the model's config. int8 activations are a matter of the packed product, so
+    that a model packed with them is exported with float ones.
 
     The files appear whole, once all is written, or not at all.
 
@@ -194,20 +194,19 @@ def export(
     _check_needs(format, keep_packed)
     packed = [i for i in reparameterizations(model) if not i.keeps_stored]
     with Progress(1, "step", verbose) as progress:
+        if packed and not keep_packed:
+            progress.total += len(packed)
+            model = _dense_copy(model, progress)
         write = FORMATS[format].writer(model, **kwargs)
+        if packed and not keep_packed:
+            warnings.warn(
+                f"{len(packed)} packed weights are exported in dense form. "
+                "`kwm.save_model` keeps them packed.",
+                stacklevel=2,
+            )
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             target = str(pathlib.Path(folder) / path.name)
-            if keep_packed or not packed:
-                write(target, progress)
-            else:
-                warnings.warn(
-                    f"{len(packed)} packed weights are exported in dense form. "
-                    "`kwm.save_model` keeps them packed.",
-                    stacklevel=2,
-                )
-                progress.total += len(packed)
-                with seam.stored_weights(model, progress.add):
-                    write(target, progress)
+            write(target, progress)
             # More than one is there for OpenVINO, or a large ONNX model.
             places = {
                 each: path.parent / each.name
@@ -219,6 +218,23 @@ def export(
                 if place.is_dir():
                     shutil.rmtree(place)
                 os.replace(made, place)
+
+
+def _dense_copy(model: Any, progress: Progress) -> Any:
+    """Return a copy of a model with its packed weights dense.
+
+    The model itself may be in use, in another thread as well.
+    """
+    try:
+        copy = copied(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Or call `kwm.unpack(model)` before the export."
+        ) from error
+    packed = (i for i in reparameterizations(copy) if not i.keeps_stored)
+    for kind in {type(item) for item in packed}:
+        seam.fold(copy, kind, progress.add)
+    return copy
 
 
 def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import tempfile
+import types
 import warnings
 from typing import Any
 
@@ -257,6 +258,40 @@ def load_model(
             )
             description.finish(described, model, pending)
     return model
+
+
+def copied(model: keras.Model) -> keras.Model:
+    """Return another model that is as `model` is, and not compiled.
+
+    The two share the preprocessor, if there is one.
+
+    Raises:
+        ValueError: If it cannot be built again from its config.
+    """
+    shared_parts = [p for p in [getattr(model, "preprocessor", None)] if p]
+    parts = states.walk(model, shared_parts)
+    weights = states.weight_entries(parts)
+    described = description.describe(model, parts, shared_parts)
+    described = json.loads(json.dumps(described | {"compiles": False}))
+    described = description.rehearsed(described, parts, weights)
+    copy, own_parts, pending = description.build(
+        described, weights, description.classes_of(parts)
+    )
+    arrays = dict(states.weights(parts))
+    source = types.SimpleNamespace(
+        entries=arrays,
+        read=arrays.get,
+        error=lambda name, reason: ValueError(f"Weight {name!r} {reason}"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        states.save_assets(parts, folder)
+        states.load(
+            own_parts, source, folder, description.give_values, lambda name: 0
+        )
+    description.finish(described, copy, pending)
+    for preprocessor in shared_parts:
+        copy.preprocessor = preprocessor
+    return copy
 
 
 def open_model(filepath: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import keras
 import numpy as np
@@ -152,22 +153,24 @@ def test_a_configuration_is_merged(run):
     assert "colour" in run(line, code=1)
 
 
-def test_errors_name_the_file_and_write_nothing(run, tmp_path):
+def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
     models.mlp(8, 4).save("model.keras")
     np.savez("some.npz", a=np.ones(2))
     for name in ("broken.keras", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"PK not quite")
     (tmp_path / "binary.txt").write_bytes(bytes(range(200, 256)))
     (tmp_path / "empty.npy").touch()
+    (tmp_path / "zip.npy").write_bytes((tmp_path / "some.npz").read_bytes())
     other = {"jax": "torch"}.get(keras.backend.backend(), "jax")
     cases = {
         "info nothing.keras": "there is no file nothing.keras",
         "pack nothing -o a.safetensors": "preset='nothing'",
         "pack broken.keras -o a.safetensors": "Keras cannot load broken.keras",
         "pack some.npz -o a.safetensors": "an .npz file, which `numpy.load`",
-        "sparsify model.keras --data binary.txt -o a.keras": "can't decode",
+        "sparsify model.keras --data binary.txt -o a.keras": "a text in UTF-8",
+        "sparsify model.keras --data zip.npy -o a.keras": "in a .npy file",
         "sparsify model.keras --data no.npy -o a.keras": "no file no.npy",
-        "sparsify model.keras --data empty.npy -o a.keras": "No data left",
+        "sparsify model.keras --data empty.npy -o a.keras": "in a .npy file",
         "sparsify model.keras -o model.keras": "--overwrite replaces it",
         "sparsify model.keras -o x/a.keras": "folder that exists",
         "export model.keras --format gguf -o a.gguf": "a KerasHub Llama",
@@ -177,6 +180,9 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path):
     for line, message in cases.items():
         assert message in run(line, code=1), line
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
+    error = run("generate llama3 a", code=1)
+    assert "such as llama3, needs KerasHub. Install with: pip" in error
 
 
 def test_usage(capsys):

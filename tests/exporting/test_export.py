@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pathlib
+import threading
 import warnings
 
 import keras
@@ -146,23 +147,59 @@ def test_a_language_model(keep_packed, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_the_scope_of_dense_weights_leaves_no_trace():
-    model = models.make_sparse(models.mlp(64, 32, 8))
-    kwm.pack(model, dtype="int4")
+def test_another_thread_sees_the_packed_model_meanwhile(tmp_path, monkeypatch):
+    model, seen = packed("int4"), []
     for layer in model.layers:
         layer.enable_lora(2)
     model.compile("adam", "mse")
     y = np.ones((1, 8), "float32")
     model.fit(X, y, verbose=0)
-    steps = int(model.optimizer.iterations)
-    with left_alone(model):
-        with module.seam.stored_weights(model) as items:
-            assert len(items) == 2
-            assert not reparameterizations(model)
-            kernels = [w for w in model.weights if w.name == "kernel"]
-            assert len(kernels) == 2
+
+    def state():
+        parts = *map(type, model.layers), *model.weights, *model.layers
+        return list(map(id, parts)), models.outputs(model, X).tolist()
+
+    def writer(dense):
+        assert not reparameterizations(dense)
+        expected = models.outputs(model, X)
+        np.testing.assert_allclose(
+            models.outputs(dense, X), expected, atol=1e-5
+        )
+
+        def write(path, progress):
+            thread = threading.Thread(target=lambda: seen.append(state()))
+            thread.start()
+            thread.join()
+            pathlib.Path(path).touch()
+
+        return write
+
+    looking = module.ExportFormat(writer, ".pt2")
+    monkeypatch.setitem(module.FORMATS, "torch", looking)
+    before, steps = state(), int(model.optimizer.iterations)
+    with left_alone(model), pytest.warns(UserWarning, match="dense form"):
+        kwm.export(model, tmp_path / "model.pt2", "torch")
+    assert seen == [before]
     model.fit(X, y, verbose=0)
     assert int(model.optimizer.iterations) == steps + 1
+
+
+@pytest.mark.one_backend
+def test_a_model_that_cannot_be_copied_is_refused(tmp_path):
+    class Unregistered(keras.layers.Dense):
+        def __init__(self, size, **kwargs):
+            super().__init__(size.value, **kwargs)
+
+    class Size:
+        value = 8
+
+    layer = Unregistered(Size())
+    model = models.make_sparse(models.sequential((64,), layer))
+    kwm.pack(model)
+    with left_alone(model):
+        with pytest.raises(ValueError, match=r"built again.*kwm\.unpack"):
+            kwm.export(model, tmp_path / "model.pt2", "torch")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.one_backend
