@@ -57,7 +57,7 @@ def measure_agreement(args):
 
     import keras_weightmods as kwm
     from examples.data.smollm2 import load_smollm2
-    from keras_weightmods.ops.matrix import to_matrix
+    from keras_weightmods.utils.matrix import to_matrix
 
     targets = kwm.find_targets(load_smollm2(dtype="float32"))
     rows = []

@@ -16,8 +16,8 @@ from keras_weightmods.core.head import find_head
 from keras_weightmods.core.layer_kinds import kind_with_call, reason_unread
 from keras_weightmods.core.products import Products
 from keras_weightmods.core.watched import called_by
-from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.saving import shared
+from keras_weightmods.utils.matrix import contraction_size
 from keras_weightmods.utils.progress import Progress
 
 

@@ -7,7 +7,7 @@ from keras import ops
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import axes_of
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.ops.matrix import contraction_size, to_stack
+from keras_weightmods.utils.matrix import contraction_size, to_stack
 
 
 class Products:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import GENERATED
 
 _WATCHERS = "_watchers"
+_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -17,34 +19,40 @@ def called_by(layer: Any, call: Callable[..., Any]) -> Iterator[None]:
 
     Keras has no hooks on calls; so the layer's class is a generated subclass of
     its own in the scope, as that of a reparameterized layer is. Scopes may be
-    nested: the inner one comes first.
+    nested: the inner one comes first. Calls by another thread are as before.
 
     Args:
         layer: A layer that is no model.
         call: Callable from the `call` that it stands for, and the arguments, to
             the outputs.
     """
+    watcher = threading.get_ident(), call
     own = keras_compat.attributes(layer)
-    cls: Any = type(layer)
-    watchers = own.setdefault(_WATCHERS, [])
-    if not watchers:
-        layer.__class__ = _watched_class(cls)
-    watchers.append(call)
+    with _LOCK:
+        cls: Any = type(layer)
+        watchers = own.setdefault(_WATCHERS, [])
+        if not watchers:
+            layer.__class__ = _watched_class(cls)
+        watchers.append(watcher)
     try:
         yield
     finally:
-        watchers.remove(call)
-        if not watchers:
-            layer.__class__ = cls
-            del own[_WATCHERS]
+        with _LOCK:
+            watchers.remove(watcher)
+            if not watchers:
+                layer.__class__ = type(layer).__bases__[0]
+                del own[_WATCHERS]
 
 
 @functools.cache
 def _watched_class(cls: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(cls.call, self)
-        for watcher in keras_compat.attributes(self)[_WATCHERS]:
-            run = functools.partial(watcher, run)
+        here = threading.get_ident()
+        # Another thread may end the scope meanwhile.
+        for thread, watcher in keras_compat.attributes(self).get(_WATCHERS, ()):
+            if thread == here:
+                run = functools.partial(watcher, run)
         return run(*args, **kwargs)
 
     namespace = {

@@ -13,9 +13,9 @@ from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.lift.report import MaskedKernel, PrincipalMaskReport
-from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import stack_shape
 from keras_weightmods.utils.report import Skipped
 
 

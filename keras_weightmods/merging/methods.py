@@ -19,13 +19,13 @@ import numpy as np
 
 from keras_weightmods.merging import task as tasks
 from keras_weightmods.merging.task import Task, rank
-from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.patches.combine import (
     dropped,
     elected_mean,
     weighted_sum,
 )
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import stack_shape
 from keras_weightmods.utils.parallel import map_ahead
 
 # Where an angle is less than its rounding, see `_slerp`.

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.ops.matrix import Axes, from_matrix, to_matrix
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import Axes, from_matrix, to_matrix
 
 # Up to this group size every pair of entries is compared; beyond it a sort
 # per group costs less than the m * (m - 1) / 2 comparisons.

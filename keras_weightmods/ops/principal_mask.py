@@ -15,15 +15,15 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.ops import low_rank
-from keras_weightmods.ops.matrix import (
+from keras_weightmods.ops.random_places import random_places
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import (
     Axes,
     from_stack,
     stack_shape,
     to_matrix,
     to_stack,
 )
-from keras_weightmods.ops.random_places import random_places
-from keras_weightmods.utils import checks
 
 CRITERIA = ("principal", "magnitude", "gradient", "random")
 

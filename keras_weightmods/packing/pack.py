@@ -16,7 +16,6 @@ from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.layout import ACTIVATIONS
-from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, formats_of
@@ -27,6 +26,7 @@ from keras_weightmods.packing.packed_parameters import (
 from keras_weightmods.packing.report import ROWS, PackedWeight, PackReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
+from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 

@@ -14,11 +14,11 @@ from keras_weightmods.core.layer_kinds import kind_with_call, reason_dense
 from keras_weightmods.core.products import Products
 from keras_weightmods.core.reparameterization import Reparameterization, slots
 from keras_weightmods.native import quantize
-from keras_weightmods.ops.matrix import from_stack, stack_shape, to_stack
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, NativeFormat
 from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
 # What files tell of a packed weight.
 _SETTINGS = "format", "trainable", "activations"

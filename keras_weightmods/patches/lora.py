@@ -16,7 +16,6 @@ from keras import ops
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
-from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.patches.checkpoint import Checkpoint, bytes_of
 from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
 from keras_weightmods.patches.files import DIFFERENCES
@@ -26,6 +25,7 @@ from keras_weightmods.patches.tensors import rebuilt_pieces
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
+from keras_weightmods.utils.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 

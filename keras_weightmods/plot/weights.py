@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops import nm
-from keras_weightmods.ops.matrix import Axes, to_matrix
 from keras_weightmods.plot import style
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import Axes, to_matrix
 
 
 def kernel(

@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import Target
-from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.rounding import Grid
+from keras_weightmods.utils.matrix import from_stack, to_stack
 
 
 class GridWeights(Reparameterization):

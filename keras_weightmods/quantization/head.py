@@ -11,9 +11,9 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import Head, find_head, reversible_embeddings
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets
-from keras_weightmods.ops.matrix import from_matrix, to_matrix
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import reconstruction_error
+from keras_weightmods.utils.matrix import from_matrix, to_matrix
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 

@@ -24,12 +24,12 @@ from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
-from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.quantization.grid_weights import GridWeights
 from keras_weightmods.quantization.head import find_table, round_table
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 # Significant bits of the floats that hold a product of scale and integer.

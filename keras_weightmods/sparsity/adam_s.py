@@ -12,10 +12,10 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
-from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.sparsity import adam_s_build, adam_s_update, sparsify
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import contraction_size
 
 _DECAYS = "published", "relative"
 _CRITERIA = "magnitude", "wanda"

@@ -15,8 +15,8 @@ from keras_weightmods.core.targets import (
     reason_not_nm,
 )
 from keras_weightmods.core.weight_keys import matching_places
-from keras_weightmods.ops.matrix import contraction_size, to_matrix
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import contraction_size, to_matrix
 
 
 def check_targets(targets):

@@ -8,7 +8,7 @@ import math
 from keras import ops
 
 from keras_weightmods.ops import nm
-from keras_weightmods.ops.matrix import along
+from keras_weightmods.utils.matrix import along
 
 # With l1="auto" the gradient's size is measured over this many first steps.
 _AUTO_L1_STEPS = 10

@@ -11,9 +11,13 @@ from keras import ops
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import Target
-from keras_weightmods.ops.matrix import contraction_size, from_matrix, to_matrix
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import (
+    contraction_size,
+    from_matrix,
+    to_matrix,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,12 +16,12 @@ from keras_weightmods.calibration.block_reconstruction import (
 from keras_weightmods.calibration.walk import change_kernels, check_stored
 from keras_weightmods.core.data import calibration_batches
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
-from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.ops.refine import refined
 from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 _REFINEMENTS = ("swaps", "blocks")

@@ -90,9 +90,11 @@ def restored_attributes(layers: list[Any]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        # Another thread may be using them: no attribute is gone meanwhile.
         for own, before in saved:
-            own.clear()
             own.update(before)
+            for name in own.keys() - before.keys():
+                del own[name]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import matrix as m
+from keras_weightmods.utils import matrix as m
 from tests.backends import breadth
 from tests.models import normal, numpy
 
