@@ -52,36 +52,40 @@ class Plan:
         skipped = [skip for skip in found.skipped if skip.path not in paths]
         sizes: dict[int, int] = {}
         self.tiny: list[str] = []
+        self.targets: list[Target] = []
+        problems = []
+        # In a model with constraints, kernels without one may be dense.
+        is_sparse = keep_pattern and not any(map(_has_pattern, found))
         for target in found:
-            variable, reason = target.variable, None
+            variable, axes = target.variable, target.contraction_axes
+            problem = None
             if id(variable) in ids:
                 if keep_pattern and _has_zeros(variable):
-                    raise ValueError(
-                        "With `keep_pattern=True`, kernels trained whole would "
-                        "lose their zeros. Leave them out of `also_train`. "
-                        f"Received: {target.path!r}"
-                    )
-                continue
-            if not variable.trainable:
-                reason = "frozen"
+                    problem = "would lose its zeros; leave it out of also_train"
+            elif not variable.trainable:
+                skipped.append(Skipped(target.path, "frozen"))
             elif "float" not in variable.dtype:
                 reason = f"not a float variable ({variable.dtype})"
-            elif target.attribute in slots(target.layer):
-                raise ValueError(
-                    "A layer that is reparameterized computes with another "
-                    "weight. Call `kwm.fold(model)` first, or leave it out of "
-                    f"`targets`. Received: {target.path!r}"
-                )
+                skipped.append(Skipped(target.path, reason))
             else:
-                axes = target.contraction_axes, target.stack_axes
-                stacks, *matrix = stack_shape(target.shape, *axes)
+                stacks, *matrix = stack_shape(
+                    target.shape, axes, target.stack_axes
+                )
                 try:
                     sizes[id(variable)] = stacks * selection.size(*matrix)
                 except ValueError as error:
-                    reason = str(error)
+                    skipped.append(Skipped(target.path, str(error)))
                     self.tiny.append(target.path)
-            if reason is not None:
-                skipped.append(Skipped(target.path, reason))
+                else:
+                    self.targets.append(target)
+                    problem = _problem(target, keep_pattern, is_sparse)
+            if problem is not None:
+                problems.append(f"{target.path!r} {problem}")
+        checks.raise_all(
+            "`PrincipalMaskCallback` cannot train these kernels. Leave them "
+            "out of `targets`, or mend what is named. Received:",
+            problems,
+        )
         if not sizes:
             reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
@@ -95,11 +99,8 @@ class Plan:
             if id(v) in sizes or id(v) in ids or not freeze_rest
         ]
         self.variables = [self.known[spec.place] for spec in self.specs]
-        target_of = {id(target.variable): target for target in found}
-        self.targets = [
-            target_of[id(v)] for v in self.variables if id(v) in sizes
-        ]
-        _check_constraints(self.targets, keep_pattern)
+        order = {id(v): place for place, v in enumerate(self.variables)}
+        self.targets.sort(key=lambda target: order[id(target.variable)])
         keys = weight_keys(model)
 
         def row(variable: Any) -> MaskedKernel:
@@ -146,43 +147,30 @@ class Plan:
         return optimizer
 
 
-def _check_constraints(targets: list[Target], keep_pattern: bool) -> None:
-    """Raise ValueError if masks contradict constraints or zeros that stay."""
-    others, has_pattern = [], False
-    for target in targets:
-        variable = target.variable
-        constraint = variable.constraint
-        if constraint is None:
-            continue
-        received = f"{target.path!r} with {type(constraint).__name__}"
-        if not getattr(constraint, "keeps_pattern", False):
-            others.append(received)
-        elif not keep_pattern:
-            raise ValueError(
-                "Masks may hold zeros of a kernel with a pattern. Pass "
-                "`keep_pattern=True`, which leaves them out, or call "
-                f"`SemiStructuredSparse.detach(model)`. Received: {received}"
-            )
-        elif ops.any(constraint(variable) != variable.value):
-            raise ValueError(
-                "A kernel must be in its pattern before masks are chosen. Call "
-                f"`SemiStructuredSparse.attach(model)`. Received: {received}"
-            )
-        else:
-            has_pattern = True
-    checks.raise_all(
-        "A constraint would change entries outside of the masks. Leave these "
-        "kernels out of `targets`, or take the constraints off "
-        "(`layer.kernel.constraint = None`). Received:",
-        others,
-    )
-    # In a model with constraints, kernels without one may be dense.
-    if keep_pattern and not has_pattern:
-        checks.raise_all(
-            "`keep_pattern=True` is for a sparse model. Make these kernels "
-            "sparse, or leave them out of `targets`. Received without a zero:",
-            [t.path for t in targets if not _has_zeros(t.variable)],
+def _problem(target: Target, keep_pattern: bool, is_sparse: bool) -> str | None:
+    """Return why a kernel cannot have a mask; None if it can."""
+    variable = target.variable
+    constraint = variable.constraint
+    if target.attribute in slots(target.layer):
+        return "is reparameterized; call `kwm.fold(model)`"
+    if constraint is None:
+        if is_sparse and not _has_zeros(variable):
+            return "has no zero; `keep_pattern=True` is for a sparse model"
+        return None
+    name = type(constraint).__name__
+    if not _has_pattern(target):
+        return f"has the constraint {name}, which acts outside of the mask too"
+    if not keep_pattern:
+        return f"has the constraint {name}; pass `keep_pattern=True`"
+    if ops.any(constraint(variable) != variable.value):
+        return (
+            "is not in its pattern; call `SemiStructuredSparse.attach(model)`"
         )
+    return None
+
+
+def _has_pattern(target: Target) -> bool:
+    return getattr(target.variable.constraint, "keeps_pattern", False)
 
 
 def _has_zeros(variable: keras.Variable) -> bool:

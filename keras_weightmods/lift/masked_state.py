@@ -50,14 +50,14 @@ class MaskedState(keras.optimizers.Optimizer):
     `_create_state(variables, known)`, for what `build_masked` shall add.
 
     Attributes:
-        specs: List of `MaskSpec`, one for each variable it was built on.
+        specs: List of `MaskSpec`, one for each variable it is built on, or is
+            to be, if it comes from a file.
     """
 
     built: bool
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._configured_specs = None
         self.specs: Any = []
         self._indices: Any = []
 
@@ -133,8 +133,8 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def build(self, variables):
         """Build the state, if the masks are known from a file."""
-        specs = self._configured_specs
-        if self.built or specs is None:
+        specs = self.specs
+        if self.built or not specs:
             return
         places = [spec.place for spec in specs]
         if len(variables) == len(specs):
@@ -196,13 +196,14 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def _check_masks(self, count):
         """Raise ValueError unless it has state for so many variables."""
-        if count > len(self.specs):
+        known = len(self.specs) if self.built else 0
+        if count > known:
             raise ValueError(
-                f"`{type(self).__name__}` has masks of {len(self.specs)} "
-                "variables. Pass `PrincipalMaskCallback` to each `fit`, or "
-                "call its `attach(model)` before a training loop of your own. "
-                "To train all variables, compile the model with a new "
-                f"optimizer. Received: the gradients of {count} variables"
+                f"`{type(self).__name__}` has masks of {known} variables. Pass "
+                "`PrincipalMaskCallback` to each `fit`, or call its "
+                "`attach(model)` before a training loop of your own. To train "
+                "all variables, compile the model with a new optimizer. "
+                f"Received: the gradients of {count} variables"
             )
 
     def finalize_variable_values(self, var_list):
@@ -227,19 +228,18 @@ class MaskedState(keras.optimizers.Optimizer):
         super().load_own_variables(store)
 
     def get_config(self):
-        specs = self.specs if self.built else self._configured_specs
-        masks = specs and [
+        masks = [
             {**dataclasses.asdict(spec), "shape": list(spec.shape)}
-            for spec in specs
+            for spec in self.specs
         ]
         return {**super().get_config(), "masks": masks}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        masks = config.pop("masks", None)
+        masks = config.pop("masks", ())
         optimizer = super().from_config(config, custom_objects)
-        optimizer._configured_specs = masks and [
+        optimizer.specs = [
             MaskSpec(**{**each, "shape": tuple(each["shape"])})
             for each in masks
         ]

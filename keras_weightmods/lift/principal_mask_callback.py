@@ -101,8 +101,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             the gradients of the loss on, for `criterion="gradient"`.
 
     Raises:
-        ValueError: For an argument outside the ranges above, or one that the
-            criterion does not use. When the training
+        ValueError: For an argument outside the ranges above. When the training
             starts or `attach` is called, before anything is changed: if no
             kernel is found, an element of `also_train` matches no trainable
             weight, a kernel has fewer entries than are to be trained, is
@@ -161,8 +160,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self.freeze_rest = checks.check_bool("freeze_rest", freeze_rest)
         self.keep_pattern = checks.check_bool("keep_pattern", keep_pattern)
         is_batch = isinstance(data, (tuple, list)) and len(data) in (2, 3)
-        if not (is_batch if criterion == "gradient" else data is None):
-            expected = 'a batch `(x, y)` for criterion "gradient", else None'
+        if criterion == "gradient" and not is_batch:
+            expected = "a batch `(x, y)`, to take gradients on"
             raise checks.error("data", expected, type(data).__name__)
         self._data = data
         self._targets = targets

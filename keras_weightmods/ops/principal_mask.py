@@ -9,13 +9,13 @@ import dataclasses
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.ops import low_rank
 from keras_weightmods.ops.random_places import random_places
+from keras_weightmods.ops.refine import compiled
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import (
     Axes,
@@ -58,14 +58,6 @@ class Selection:
             checks.check_float("density", self.density, above=0, most=1)
         checks.check_choice("criterion", self.criterion, CRITERIA)
         checks.check_choice("method", self.method, low_rank.METHODS)
-        for name, default in (("filter_rank", None), ("method", "auto")):
-            value = getattr(self, name)
-            if self.criterion != "principal" and value != default:
-                expected = (
-                    f"{default!r} for criterion {self.criterion!r}: it is for "
-                    '"principal"'
-                )
-                raise checks.error(name, expected, value)
 
     def size(self, rows: int, columns: int) -> int:
         """Return how many entries to select of a matrix."""
@@ -104,11 +96,6 @@ class Selection:
         shape, axes = tuple(kernel.shape), (contraction_axes, stack_axes)
         if self.criterion == "gradient":
             ranked = _as_float(self._like("gradient", gradient, shape))
-        elif gradient is not None:
-            expected = (
-                f'None for criterion {self.criterion!r}: it is for "gradient"'
-            )
-            raise checks.error("gradient", expected, type(gradient).__name__)
         stacks, *sizes = stack_shape(shape, *axes)
         # In the order of the kernel, in which deltas have its places.
         in_order = self.criterion == "random" and stacks == 1
@@ -189,7 +176,7 @@ def principal_mask(
         density: Float in (0, 1], the share of the entries of each matrix.
         filter_rank: Int, r. Defaults to `rank`, or to the rank of a LoRA with
             about as many numbers as `density` marks. At most the smaller side
-            is used.
+            is used. This and `method` are of `"principal"` alone.
         contraction_axes: Int or tuple of ints, the axes of the kernel that are
             the rows of the matrix. Defaults to 0.
         stack_axes: Tuple of ints, the axes that index whole matrices. Defaults
@@ -198,7 +185,7 @@ def principal_mask(
             largest `|W|`, `"gradient"` for the largest `|gradient|`, or
             `"random"`, the same on each machine. Defaults to `"principal"`.
         method: See above. Defaults to `"auto"`.
-        gradient: Tensor of the kernel's shape, for `criterion="gradient"`.
+        gradient: Tensor of the kernel's shape, used by `"gradient"` alone.
         candidates: Boolean tensor of the kernel's shape: only these are
             marked. Defaults to all.
         seed: Int, of the random start and of `criterion="random"`. Defaults
@@ -208,9 +195,9 @@ def principal_mask(
         Boolean tensor of the shape of `kernel`.
 
     Raises:
-        ValueError: If an argument is outside the ranges above or is not for
-            the criterion, not one entry is to be marked, more than there are
-            candidates, or the kernel is not finite.
+        ValueError: If an argument is outside the ranges above, not one entry
+            is to be marked, more than there are candidates, or the kernel is
+            not finite.
 
     Example:
 
@@ -258,21 +245,37 @@ def mask_indices(mask: Any) -> np.ndarray:
     return np.flatnonzero(ops.convert_to_numpy(mask)).astype("int32")
 
 
-def _scores(matrix: Any, selection: Any, place: int) -> Any:
-    """What to rank the entries by."""
-    if selection.criterion in ("magnitude", "gradient"):
-        return ops.abs(matrix)
+def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
     rows, columns = matrix.shape
-    rank = selection.rank_of_filter(rows, columns)
+    size, count = rows * columns, selection.size(rows, columns)
+    candidates = None
+    if allowed is not None:
+        candidates = np.flatnonzero(ops.convert_to_numpy(allowed))
+        size = candidates.size
+        if size < count:
+            raise ValueError(
+                "There must be as many candidates as entries to select. "
+                f"Received: {size} candidates for {count} entries of a "
+                f"matrix of {rows} x {columns}. Select fewer."
+            )
+    if selection.criterion == "random":
+        places = random_places(selection.seed, size, count, place)
+        mask = np.zeros((rows, columns), bool)
+        mask.reshape(-1)[
+            places if candidates is None else candidates[places]
+        ] = True
+        return ops.convert_to_tensor(mask)
+    scores, rank = ops.abs(matrix), selection.rank_of_filter(rows, columns)
     method = low_rank.choose_method(selection.method, rows, columns, rank)
-    scores, arguments = _low_rank_scores, [matrix, rank, method]
-    if method == "gram" and keras.backend.backend() == "jax":
-        # One program for a shape, where each op would be one and be kept.
-        scores = backend.current().compiled(scores, static=(1, 2))
-    elif method == "krylov":
-        share = selection.size(rows, columns) / (rows * columns)
-        arguments += [selection.seed + place, share]
-    return scores(*arguments)
+    if selection.criterion == "principal" and method == "gram":
+        # On JAX one program for a shape, where each op would be one.
+        scores = compiled(_low_rank_scores, 1, 2)(matrix, rank, method)
+    elif selection.criterion == "principal":
+        share, seed = count / (rows * columns), selection.seed + place
+        scores = _low_rank_scores(matrix, rank, method, seed, share)
+    if allowed is not None:
+        scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
+    return _largest(scores, count)
 
 
 def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
@@ -280,58 +283,17 @@ def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
     return ops.abs(ops.matmul(left, right))
 
 
-def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
-    rows, columns = matrix.shape
-    count = selection.size(rows, columns)
-    if allowed is not None:
-        there = _count(allowed)
-        if there < count:
-            raise ValueError(
-                "There must be as many candidates as entries to select. "
-                f"Received: {there} candidates for {count} entries of a "
-                f"matrix of {rows} x {columns}. Select fewer."
-            )
-    if selection.criterion != "random":
-        scores = _scores(matrix, selection, place)
-        if allowed is not None:
-            scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
-        return _largest(scores, count)
-    candidates = None
-    if allowed is not None:
-        candidates = np.flatnonzero(ops.convert_to_numpy(allowed))
-    size = rows * columns if candidates is None else candidates.size
-    places = random_places(selection.seed, size, count, place)
-    mask = np.zeros((rows, columns), bool)
-    if candidates is not None:
-        places = candidates[places]
-    mask.reshape(-1)[places] = True
-    return ops.convert_to_tensor(mask)
-
-
 def _largest(scores: Any, count: Any) -> Any:
-    """Marks the `count` largest of a float32 matrix, ties in their order."""
+    """Mark the `count` largest of a float32 matrix, ties in their order."""
     # Of JAX, TensorFlow and torch alike.
     is_on_host = "cpu" in str(scores.device).lower()
     mask = None if is_on_host else _largest_on_device(scores, count)
     if mask is not None:
         return mask
     flat = ops.convert_to_numpy(scores).reshape(-1)
-    mask = _largest_on_host(flat, count).reshape(scores.shape)
-    return ops.convert_to_tensor(mask)
-
-
-def _largest_on_device(scores: Any, count: Any) -> Any:
-    """The same, or None where ties are left out."""
-    ranked = ops.sort(ops.reshape(scores, (-1,)))
-    mask = scores >= ranked[ranked.shape[0] - count]
-    return mask if _count(mask) == count else None
-
-
-def _largest_on_host(flat: Any, count: Any) -> Any:
     # Most entries are below what a sample says of their order.
     sample = flat[:: flat.size // 2**16 | 1]
-    share = 1.2 * count / flat.size
-    below = int(sample.size * (1 - share))
+    below = int(sample.size * (1 - 1.2 * count / flat.size))
     some = flat
     if below > 0:
         some = flat[flat >= np.partition(sample, below)[below]]
@@ -342,24 +304,23 @@ def _largest_on_host(flat: Any, count: Any) -> Any:
     surplus = np.count_nonzero(mask) - count
     if surplus:
         mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
-    return mask
+    return ops.convert_to_tensor(mask.reshape(scores.shape))
 
 
-def _count(mask: Any) -> Any:
-    return int(ops.convert_to_numpy(ops.sum(ops.cast(mask, "int32"))))
+def _largest_on_device(scores: Any, count: Any) -> Any:
+    """The same, or None where ties are left out."""
+    ranked = ops.sort(ops.reshape(scores, (-1,)))
+    mask = scores >= ranked[ranked.shape[0] - count]
+    marked = int(ops.sum(ops.cast(mask, "int32")))
+    return mask if marked == count else None
 
 
 def _as_float(x: Any) -> Any:
     """A tensor in float32; raises ValueError where it is not finite."""
     x = ops.stop_gradient(ops.cast(ops.convert_to_tensor(x), "float32"))
-    # A sum that is finite tells it in a sixth of the time.
-    if not (_is_finite(ops.sum(x)) or _is_finite(x)):
+    if not bool(ops.all(ops.isfinite(x))):
         raise ValueError(
             "`kernel` and `gradient` must be finite. Received: NaN or "
             f"infinity in a tensor of shape {tuple(x.shape)}"
         )
     return x
-
-
-def _is_finite(x: Any) -> Any:
-    return bool(ops.convert_to_numpy(ops.all(ops.isfinite(x))))

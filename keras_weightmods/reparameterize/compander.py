@@ -118,8 +118,8 @@ def attach_compander(
         function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
         out_of_range: What to do with a kernel that has weights beyond 0.99 of
             the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
-            kernel, `"clip"` the weights, which changes the model, or
-            `"error"`. The report counts them. Defaults to `"raise_a"`.
+            kernel, or `"clip"` the weights, which changes the model. The report
+            counts them. Defaults to `"raise_a"`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -128,8 +128,7 @@ def attach_compander(
         follow the training.
 
     Raises:
-        ValueError: If an argument is wrong, a weight is out of range with
-            `out_of_range="error"`, no target can be companded, one is
+        ValueError: If an argument is wrong, no target can be companded, one is
             reparameterized already, or the model's optimizer has been built.
             The model is unchanged then.
 
@@ -186,7 +185,7 @@ class Compander(Reparameterization):
         if b is None:
             b = 2 * self.a if learnable else self.a
         self.b = checks.check_float("b", b, above=_LEAST)
-        choices = ("clip", "raise_a", "error")
+        choices = ("clip", "raise_a")
         checks.check_choice("out_of_range", out_of_range, choices)
         self.function = function
         self.out_of_range = out_of_range
@@ -210,19 +209,9 @@ class Compander(Reparameterization):
         limit = self._limit(self.a, dtype)
         magnitudes = ops.abs(ops.cast(weight, "float32"))
         self.outside = int(ops.sum(ops.cast(magnitudes > limit, "int32")))
-        if self.outside:
-            largest = float(ops.max(magnitudes))
-            least_a = largest / self._limit(1.0, dtype)
-            if self.out_of_range == "error":
-                raise ValueError(
-                    f"With `a={self.a}`, `b={self.b}` and `function="
-                    f"{self.function!r}` weights must be at most {limit:.4g} "
-                    f"in magnitude. Received: {self.outside} larger ones, up "
-                    f"to {largest:.4g}. Take `a` of at least {least_a:.4g}, "
-                    'or `out_of_range="raise_a"` or "clip".'
-                )
-            if self.out_of_range == "raise_a":
-                self.a, self.raised = least_a, True
+        if self.outside and self.out_of_range == "raise_a":
+            self.a = float(ops.max(magnitudes)) / self._limit(1.0, dtype)
+            self.raised = True
         return self._inverse(weight)
 
     def create_parameters(self, add_weight: Any) -> None:

@@ -108,13 +108,12 @@ class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
         function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
             Defaults to `"arctan"`.
         out_of_range: What to do if the initializer draws weights beyond 0.99
-            of the range, which is a pi / 2 for `"arctan"`: `"clip"` them,
-            `"raise_a"`, or `"error"`. `layer.compander` counts them. Defaults
-            to `"clip"`.
+            of the range, which is a pi / 2 for `"arctan"`: `"clip"` them, or
+            `"raise_a"`. `layer.compander` counts them. Defaults to `"clip"`.
 
     Raises:
-        ValueError: If an argument is wrong; on build, if a weight is out of
-            range with `out_of_range="error"`, or the dtype is quantized.
+        ValueError: If an argument is wrong; on build, if the dtype is
+            quantized.
 
     Example:
 
