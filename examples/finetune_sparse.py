@@ -140,13 +140,15 @@ def under_a_fixed_mask(model, train, args):
     kwm.SemiStructuredSparse.detach(model)
 
 
-def lora(keep):
+def lora(pattern):
     def method(model, train, args):
         import keras_weightmods as kwm
 
         model.backbone.enable_lora(args.rank)
         fit(model, train, 5e-4)
-        kwm.merge_lora(model, pattern="2:4", keep=keep)
+        kwm.merge_lora(model, pattern)
+        if pattern is None:
+            kwm.sparsify(model, "2:4", verbose=0)
         # KerasHub has frozen all the rest.
         for layer in model.backbone.layers:
             layer.trainable = True
@@ -188,8 +190,8 @@ def fit(model, train, learning_rate, callbacks=()):
 METHODS = {
     "2:4, as it was": nothing,
     "all kept weights, fixed mask": under_a_fixed_mask,
-    "LoRA, merged under the mask": lora("mask"),
-    "LoRA, merged by magnitude": lora("magnitude"),
+    "LoRA, merged under the mask": lora("2:4"),
+    "LoRA, merged by magnitude": lora(None),
     "principal weights (LIFT)": principal_weights,
 }
 

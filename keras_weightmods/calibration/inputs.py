@@ -75,10 +75,8 @@ def input_norms(model, targets, batches):
     )
     # Past it the head takes as long as many layers, and makes logits for
     # nothing.
-    head = find_head(model) if keras_compat.graph_of(model) else None
-    if head is None or any(t.layer in head.layers for t in targets):
-        body = model
-    else:
+    head, body = find_head(model), model
+    if head and not any(t.layer in head.layers for t in targets):
         body = head.body
     with eager_forward():
         see_calls(model, targets, body, calls, see)

@@ -91,6 +91,21 @@ def check_stored(caller, targets):
         )
 
 
+def check_finite(variables, way_out="Load finite weights first."):
+    """Raise ValueError for weights with NaN or infinity.
+
+    Args:
+        variables: Iterable of variables.
+        way_out: String, what to do then.
+    """
+    bad = [v.path for v in variables if not ops.all(ops.isfinite(v.value))]
+    if bad:
+        raise ValueError(
+            "Weights must be finite to be pruned or rounded. Received: NaN or "
+            f"infinity in {len(bad)} of them, {bad[:5]}. {way_out}"
+        )
+
+
 class Walk:
     """Visits each target with the inputs that the model has for it by then.
 

@@ -107,7 +107,8 @@ def find_head(model: Any) -> Head | None:
     ```
     """
     outputs = getattr(model, "outputs", None) or []
-    if len(outputs) != 1:
+    # A class of the user may do more than run its graph.
+    if len(outputs) != 1 or keras_compat.graph_of(model) is None:
         return None
     (tensor,) = outputs
     while True:

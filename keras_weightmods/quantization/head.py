@@ -7,7 +7,6 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs
-from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import Head, find_head, reversible_embeddings
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets
@@ -23,21 +22,21 @@ _UNITS = 4096
 
 def find_table(
     model: Any, targets: Targets
-) -> tuple[Head, Target] | Skipped | None:
-    """Return the head of a language model with its table, or why it is left.
+) -> tuple[Head | None, list[Target], list[Skipped]]:
+    """Return the head of a language model, with its table or why it is left.
 
-    `None` for other models.
+    Other models have none of the three.
 
     Args:
         model: A built Keras model or layer.
         targets: `Targets` of it; a `Dense` head that is not among them is left
             as it is.
     """
-    head = find_head(model) if keras_compat.graph_of(model) else None
+    head = find_head(model)
     known = [*reversible_embeddings(model), *targets]
     found = [t for t in known if head and t.layer in head.layers]
-    if head is None or not found:
-        return None
+    if not found:
+        return None, [], []
     (target,) = found
     layer, item = target.layer, slots(target.layer).get(target.attribute)
     if item is not None:
@@ -47,8 +46,8 @@ def find_table(
     elif layer.lora_enabled:
         reason = "LoRA is enabled"
     else:
-        return head, target
-    return Skipped(target.path, reason)
+        return head, [target], []
+    return head, [], [Skipped(target.path, reason)]
 
 
 def round_table(

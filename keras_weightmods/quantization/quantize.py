@@ -17,6 +17,7 @@ from keras_weightmods.calibration.block_reconstruction import (
 from keras_weightmods.calibration.self_generated import self_generated
 from keras_weightmods.calibration.walk import (
     change_kernels,
+    check_finite,
     check_stored,
     restored_on_error,
 )
@@ -214,25 +215,19 @@ def quantize(
     fit = BlockReconstruction(epochs, learning_rate)
     quantizer = _Quantizer(Grid(bits, group_size), damping, fit)
     targets = resolve_targets(model, targets)
-    found: Any = find_table(model, targets) if head else None
-    skipped = (found,) if isinstance(found, Skipped) else ()
-    tables = found[1:] if isinstance(found, tuple) else ()
+    found: Any = find_table(model, targets) if head else (None, [], [])
+    found, tables, left = found
     # It is rounded or left by itself, whatever is found out elsewhere.
-    own = {each.path for each in (*skipped, *tables)}
+    own = {each.path for each in (*left, *tables)}
     kernels = [target for target in targets if target.path not in own]
-    skipped = *(s for s in targets.skipped if s.path not in own), *skipped
+    skipped = *(s for s in targets.skipped if s.path not in own), *left
     if not kernels and not tables:
         raise ValueError(
             "`quantize` found no kernel. Received: targets that are all "
             f"skipped, {skipped}"
         )
     check_stored("quantize", kernels)
-    for target in [*kernels, *tables]:
-        if not ops.all(ops.isfinite(target.variable.value)):
-            raise ValueError(
-                "Rounding needs finite weights. Received: NaN or infinity in "
-                f"{target.path!r}. Load finite weights first."
-            )
+    check_finite(target.variable for target in (*kernels, *tables))
     note = ""
     if refine and keras_compat.graph_of(model) is None:
         refine = None
@@ -240,13 +235,11 @@ def quantize(
             "Blocks were not trained: they are found in the graph of a "
             "functional model"
         )
-    if data is None and not hasattr(model, "generate"):
-        expected = (
-            "calibration data, some 100 rows; only a KerasHub `CausalLM` "
-            "writes text of its own"
-        )
-        raise checks.error("data", expected, None)
     if data is None:
+        if not hasattr(model, "generate"):
+            expected = "calibration data, some 100 rows; only a KerasHub "
+            expected += "`CausalLM` writes text of its own"
+            raise checks.error("data", expected, None)
         length = longest_input(model, _LENGTH)
         data = self_generated(model, _ROWS, length, verbose=verbose)
     batches = data_forms.calibration_batches(model, data, batch_size)
@@ -254,7 +247,7 @@ def quantize(
     with restored_on_error([table.variable for table in tables]):
         for table in tables:
             about = quantizer.grid_for(table), damping, verbose
-            errors = round_table(found[0], table, batches, *about)
+            errors = round_table(found, table, batches, *about)
             rows.append(
                 QuantizedKernel(table.key, table.path, table.shape, *errors)
             )

@@ -10,9 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import backend
+from keras_weightmods.calibration.walk import check_finite
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
-from keras_weightmods.sparsity import adam_s_build, adam_s_update, sparsify
+from keras_weightmods.sparsity import adam_s_build, adam_s_update
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import contraction_size
@@ -328,7 +329,7 @@ class AdamS(keras.optimizers.Optimizer):
                 "`AdamS.prune()` needs the mask of a training run. Received: "
                 "an optimizer that has taken no step. Call it after `fit`."
             )
-        sparsify.check_finite(
+        check_finite(
             self.sparsified,
             "The training diverged: load a checkpoint or the weights again, "
             "and train with a lower learning rate or `global_clipnorm`, and "
@@ -386,17 +387,14 @@ class AdamS(keras.optimizers.Optimizer):
         # schedule, the learning rate.
         unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
         if self.built and stored != own and len(stored) != unbuilt:
-            misfits = [
-                f"{v.path} of shape {shape}, received {stored.get(key)}"
-                for v, (key, shape) in zip(self.variables, own.items())
-                if stored.get(key) != shape
-            ]
+            rows = zip(self.variables, own.items())
+            misfits = [v.path for v, item in rows if item not in stored.items()]
             raise ValueError(
                 "The saved state does not fit this `AdamS`; nothing was "
                 "restored. Use the model, `targets`, `pattern`, `l1`, `decay` "
-                "and `criterion` that it was saved with. Expected "
-                f"{len(own)} arrays, received {len(stored)}; first misfits: "
-                f"{misfits[:5]}"
+                "and `criterion` that it was saved with. Received: "
+                f"{len(stored)} arrays for {len(own)}, of which these have "
+                f"none of their shape: {misfits[:5]}"
             )
         super().load_own_variables(store)
 

@@ -89,8 +89,7 @@ def warn_about_an_early_end(adam_s: AdamS) -> None:
     """Warn where the run is not over, and the prune cuts what matters."""
     taken = steps_taken(adam_s)
     planned = adam_s.total_steps
-    state = adam_s.sparsified_state
-    share, largest = kept_share((v, bits.value) for v, _, bits in state)
+    share, largest = kept_share(adam_s)
     # NaN, which the prune refuses, does not count.
     if not (0 < taken < planned and 1 - share >= _NO_CUT):
         return

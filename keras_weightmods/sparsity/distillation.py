@@ -338,9 +338,6 @@ def _is_plain_entropy(loss):
 
 def _splittable_head(model):
     """Return the head of a model that can be run apart from it, or None."""
-    # A class of the user may do more than run its graph.
-    if keras_compat.graph_of(model) is None:
-        return None
     head = find_head(model)
     if head is None or any(
         # Gradients in float16 vanish, as they are taken before the loss is

@@ -16,17 +16,15 @@ from keras_weightmods.utils import checks
 def merge_lora(
     model: keras.Model,
     pattern: nm.Pattern | None = None,
-    *,
-    keep: str = "mask",
 ) -> ChangeReport:
     """Add LoRA's product to the kernels, in place, and take LoRA off.
 
     What `enable_lora` began ends here: the layers are plain again, and their
     kernels trainable. Without a pattern the model computes what it did. With
-    one, every merged kernel ends exactly N:M, at the price of what the
-    product added in the wrong places: fine-tune with `SemiStructuredSparse.
-    attach(model, frozen=True)` instead where memory allows, which has no such
-    step at its end.
+    one, the zeros of every merged kernel stay zeros, at the price of what the
+    product added there: fine-tune with `SemiStructuredSparse.attach(model,
+    frozen=True)` instead where memory allows, which has no such step at its
+    end. To choose the places anew, merge without a pattern, then `sparsify`.
 
     The merge is in the kernel's own dtype, whatever the layer computes in. The
     model is left uncompiled if its optimizer has been built.
@@ -34,13 +32,9 @@ def merge_lora(
     Args:
         model: A built Keras model or layer. It is changed.
         pattern: String `"n:m"` or pair of ints, the pattern that the kernels
-            end in; `None` for no pattern. Kernels whose contraction size is
-            no multiple of m, and embeddings, are merged without. Defaults to
-            `None`.
-        keep: String, which weights stay under a pattern. `"mask"`: those that
-            the base has, which must be N:M; zeros stay zeros. `"magnitude"`:
-            the n largest of each group of the merged kernel, so that places
-            change. Defaults to `"mask"`.
+            have and end in; `None` for no pattern. Kernels whose contraction
+            size is no multiple of m, and embeddings, are merged without.
+            Defaults to `None`.
 
     Returns:
         A `ChangeReport` of the merged variables.
@@ -49,8 +43,7 @@ def merge_lora(
         ValueError: If LoRA is enabled on no such layer, on a quantized one
             (merge before `quantize`), or on a packed, scaled or companded
             one (`unpack` or `fold` first); if an argument is none of the above;
-            if a base kernel is not N:M under `keep="mask"`. The model is
-            unchanged then.
+            if a base kernel is not N:M. The model is unchanged then.
 
     Example:
 
@@ -74,7 +67,6 @@ def merge_lora(
         LoRA (arXiv 2106.09685), section 4.1: `W + alpha / rank * A B`.
     """
     checks.check_model(model)
-    checks.check_choice("keep", keep, ("mask", "magnitude"))
     n, m = (1, 1) if pattern is None else nm.parse_pattern(pattern)
     adapted = [
         (layer, *_adapter(layer))
@@ -94,16 +86,15 @@ def merge_lora(
     bad = [
         base.path
         for _, base, _ in adapted
-        if keep == "mask"
-        and id(base) in axes
+        if id(base) in axes
         and int(nm.nm_violations(base.value, (n, m), axes[id(base)]))
     ]
     if bad:
         raise ValueError(
-            "`merge_lora(keep='mask')` needs kernels that were exactly "
+            f"`merge_lora` with a pattern needs kernels that were exactly "
             f"{n}:{m} before LoRA. Received: {len(bad)} that are not, among "
-            f"them {', '.join(bad[:5])}. Pass keep='magnitude' to choose "
-            "anew, or pattern=None for a dense merge."
+            f"them {', '.join(bad[:5])}. Merge without a pattern, and call "
+            "`kwm.sparsify` to choose anew."
         )
     for layer, base, names in adapted:
         # Not `layer.kernel`, which is rounded to the compute dtype.
@@ -114,11 +105,9 @@ def merge_lora(
         share = layer.lora_alpha / layer.lora_rank
         value = ops.add(value, ops.multiply(share, ops.matmul(a, b)))
         value = ops.cast(value, base.dtype)
-        if id(base) in axes and keep == "mask":
+        if id(base) in axes:
             kept = ops.not_equal(base, 0)
             value = ops.where(kept, value, ops.zeros_like(value))
-        elif id(base) in axes:
-            value = nm.nm_project(value, (n, m), axes[id(base)])
         base.assign(value)
         for name in names:
             keras_compat.remove_variable(layer, getattr(layer, name), name)

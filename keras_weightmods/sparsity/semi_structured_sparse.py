@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_weightmods.calibration.walk import check_finite
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
@@ -203,7 +204,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             _other_constraint,
         )
         variables = [target.variable for target in found]
-        sparsify.check_finite(variables)
+        check_finite(variables)
         with Progress(len(found), "kernel", verbose) as progress:
             for target in found:
                 axes, variable = target.contraction_axes, target.variable

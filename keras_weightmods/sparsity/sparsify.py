@@ -1,7 +1,7 @@
 """One-shot N:M sparsity: magnitude, Wanda and SparseGPT."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -13,7 +13,11 @@ from keras_weightmods.calibration.block_reconstruction import (
     ReconstructedBlock,
     blocks_table,
 )
-from keras_weightmods.calibration.walk import change_kernels, check_stored
+from keras_weightmods.calibration.walk import (
+    change_kernels,
+    check_finite,
+    check_stored,
+)
 from keras_weightmods.core.data import calibration_batches
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops.nm import Pattern, parse_pattern
@@ -67,15 +71,11 @@ class SparsifyReport(Report):
     def tables(self) -> Iterator[Table]:
         errors = [r.error for r in self.kernels if r.error is not None]
         mean = f"; mean error {np.mean(errors):.1%}" if errors else ""
-        rows = []
-        for row in self.kernels:
-            note = row.note and f"{row.criterion}: {row.note}"
-            rows.append((row.path, row.shape, row.error, note))
         yield Table(
             f"{self.pattern} by {self.criterion}",
-            rows,
-            "kernel shape output_error:.1% note",
-            caption=f"{len(rows)} kernels{mean}",
+            self.kernels,
+            "kernel=path shape output_error=error:.1% criterion note",
+            caption=f"{len(self.kernels)} kernels{mean}",
         )
         if self.blocks:
             yield blocks_table(self.blocks)
@@ -304,24 +304,6 @@ def fitting_targets(
             f"skipped {fitting.skipped}"
         )
     return fitting
-
-
-def check_finite(
-    variables: Iterable[Any], way_out: str = "Load finite weights first."
-) -> None:
-    """Raise ValueError for kernels with NaN or infinity.
-
-    Args:
-        variables: Iterable of variables.
-        way_out: String, what to do then.
-    """
-    bad = [v.path for v in variables if not ops.all(ops.isfinite(v.value))]
-    if bad:
-        raise ValueError(
-            "Kernels must be finite to be made sparse: NaN has no magnitude. "
-            f"Received: NaN or infinity in {len(bad)} kernels, {bad[:5]}. "
-            f"{way_out}"
-        )
 
 
 def check_refine(argument: str, refine: Any) -> tuple[str, ...]:

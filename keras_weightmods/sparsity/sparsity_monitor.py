@@ -1,7 +1,6 @@
 """Shows how far the training is on its way to the pattern."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -11,9 +10,6 @@ from keras import ops
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
-from keras_weightmods.sparsity.semi_structured_sparse import (
-    SemiStructuredSparse,
-)
 from keras_weightmods.utils import checks
 
 
@@ -30,9 +26,7 @@ class SparsityMonitor(keras.callbacks.Callback):
     - `mask_flips`: share of the mask's entries that changed, for each mask
       set since the last look.
 
-    The masks are those that `AdamS` has set. With any other optimizer they
-    are the n largest magnitudes of each group, at the time of the look, of the
-    kernels that a `SemiStructuredSparse` constrains: one set by each update.
+    The masks are those that `AdamS` has set.
 
     Reading the weights synchronizes the model with the device, so they are
     read at the end of each epoch and, where asked, every `every` batches.
@@ -43,7 +37,7 @@ class SparsityMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `every` is no positive int; or when training starts, if
-            there is no mask or constraint to look at.
+            the model is compiled with another optimizer.
 
     Example:
 
@@ -70,14 +64,10 @@ class SparsityMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._last = None
-        adam_s = isinstance(self._optimizer(), AdamS)
-        if not adam_s and not self._constrained():
-            raise ValueError(
-                "`SparsityMonitor` needs masks to look at: those of an `AdamS` "
-                "optimizer, or kernels that a `SemiStructuredSparse` "
-                "constrains. Received: a model without such kernels, compiled "
-                f"with {self._optimizer()!r}"
-            )
+        optimizer = inner_optimizer(self.model.optimizer)
+        if not isinstance(optimizer, AdamS):
+            expected = "`AdamS`, whose masks `SparsityMonitor` looks at"
+            raise checks.error("optimizer", expected, optimizer)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.every and (batch + 1) % self.every == 0 and logs is not None:
@@ -89,26 +79,14 @@ class SparsityMonitor(keras.callbacks.Callback):
 
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
-        optimizer = self._optimizer()
-        masks_set = int(ops.convert_to_numpy(optimizer.iterations))
-        if isinstance(optimizer, AdamS):
-            state = optimizer.sparsified_state
-            masked = [(v, bits.value) for v, _, bits in state]
-            masks_set = -(-masks_set // optimizer.mask_every)
-        else:
-            found = [(v, v.constraint) for v in self._constrained()]
-            masked = [
-                (
-                    v,
-                    nm.pack_bits(
-                        nm.nm_mask(v.value, c.pattern, c.axes_of(v.shape))
-                    ),
-                )
-                for v, c in found
-            ]
-        share, largest = kept_share(masked)
-        bits = np.concatenate([ops.convert_to_numpy(b) for _, b in masked])
-        size = sum(math.prod(v.shape) for v, _ in masked)
+        # On JAX the property brings the model up to date.
+        optimizer = inner_optimizer(self.model.optimizer)
+        share, largest = kept_share(optimizer)
+        masks = [bits for _, _, bits in optimizer.sparsified_state]
+        bits = np.concatenate(list(map(ops.convert_to_numpy, masks)))
+        steps = int(ops.convert_to_numpy(optimizer.iterations))
+        masks_set = -(-steps // optimizer.mask_every)
+        size = sum(math.prod(v.shape) for v in optimizer.sparsified)
         flips = 0.0
         if self._last is not None:
             last_bits, last_set = self._last
@@ -121,31 +99,15 @@ class SparsityMonitor(keras.callbacks.Callback):
             "mask_flips": flips,
         }
 
-    def _constrained(self) -> list[Any]:
-        return [
-            variable
-            for variable in self.model.trainable_variables
-            if isinstance(variable.constraint, SemiStructuredSparse)
-        ]
 
-    def _optimizer(self) -> Any:
-        # On JAX the property brings the model up to date.
-        return inner_optimizer(self.model.optimizer)
+def kept_share(adam_s: AdamS) -> tuple[float, float]:
+    """Return the share of the sum of |w| within the masks, 1 of a sum of 0.
 
-
-def kept_share(masked: Iterable[tuple[Any, Any]]) -> tuple[float, float]:
-    """Return what masks keep, and the largest weight that they do not.
-
-    Args:
-        masked: Pairs of a variable and its mask, in bits.
-
-    Returns:
-        The share of the sum of all |w| that is within the masks, 1 where there
-        is none, and the largest |w| outside of them.
+    And the largest |w| outside of them.
     """
     total = out = largest = 0.0
-    for variable, bits in masked:
-        mask = nm.unpack_bits(bits, variable.shape)
+    for variable, _, bits in adam_s.sparsified_state:
+        mask = nm.unpack_bits(bits.value, variable.shape)
         magnitude = ops.abs(ops.cast(variable.value, "float32"))
         outside = ops.where(mask, 0.0, magnitude)
         total += float(ops.convert_to_numpy(ops.sum(magnitude)))
