@@ -23,7 +23,7 @@ from keras_weightmods.packing.packed_parameters import (
     PackedParameters,
     reason_to_skip,
 )
-from keras_weightmods.packing.report import ROWS, PackedWeight, PackReport
+from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.matrix import to_stack
@@ -195,7 +195,7 @@ def pack(
             native.warn_dense(why_dense)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
     _warn(items)
-    return _report(model, items, skipped, before, ROWS)
+    return _report(model, items, skipped, before)
 
 
 def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
@@ -364,10 +364,7 @@ def _warn(items: Any) -> None:
         )
 
 
-def _report(
-    model: Any, items: Any, skipped: Any, before: int, sizes: Any = ()
-) -> PackReport:
-    """Return the report, with the products on a GPU for `sizes` of rows."""
+def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
     weights = tuple(
         PackedWeight(
             item.target.path,
@@ -378,7 +375,6 @@ def _report(
             item.activations,
             item.rounding_error,
             item.pattern,
-            tuple((rows, item.why(rows)) for rows in sizes if item.plan),
         )
         for item in items
     )

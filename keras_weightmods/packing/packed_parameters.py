@@ -274,12 +274,6 @@ class PackedParameters(Reparameterization):
         ]
         return ops.stack(parts, axis=-2)
 
-    def why(self, rows):
-        """Return the product taken for a number of rows on a GPU, and why."""
-        if self.is_held and self.plan.is_sparse:
-            return "dense: the weight is held dense"
-        return self.plan.why(rows)
-
     def effective(self, stored):
         if self.is_held:
             return ops.convert_to_tensor(self.companions["unpacked"])

@@ -1,16 +1,11 @@
 """What `pack` and `unpack` did."""
 
-import collections
 import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from keras_weightmods.utils import report
-
-# Of inputs, for which a report names the products on a GPU: a token of one
-# text, and many.
-ROWS = 1, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +25,6 @@ class PackedWeight:
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
         pattern: String, `"2:4"`, or None where all weights are held.
-        products: On a GPU, pairs of a number of rows of inputs and a string:
-            the product that is taken for them, and why. Empty on a CPU.
     """
 
     path: str
@@ -42,7 +35,6 @@ class PackedWeight:
     activations: str = "float32"
     rounding_error: float | None = None
     pattern: str | None = None
-    products: tuple[tuple[int, str], ...] = ()
 
     @property
     def bits(self) -> float:
@@ -104,20 +96,6 @@ class PackReport(report.Report):
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
             f"before, {report.size_text(self.model_bytes)} now",
         )
-        # Kernels of one shape and type have one plan.
-        products = collections.Counter(
-            (report.shape_text(weight.shape), weight.dtype, *product)
-            for weight in self.weights
-            for product in weight.products
-        )
-        lines = [
-            f"{count} of {shape} in {dtype}, {size} rows: {why}"
-            for (shape, dtype, size, why), count in products.items()
-        ]
-        if lines:
-            yield report.Table(
-                "Products on this GPU", caption=";\n".join(lines)
-            )
 
 
 def _sizes(dense: int, packed: int) -> tuple[str, str, str]:

@@ -13,7 +13,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 import keras_weightmods as kwm
 from keras_weightmods import backend as backends
 from keras_weightmods import find_targets, native, pack, unpack
-from keras_weightmods.native.gpu.trial import Plan, Tried
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models, references
@@ -166,26 +165,6 @@ def test_the_dense_kernel_is_gone():
     assert totals["packed_bytes"] == totals["model_bytes"] - 4 * (24 + 4)
     unpack(model)
     assert numpy(targets[0].variable).shape == (16, 24)
-
-
-@one_backend
-@needs_native
-def test_the_report_names_the_products_on_a_gpu(monkeypatch):
-    name = "keras_weightmods.packing.packed_parameters"
-    module = importlib.import_module(name)
-    plan = Plan((Tried(16, 5.0, 9.0), Tried(256, 40.0, 20.0)))
-    monkeypatch.setattr(module, "gpu_plan", lambda *args: plan)
-    model = make_sparse(mlp(16, 24, 24, 24, 4))
-    model.layers[1].kernel.assign(normal(24, 24))
-    report = pack(model, "int8")
-    first, held, *_ = (weight.products for weight in report.weights)
-    assert first == ((1, plan.why(1)), (1024, plan.why(1024)))
-    reason = "dense: the weight is held dense"
-    assert held == ((1, reason), (1024, reason))
-    text = " ".join(str(report).split())
-    assert f"1 of 16x24 in int8, 1024 rows: {plan.why(1024)}" in text
-    assert f"1 of 24x24 in int8, 1 rows: {reason}" in text
-    assert not unpack(model).weights[0].products
 
 
 @one_backend

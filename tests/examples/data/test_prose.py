@@ -64,26 +64,6 @@ def test_user_file_is_split_in_ten(tmp_path):
     assert 0.05 < len("".join(held_out)) / len(joined) < 0.15
 
 
-def test_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match="split='test'"):
-        prose.load_prose("test")
-    with pytest.raises(ValueError, match="name a text file"):
-        prose.load_prose(path=tmp_path / "none.txt")
-    file = tmp_path / "short.txt"
-    for text in ("", "One paragraph only.", "a\n\nb"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match="Expected a text"):
-            prose.load_prose(path=file)
-    for sections, arguments, match in (
-        (["word " * 20], {"length": 10, "limit": 3}, "hold 2"),
-        ([], {"length": 10}, "hold 0"),
-        (["word"], {"length": 0}, "`length`"),
-        (["word"], {"length": 1, "limit": 0}, "`limit`"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            prose.token_blocks(sections, WordTokenizer(), **arguments)
-
-
 def test_token_blocks():
     sections = [("w" * (i + 1) + " ") * 25 for i in range(8)]
     blocks = prose.token_blocks(sections, WordTokenizer(), length=10)
