@@ -35,7 +35,7 @@ Results go to the standard output, progress and errors to the other one.
 exit codes: 0 done, 1 an error in the files or values given, 2 wrong usage,
 130 interrupted
 """
-_GROUPS = {"patch": "Extract, apply and remove what a training changed."}
+_PATCH = "Extract, apply and remove what a training changed."
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
@@ -120,10 +120,11 @@ def _parser():
     parser = argparse.ArgumentParser("keras-weightmods", **_help(_DESCRIPTION))
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    groups = {"": commands}
-    for name, about in _GROUPS.items():
-        group = commands.add_parser(name, help=about, description=about)
-        groups[name] = group.add_subparsers(required=True, metavar="COMMAND")
+    patch = commands.add_parser("patch", help=_PATCH, description=_PATCH)
+    groups = {
+        "": commands,
+        "patch": patch.add_subparsers(required=True, metavar="COMMAND"),
+    }
     common: dict[str, dict[str, Any]] = {
         "--json": {**SET, "help": "print the result as JSON"},
         "--backend": {

@@ -1,6 +1,7 @@
 """The order in which the layers of a model run."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
             for layer in layers:
                 # A model keeps its class.
                 if not isinstance(layer, keras.Model):
-                    stack.enter_context(_noted(layer, order))
+                    note = functools.partial(_noted, order, layer)
+                    stack.enter_context(called_by(layer, note))
             # An operation whose `call` is the model leaves no trace in it.
             run: Any = keras.Operation("run")
             run.call = model
@@ -46,12 +48,11 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     return {}
 
 
-def _noted(layer: Any, order: dict[int, int]) -> Any:
-    def call(plain: Any, *args: Any, **kwargs: Any) -> Any:
-        order.setdefault(id(layer), len(order))
-        return plain(*args, **kwargs)
-
-    return called_by(layer, call)
+def _noted(
+    order: Any, layer: Any, plain: Any, *args: Any, **kwargs: Any
+) -> Any:
+    order.setdefault(id(layer), len(order))
+    return plain(*args, **kwargs)
 
 
 def _symbolic_inputs(model: Any, size: int) -> Any:

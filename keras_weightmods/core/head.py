@@ -66,17 +66,14 @@ def reversible_embeddings(model: Any) -> list[Target]:
     It is the table where that is tied, contracted by the head, which is a
     product with its transpose; otherwise the kernel of the head.
     """
-    keys = weight_keys(model)
-    found = [
-        (layer, "embeddings" if layer.tie_weights else "reverse_embeddings")
-        for layer in keras_compat.layers_of(model)
-        if isinstance(layer, keras.layers.ReversibleEmbedding)
-    ]
-    return [
-        target_of(layer, name, keys=keys)
-        for layer, name in found
-        if keras_compat.stored_variable(layer, name) is not None
-    ]
+    keys, found = weight_keys(model), []
+    for layer in keras_compat.layers_of(model):
+        if isinstance(layer, keras.layers.ReversibleEmbedding):
+            tied = layer.tie_weights
+            name = "embeddings" if tied else "reverse_embeddings"
+            if keras_compat.stored_variable(layer, name) is not None:
+                found.append(target_of(layer, name, keys=keys))
+    return found
 
 
 def find_head(model: Any) -> Head | None:

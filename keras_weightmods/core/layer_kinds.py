@@ -382,14 +382,6 @@ _HUB_KINDS: dict[str, LayerKind] = {
         layer_calls.routed_by_weights,
         *("gate_proj", "up_proj", "down_proj"),
     ),
-    # (channels, taps)
-    "Qwen3_5GatedDeltaNet": LayerKind(
-        {
-            "conv1d_weight": dataclasses.replace(
-                _DEPTHWISE, contraction_axes=(1,)
-            )
-        }
-    ),
     # The first layer has no v1 and v2.
     "RWKV7TimeMix": LayerKind(
         {

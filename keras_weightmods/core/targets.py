@@ -257,7 +257,6 @@ def target_of(
     *,
     keys: dict[int, str] | None = None,
     depth: int = 0,
-    rank: int | None = None,
 ) -> Target:
     """Return the `Target` of one weight, also one that is none by default.
 
@@ -271,8 +270,6 @@ def target_of(
         keys: `weight_keys(model)` of the model that holds the layer; `None`
             for a layer by itself.
         depth: Int, `Target.depth`, where it is known. Defaults to `0`.
-        rank: Int, the number of axes of the kernel; `None` for that of the
-            variable, which stores some quantized kernels in another shape.
 
     Raises:
         ValueError: If nothing is known of the axes, or there is no such
@@ -297,8 +294,7 @@ def target_of(
             "the name of a `keras.Variable` that `register_layer_kind` knows"
         )
         raise error("attribute", f"{expected} in {layer.name!r}", attribute)
-    rank = rank or len(variable.shape)
-    axes = layer_kinds.axes_of(layer, attribute, rank)
+    axes = layer_kinds.axes_of(layer, attribute, len(variable.shape))
     key = (keys or weight_keys(layer))[id(variable)]
     return Target(layer, variable, attribute, **axes, depth=depth, key=key)
 

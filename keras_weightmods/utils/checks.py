@@ -78,9 +78,7 @@ def check_string(name: str, value: Any, optional: bool = False) -> Any:
 
 def check_verbose(value: Any) -> Any:
     """Return 0 or 1, or a bool; raise ValueError for anything else."""
-    if isinstance(value, bool):
-        return value
-    return check_choice("verbose", value, (0, 1))
+    return check_choice("verbose", value, (0, 1, False, True))
 
 
 def check_path(name: str, value: Any) -> str:

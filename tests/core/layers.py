@@ -61,8 +61,8 @@ class Block(keras.layers.Layer):
 class Experts(keras.layers.Layer):
     def build(self, input_shape):
         width = input_shape[-1]
-        self.gate = self.add_weight(shape=(2, width, 3), name="gate")
-        self.bank = self.add_weight(shape=(2, 3, width), name="bank")
+        self.gate = self.add_weight(shape=(2, width, 4), name="gate")
+        self.bank = self.add_weight(shape=(2, 4, width), name="bank")
         self.bank_bias = self.add_weight(shape=(2, width), name="bank_bias")
 
     def call(self, x):

@@ -121,22 +121,6 @@ def test_axes_of_other_layers(layer, shape, kernels):
     ]
 
 
-@pytest.mark.one_backend
-def test_axes_of_a_stack_of_experts():
-    gate = kernel_axes(1, output_axes=(-1,), stack_axes=(0,))["kernel"]
-    bank = {
-        "contraction_axes": lambda layer: (len(layer.bank.shape) - 2,),
-        "stack_axes": lambda layer: [0],
-    }
-    register_layer_kind(Experts, {"gate": gate, "bank": bank})
-    targets = find_targets(layer := built(Experts(), 4))
-    assert [t.variable for t in targets] == [layer.gate, layer.bank]
-    for t in targets:
-        axes = t.contraction_axes, t.output_axes, t.stack_axes
-        assert axes == ((1,), (2,), (0,))
-    assert targets.skipped == ()
-
-
 def kernel_axes(*axes, **others):
     return {"kernel": {"contraction_axes": axes, **others}}
 
@@ -206,12 +190,23 @@ def call_mixer(layer, multiply, x):
 
 @pytest.fixture
 def mixer():
-    axes = {"contraction_axes": (1,)}
-    register_layer_kind(
-        Mixer, {"mix": axes, "up": {**axes, "stack_axes": (0,)}}, call_mixer
-    )
+    up = {
+        "contraction_axes": lambda layer: (len(layer.up.shape) - 2,),
+        "stack_axes": lambda layer: [0],
+        "output_axes": (-1,),
+    }
+    mix = {"contraction_axes": (1,)}
+    register_layer_kind(Mixer, {"mix": mix, "up": up}, call_mixer)
     keras.utils.set_random_seed(0)
-    return sequential((5, 16), Mixer(), keras.layers.Dense(4))
+    model = sequential((5, 16), Mixer(), keras.layers.Dense(4))
+    targets = find_targets(model)
+    assert [(t.stack_axes, t.contraction_axes) for t in targets] == [
+        ((), (1,)),
+        ((0,), (1,)),
+        ((), (0,)),
+    ]
+    assert targets.skipped == ()
+    return model
 
 
 @pytest.mark.one_backend

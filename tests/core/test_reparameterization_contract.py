@@ -13,6 +13,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core import seam
 from tests import models
 from tests.backends import breadth
+from tests.core.layers import Experts
 from tests.models import make_sparse, normal, numpy, sequential
 
 HAS_HUB = importlib.util.find_spec("keras_hub") is not None
@@ -58,20 +59,12 @@ EVERYWHERE = [
 
 
 @keras.saving.register_keras_serializable("tests.contract")
-class Experts(keras.layers.Layer):
+class KnownExperts(Experts):
     """Kernels in plain attributes, with a leading axis of experts."""
-
-    def build(self, input_shape):
-        self.up = self.add_weight(shape=(2, input_shape[-1], 4), name="up")
-        self.down = self.add_weight(shape=(2, 4, 8), name="down")
-
-    def call(self, x):
-        x = ops.einsum("bi,eio->beo", x, self.up)
-        return ops.einsum("beo,eod->bd", x, self.down)
 
 
 AXES = {"contraction_axes": (1,), "stack_axes": (0,)}
-kwm.register_layer_kind(Experts, {"up": AXES, "down": AXES})
+kwm.register_layer_kind(KnownExperts, {"gate": AXES, "bank": AXES})
 
 
 def dense(**kwargs):
@@ -98,7 +91,7 @@ LAYERS = {
     "conv2d": ((5, 5, 4), lambda: [keras.layers.Conv2D(3, 3, padding="same")]),
     "separable": ((5, 5, 8), lambda: [keras.layers.SeparableConv2D(3, 3)]),
     "depthwise": ((5, 5, 3), lambda: [keras.layers.DepthwiseConv2D(3)]),
-    "experts": ((8,), lambda: [Experts()]),
+    "experts": ((8,), lambda: [KnownExperts()]),
 }
 
 

@@ -10,24 +10,16 @@ from keras_weightmods.core.weight_keys import (
 pytestmark = pytest.mark.one_backend
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        ("dense/kernel", "dense/kernel", True),
-        ("dense_7/kernel", "dense/kernel", True),
-        ("model_1/dense_7/kernel", "dense_2/kernel", True),
-        ("dense_7/kernel", "dense_7/bias", False),
-        ("my_dense/kernel", "dense/kernel", False),
-        ("kernel_1", "kernel_2", True),
-        ("lora_a2/kernel", "lora_a/kernel", False),
-    ],
-)
-def test_same_path(a, b, same):
-    assert same_path(a, b) is same_path(b, a) is same
-
-
-def variable(path, shape=(2, 3)):
-    return types.SimpleNamespace(path=path, shape=shape)
+VARIABLES = [
+    types.SimpleNamespace(path=path, shape=shape)
+    for path, shape in (
+        ("dense/kernel", (3, 2)),
+        ("dense/kernel", (2, 3)),
+        ("net/dense/kernel", (2, 3)),
+        ("dense_1/kernel", (2, 3)),
+        ("lora_a2/kernel", (2, 3)),
+    )
+]
 
 
 @pytest.mark.parametrize(
@@ -38,14 +30,15 @@ def variable(path, shape=(2, 3)):
         ("net/dense/kernel", [2]),
         ("other/dense/kernel", [1]),
         ("dense_9/kernel", [1, 2, 3]),
+        ("model_1/dense_7/kernel", [1, 3]),
+        ("kernel_2", [1, 2, 3, 4]),
+        ("my_dense/kernel", []),
+        ("lora_a/kernel", []),
+        ("dense_1/bias", []),
         ("conv/kernel", []),
     ],
 )
-def test_matching_places(path, places):
-    variables = [
-        variable("dense/kernel", (3, 2)),
-        variable("dense/kernel"),
-        variable("net/dense/kernel"),
-        variable("dense_1/kernel"),
-    ]
-    assert matching_places(path, [2, 3], variables) == places
+def test_the_same_weight_of_another_model(path, places):
+    assert matching_places(path, [2, 3], VARIABLES) == places
+    for place in places:
+        assert same_path(VARIABLES[place].path, path)

@@ -59,7 +59,7 @@ def test_others():
         (checks.check_bool, ("b", 1), "`b` must be a bool"),
         (checks.check_choice, ("c", 1, (True, 2)), "one of True, 2. "),
         (checks.check_choice, ("c", np.ones(2), ("a",)), "one of 'a'"),
-        (checks.check_verbose, (2,), "`verbose` must be one of 0, 1. "),
+        (checks.check_verbose, (2,), "`verbose` must be one of 0, 1, "),
         (checks.check_string, ("s", ""), "a non-empty string. "),
         (checks.check_string, ("s", 1, True), "string or None. "),
         (checks.check_model, ([1],), r"a Keras model or layer.*=\[1\]"),
