@@ -32,6 +32,9 @@ class Steps:
         rounds_inputs: Bool, as of `difference`.
     """
 
+    # What a shape that cannot be compiled raises.
+    errors: tuple[type[Exception], ...] = (TypeError, ValueError)
+
     def __init__(self, model, rounds_inputs):
         self.model = model
         self.rounds_inputs = rounds_inputs

@@ -21,16 +21,15 @@ class GenerateReport(Report):
     Attributes:
         model: String, the name of the model.
         backend: String.
-        reason: String, what is done.
     """
 
     model: str
     backend: str
-    reason: str
 
     def tables(self) -> list[Table]:
-        title = f"generate of {self.model!r} on {self.backend} is compiled"
-        return [Table(title, caption=self.reason)]
+        return [
+            Table(f"generate of {self.model!r} on {self.backend} is compiled")
+        ]
 
 
 def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
@@ -117,8 +116,7 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     sampler_base = _hub().samplers.Sampler
     function = GenerateFunction(model, sampler_base, verbose)
     keras_compat.attributes(model)[_HOOK] = function
-    backend = keras.backend.backend()
-    return GenerateReport(model.name, backend, _DONE[backend])
+    return GenerateReport(model.name, keras.backend.backend())
 
 
 def uncompile_generate(model: keras.Model) -> None:
@@ -144,15 +142,6 @@ def uncompile_generate(model: keras.Model) -> None:
     """
     _check_causal_lm(model)
     keras_compat.attributes(model).pop(_HOOK, None)
-
-
-_DONE = {
-    "torch": "Steps are recorded at their first use, and replayed without "
-    "Keras.",
-    "tensorflow": "All of it is compiled by XLA at its first use.",
-    "jax": "The cache is kept in parts, and prompts are read as long as they "
-    "are.",
-}
 
 
 def _check_causal_lm(model: keras.Model) -> None:

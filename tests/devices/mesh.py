@@ -29,7 +29,7 @@ from keras_weightmods.ops import (
     unpack_kernel,
 )
 from tests import references
-from tests.models import normal, sequential
+from tests.models import causal_lm, normal, sequential
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
 
@@ -86,15 +86,13 @@ def products(_):
         for axes in ((None, "model"), ("model", "batch")):
             layout = keras.distribution.TensorLayout(axes, own.device_mesh)
             for packed in kinds:
-                product(packed, split_as(packed, layout), axes)
+                product(packed, split_as(packed, layout))
     print("products: equal, nothing gathered")
 
 
 def split_as(packed, layout):
-    sides = "rows", "columns"
-    split, left = layouts.split_of(
-        layout, (0,), packed.shape, packed.dtype, sides
-    )
+    about = packed.shape, packed.dtype, ("rows", "columns")
+    split, left = layouts.split_of(layout, (0,), *about)
     assert not left
     specs = packed_arrays(packed.shape, packed.dtype, packed.is_dense)
     arrays = {
@@ -104,7 +102,7 @@ def split_as(packed, layout):
     return layouts.SplitPacked(**{**vars(packed), **arrays}, split=split)
 
 
-def product(packed, split, axes):
+def product(packed, split):
     w = unpack_kernel(packed).astype("float64")
     x = normal(2, 3, len(w))
     used = x.astype("float64")
@@ -273,7 +271,7 @@ def language_model(dumps):
         }
     )
     of_hub = ModelParallel(
-        layout_map=keras_hub.models.Llama3Backbone.get_layout_map(
+        layout_map=keras_hub.models.LlamaBackbone.get_layout_map(
             by_model.device_mesh
         ),
         batch_dim_name="batch",
@@ -310,19 +308,9 @@ def language_model(dumps):
 
 
 def packed_llama(options):
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=512,
-        num_layers=1,
-        num_query_heads=8,
-        num_key_value_heads=4,
-        hidden_dim=256,
-        intermediate_dim=512,
-        tie_word_embeddings=True,
-    )
-    model = keras_hub.models.Llama3CausalLM(backbone)
+    sizes = {"vocabulary_size": 512, "hidden_dim": 256, "intermediate_dim": 512}
+    sizes |= {"num_query_heads": 8, "num_key_value_heads": 4}
+    model = causal_lm("llama", tie_word_embeddings=True, **sizes)
     kwm.sparsify(model, "2:4", criterion="magnitude", verbose=0)
     kwm.pack(model, **options)
     return model

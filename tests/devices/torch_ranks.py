@@ -6,7 +6,8 @@ Starts the second process itself. Each rank has half of each batch; its weights
 must be those of one process with the whole.
 """
 
-import socket
+import os
+import tempfile
 
 import keras
 import numpy as np
@@ -16,24 +17,19 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import keras_weightmods as kwm
-from tests.models import mlp, normal
+from tests.models import mlp, normal, weights_of
 
 X, Y = normal(16, 8), normal(16, 4, seed=1)
 STEPS, RANKS = 4, 2
 
 
 def main():
-    mp.spawn(run, (free_port(),), nprocs=RANKS)
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"file://{os.path.join(folder, 'ranks')}"
+        mp.spawn(run, (address,), nprocs=RANKS)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
-def run(rank, port):
-    address = f"tcp://localhost:{port}"
+def run(rank, address):
     dist.init_process_group("gloo", address, rank=rank, world_size=RANKS)
     for prepare in (adam_s, lift, lora):
         alone = trained(prepare(), slice(None), lambda model: model)
@@ -45,10 +41,8 @@ def run(rank, port):
 
 def adam_s():
     model = mlp(8, 16, 4)
-    model.compile(
-        kwm.AdamS(0.01, total_steps=STEPS, decay="relative", targets=model),
-        "mse",
-    )
+    options = {"total_steps": STEPS, "decay": "relative", "targets": model}
+    model.compile(kwm.AdamS(0.01, **options), "mse")
     return model
 
 
@@ -80,7 +74,7 @@ def trained(model, rows, wrap):
         torch.mean((module(x) - y) ** 2).backward()
         variables = model.trainable_variables
         optimizer.apply([v.value.grad for v in variables], variables)
-    return [keras.ops.convert_to_numpy(w) for w in model.weights]
+    return weights_of(model)
 
 
 def check(name, found, expected):

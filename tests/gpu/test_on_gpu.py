@@ -8,24 +8,15 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods import backend
 from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
 from tests.gpu.kernels import error, prepared, sparse_kernel
 from tests.models import make_sparse, mlp, normal, numpy
 
 BACKEND = keras.backend.backend()
-if BACKEND == "jax":
-    import jax
-
-    from keras_weightmods.backend.jax import sparse_matmul_gpu as products
-elif BACKEND == "torch":
-    import torch
-
-    from keras_weightmods.backend.torch import sparse_matmul_gpu as products
-else:
-    pytest.skip("JAX and torch alone", allow_module_level=True)
-
-if not products.has_gpu():
-    pytest.skip(f"{BACKEND} finds no NVIDIA GPU", allow_module_level=True)
+products = backend.current().gpu_products()
+if products is None or not products.has_gpu():
+    pytest.skip(f"{BACKEND} uses no NVIDIA GPU", allow_module_level=True)
 
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5, "float16": 2e-3}
 # float16 has ended the process on some cards: `make gpu` runs it last.
@@ -77,14 +68,9 @@ def test_trial_of_this_card(x_dtype):
 def test_public_product_and_its_gradient(value_dtype):
     packed, kernel = make(256, 96, value_dtype)
     x, dy = normal(2, 3, 256, seed=1), normal(2, 3, 96, seed=2)
-    if BACKEND == "jax":
-        y, pull = jax.vjp(lambda x: kwm.ops.sparse_matmul(x, packed), x)
-        (dx,) = pull(dy)
-    else:
-        tensor = ops.convert_to_tensor(x).requires_grad_()
-        y = kwm.ops.sparse_matmul(tensor, packed)
-        (dx,) = torch.autograd.grad(y, tensor, ops.convert_to_tensor(dy))
-        y = y.detach()
+    vjp, product = backend.current().vjp, kwm.ops.sparse_matmul
+    y, pull = vjp(lambda x: product(x, packed), ops.convert_to_tensor(x))
+    (dx,) = pull(ops.convert_to_tensor(dy))
     assert error(y, x @ kernel.astype("float64")) <= TOLERANCE["float32"]
     assert error(dx, dy @ kernel.T.astype("float64")) <= TOLERANCE["float32"]
 

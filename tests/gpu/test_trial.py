@@ -45,16 +45,13 @@ def test_the_faster_product_by_rows(run):
         "dense product 128.0 us"
     )
     assert Tried(1, 2.0, 2.0).method == "dense"
-
-
-def test_one_companion_where_one_product_is_always_faster(run):
-    assert run(np.matmul, {1: 2, 16: 2, 64: 2}).companions == ("cusparselt",)
+    # One companion where one product is always faster.
     plan = run(np.matmul, {1: 0.5, 16: 0.5, 64: 0.5})
     assert plan.companions == ("dense",)
     assert not plan.is_sparse
     # Rounding to 16 bits is no failure.
-    rounded = run(lambda x, w: x @ w * (1 + 2**-8), {1: 2, 16: 2, 64: 2})
-    assert rounded.is_sparse
+    plan = run(lambda x, w: x @ w * (1 + 2**-8), {1: 2, 16: 2, 64: 2})
+    assert plan.companions == ("cusparselt",)
 
 
 def raises(x, kernel):
@@ -64,10 +61,7 @@ def raises(x, kernel):
 @pytest.mark.parametrize(
     ("sparse", "reason"),
     [
-        (
-            lambda x, kernel: x @ kernel + 0.6,
-            "ArithmeticError: a result is off",
-        ),
+        (lambda x, kernel: x @ kernel + 0.6, "Error: a result is off"),
         (lambda x, kernel: x @ kernel * np.nan, "off by nan"),
         (lambda x, kernel: (x @ kernel)[:, :1] + 9, "off by"),
         (raises, "RuntimeError: an error of cuSPARSELt"),

@@ -224,30 +224,24 @@ def test_wrong_arguments():
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("dtype", "name", "change"),
     [
-        ("values", lambda a: a[:, :16]),
-        ("values", lambda a: a.astype("float64")),
-        ("meta", lambda a: a.reshape(-1)),
-        ("meta", lambda a: a.view(np.uint32)),
-        ("meta", lambda a: None),
-        ("scale", lambda a: np.ones((2, 16), "float32")),
+        ("float32", "values", lambda a: a[:, :16]),
+        ("float32", "values", lambda a: a.astype("float64")),
+        ("float32", "meta", lambda a: a.reshape(-1)),
+        ("float32", "meta", lambda a: a.view(np.uint32)),
+        ("float32", "scale", lambda a: np.ones((2, 16), "float32")),
+        *(
+            (dtype, name, lambda a: None)
+            for dtype in ("int8", "int4")
+            for name in ("meta", "scale")
+        ),
     ],
 )
-def test_arrays_that_do_not_fit(name, change):
-    packed = pack_kernel(kernel_of(36, 20))
+def test_arrays_that_do_not_fit(dtype, name, change):
+    packed = pack_kernel(kernel_of(36, 20), dtype)
     with pytest.raises(ValueError, match=f"`{name}`.*Received"):
         dataclasses.replace(packed, **{name: change(getattr(packed, name))})
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_integers_need_their_scale(dtype):
-    packed = pack_kernel(kernel_of(36, 20), dtype)
-    with pytest.raises(ValueError, match="`scale` of a packed"):
-        dataclasses.replace(packed, scale=None)
-    with pytest.raises(ValueError, match=r"`meta` can be None.*float32"):
-        dataclasses.replace(packed, meta=None)
 
 
 @breadth("size", [1, 32, 77], 2)

@@ -113,16 +113,16 @@ def _matched(template, producers, out):
     scales: set[float] = set()
 
     def is_same(expected, x):
-        if (expected.aval.shape, expected.aval.dtype) != (
-            x.aval.shape,
-            x.aval.dtype,
+        is_literal = isinstance(expected, core.Literal)
+        if (
+            is_literal is not isinstance(x, core.Literal)
+            or expected.aval.shape != x.aval.shape
+            or expected.aval.dtype != x.aval.dtype
         ):
             return False
-        if isinstance(expected, core.Literal) or isinstance(x, core.Literal):
-            return type(expected) is type(x) and is_number(expected, x)
-        if expected in known:
-            return known[expected] is x
-        if expected in made:
+        if is_literal:
+            return is_number(expected, x)
+        if expected in made and expected not in known:
             equation, place = made[expected]
             other, other_place = producers.get(x, (None, None))
             if (
@@ -134,16 +134,13 @@ def _matched(template, producers, out):
                 or not all(map(is_same, equation.invars, other.invars))
             ):
                 return False
-        known[expected] = x
-        return True
+        return known.setdefault(expected, x) is x
 
     def is_number(expected, x):
         dtype = expected.aval.dtype
+        number = np.asarray(expected.val, dtype)
         is_float = jnp.issubdtype(dtype, jnp.floating)
-        number, stand_in = (
-            np.asarray(y, dtype) for y in (expected.val, _SCALE)
-        )
-        if is_float and number == stand_in:
+        if is_float and number == np.asarray(_SCALE, dtype):
             scales.add(float(x.val))
             return True
         return bool(number == x.val)

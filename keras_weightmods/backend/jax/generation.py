@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.backend.generation import CannotCompile, Steps
+from keras_weightmods.backend.generation import Steps
 from keras_weightmods.backend.jax import traced_call
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
@@ -20,7 +20,6 @@ class CompiledGenerate(Steps):
 
     def __init__(self, model, rounds_inputs):
         super().__init__(model, rounds_inputs)
-        self.done = set()
         self.function = jax.jit(
             self._generate,
             static_argnames=("prefill", "stop_token_ids", "sampler"),
@@ -28,21 +27,14 @@ class CompiledGenerate(Steps):
 
     def __call__(self, tokens, mask, length, prefill, stop_token_ids):
         sampler = self.model.sampler
-        key = tokens.shape, prefill, stop_token_ids, sampler
-        try:
-            outputs, values = self.function(
-                {"token_ids": tokens, "padding_mask": mask},
-                length,
-                [v.value for v in [*sampler.variables, *self.model.variables]],
-                prefill=prefill,
-                stop_token_ids=stop_token_ids,
-                sampler=sampler,
-            )
-        except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
-            if key in self.done:
-                raise
-            raise CannotCompile(str(error).strip().splitlines()[0]) from error
-        self.done.add(key)
+        outputs, values = self.function(
+            {"token_ids": tokens, "padding_mask": mask},
+            length,
+            [v.value for v in [*sampler.variables, *self.model.variables]],
+            prefill=prefill,
+            stop_token_ids=stop_token_ids,
+            sampler=sampler,
+        )
         for variable, value in zip(sampler.variables, values):
             variable.assign(value)
         return {name: x[:, :length] for name, x in outputs.items()}

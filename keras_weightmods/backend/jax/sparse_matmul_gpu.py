@@ -28,8 +28,6 @@ from keras_weightmods.native.packed import (
 )
 
 TARGETS = ("kwm_gpu_compress", "kwm_gpu_cusparselt")
-# cuSPARSELt wants this many rows, or a multiple.
-_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,15 +83,9 @@ def companion_spec(kind, shape, x_dtype):
         kind: String, `"dense"` or `"cusparselt"`.
         shape: Pair of ints (K, N).
         x_dtype: String, type of the activations.
-
-    Raises:
-        RuntimeError: If there is no GPU, or no cuSPARSELt, which alone knows
-            the size of what it compresses.
     """
     if kind == "dense":
         return shape, x_dtype
-    if reason := reason_unavailable():
-        raise RuntimeError(reason)
     ordinal = _devices()[0].local_hardware_id
     return (gpu.compressed_size(ordinal, shape, x_dtype),), "uint8"
 
@@ -175,7 +167,7 @@ def _dense(x, kernel):
 
 def _cusparselt(x, compressed, n):
     rows = x.shape[0]
-    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
+    x = jnp.pad(x, ((0, -rows % trials.MULTIPLE), (0, 0)))
     shape = x.shape[0], n
     return xla_calls.call("kwm_gpu_cusparselt", shape, x, compressed)[:rows]
 

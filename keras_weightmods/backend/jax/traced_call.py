@@ -24,7 +24,6 @@ from jax.extend import core
 from keras_weightmods.backend import xla_products
 from keras_weightmods.backend.jax import attention
 
-_CALLS = ("jit", "pjit")
 # Entries of a constant; a larger one is computed as the function runs.
 _LARGEST_CONSTANT = 2**20
 
@@ -105,9 +104,8 @@ class _Run:
             for v, x in zip(jaxpr.constvars, consts)
             if not isinstance(x, jax.core.Tracer)
         }
-        attentions = {}
-        if self.key_shape is not None:
-            attentions = attention.calls_in(jaxpr, self.key_shape)
+        shape = self.key_shape
+        attentions = attention.calls_in(jaxpr, shape) if shape else {}
 
         def value(atom):
             return atom.val if isinstance(atom, core.Literal) else known[atom]
@@ -130,11 +128,9 @@ class _Run:
                 continue
             if out in attentions:
                 *given, scale = attentions[out]
-                query, keys, values, mask = (
-                    x if x is None else whole(value(x)) for x in given
-                )
+                q, k, v, mask = (x and whole(value(x)) for x in given)
                 mask = mask if mask is None else mask[:, 0]
-                known[out] = attention.kernel(query, keys, values, mask, scale)
+                known[out] = attention.kernel(q, k, v, mask, scale)
                 continue
             values = list(map(value, equation.invars))
             has_stack = any(isinstance(x, Stack) for x in values)
@@ -143,7 +139,7 @@ class _Run:
                 fixed.update(equation.outvars)
             elif (stack := _stack_of(equation, values)) is not None:
                 results = [stack]
-            elif has_stack and equation.primitive.name in _CALLS:
+            elif has_stack and equation.primitive.name in ("jit", "pjit"):
                 inner = equation.params["jaxpr"]
                 results = self(inner.jaxpr, inner.consts, values)
             else:

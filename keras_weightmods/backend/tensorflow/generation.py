@@ -6,7 +6,7 @@ runs op by op on a CPU.
 
 import tensorflow as tf
 
-from keras_weightmods.backend.generation import CannotCompile, Steps
+from keras_weightmods.backend.generation import Steps
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -15,6 +15,8 @@ LENGTH_STEP = 64
 class CompiledGenerate(Steps):
     """See that of torch; by one program of XLA."""
 
+    errors = (*Steps.errors, tf.errors.OpError)
+
     def __init__(self, model, rounds_inputs):
         super().__init__(model, rounds_inputs)
         self.functions = {}
@@ -22,8 +24,7 @@ class CompiledGenerate(Steps):
     def __call__(self, tokens, mask, length, prefill, stop_token_ids):
         shape = tokens.shape, tokens.dtype, prefill
         key = *shape, stop_token_ids, self.model.sampler
-        is_new = key not in self.functions
-        if is_new:
+        if key not in self.functions:
 
             def generate(tokens, mask, length):
                 inputs = {"token_ids": tokens, "padding_mask": mask}
@@ -33,11 +34,5 @@ class CompiledGenerate(Steps):
                 generate, jit_compile=True, autograph=False
             )
         inputs = tf.constant(tokens), tf.constant(mask), tf.constant(length)
-        try:
-            outputs = self.functions[key](*inputs)
-        except (tf.errors.OpError, TypeError, ValueError) as error:
-            if not is_new:
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise CannotCompile(f"XLA does not compile it: {reason}") from error
+        outputs = self.functions[key](*inputs)
         return {name: x[:, :length] for name, x in outputs.items()}

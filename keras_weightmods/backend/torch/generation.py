@@ -47,10 +47,8 @@ class CompiledGenerate(Steps):
             CannotCompile: Before any random number is drawn.
         """
         device = self.model.variables[0].value.device
+        tokens, mask = (torch.from_numpy(x).to(device) for x in (tokens, mask))
         inputs = {"token_ids": tokens, "padding_mask": mask}
-        inputs = {
-            name: torch.from_numpy(x).to(device) for name, x in inputs.items()
-        }
         with torch.no_grad():
             return self.generate(inputs, length, prefill, stop_token_ids)
 

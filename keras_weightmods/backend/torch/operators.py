@@ -1,9 +1,10 @@
-"""The operators of `sparse_matmul` on torch, by `torch.library`.
+"""The operators of `sparse_matmul` and attention on torch, by `torch.library`.
 
-An exported program calls them by name. So this file imports no Keras, which
-would load a backend, unless it must.
+An exported program calls those of products by name. So this file imports no
+Keras, which would load a backend, unless it must.
 """
 
+import ctypes
 import functools
 import importlib
 import math
@@ -11,7 +12,6 @@ import math
 import torch
 
 from keras_weightmods import native
-from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.utils import checks
 
@@ -21,6 +21,9 @@ _TYPES = {
     torch.int8: "int8",
     torch.uint8: "int4",
 }
+# Multiply-adds below which one thread is used: to wake others that sleep or
+# that the machine has given other work takes longer.
+_ALONE = 2**22
 
 _library = torch.library.Library("keras_weightmods", "DEF")
 # By the kernel or its transpose, of so many columns. Without `meta` it is a
@@ -31,6 +34,10 @@ _library.define(
 )
 _library.define(
     "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
+)
+# Without gradients: for recordings, which call `attend` past the operator.
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 )
 
 
@@ -108,6 +115,27 @@ def _values_gradient(x, dy, meta):
         *arguments, dvalues.data_ptr(), *threads(rows * k * n)
     )
     return dvalues
+
+
+@torch.library.impl(_library, "attend", "CPU")
+def attend(q, k, v, mask, scale):
+    """The operator itself, without what torch does for one."""
+    batch, places, key_heads, size = k.shape
+    inner = (key_heads * size, size, 1)
+    if k.stride() != v.stride() or k.stride()[1:] != inner:
+        k, v = k.contiguous(), v.contiguous()
+    q = q.contiguous()
+    seen = None if mask is None else mask.contiguous()
+    out = torch.empty_like(q)
+    queries, heads = q.shape[1:3]
+    native.library().kwm_attend(
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), k.stride(0)),
+        None if seen is None else seen.data_ptr(),
+        *(batch, queries, places, heads, key_heads, size, scale),
+        out.data_ptr(),
+        *threads(2 * batch * queries * heads * places * size),
+    )
+    return out
 
 
 @torch.library.register_fake("keras_weightmods::sparse_matmul")
@@ -207,3 +235,35 @@ def _check(name, tensor, shape, dtype):
         received = tensor if tensor is None else (tensor.shape, tensor.dtype)
         expected = f"contiguous, on the CPU, of {shape} and {dtype}"
         raise checks.error(name, expected, received)
+
+
+def threads(work):
+    """Return the last two arguments of a function of the library.
+
+    Args:
+        work: Int, the multiply-adds to do.
+
+    Returns:
+        The function that shares the work, and a pointer to its pool; None for
+        both where one thread is enough.
+    """
+    count = torch.get_num_threads()
+    if count == 1 or work < _ALONE:
+        return None, None
+    return _openmp(count)
+
+
+class _OpenMP(ctypes.Structure):
+    """`kwm_openmp` of openmp.h."""
+
+    _fields_ = [("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+
+
+@functools.cache
+def _openmp(count):
+    # Global, as torch has loaded its runtime so.
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is None:
+        return None, None
+    pool = _OpenMP(ctypes.cast(parallel, ctypes.c_void_p), count)
+    return native.library().kwm_openmp_for, ctypes.byref(pool)

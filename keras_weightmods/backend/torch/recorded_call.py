@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods import native
-from keras_weightmods.backend.torch import attention, sparse_matmul
+from keras_weightmods.backend.torch import operators, sparse_matmul
 
 _aten = torch.ops.aten
 _PRODUCT = torch.ops.keras_weightmods.sparse_matmul.default
@@ -342,7 +342,7 @@ def _take_fast_functions(graph):
     """Call what the operators lead to; it takes half of their time."""
     for node in graph.nodes:
         if node.target is torch.ops.keras_weightmods.attend.default:
-            node.target = attention.attend
+            node.target = operators.attend
         elif isinstance(node.target, torch._ops.OpOverload):
             namespace, name = node.target._schema.name.split("::")
             for place in _PLACES if namespace == "aten" else ():

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods.backend import attention
-from keras_weightmods.backend.torch.attention import kernel
 from keras_weightmods.backend.torch.recorded_call import memory, tensors
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -165,3 +164,12 @@ class Rewrites(TorchFunctionMode):
         if wide.ndim != 5 or wide.stride(3) or wide.shape[3:4] == (1,):
             return x
         return wide[:, :, :, 0].transpose(1, 2)
+
+
+def kernel(query, key, value, mask, scale):
+    """Attend by the compiled kernel; see `backend.attention`."""
+    if not (query.is_cpu and key.is_cpu):
+        return None
+    floats = (x.float() for x in (query, key, value))
+    attend = torch.ops.keras_weightmods.attend
+    return attend(*floats, mask, scale).to(query.dtype)

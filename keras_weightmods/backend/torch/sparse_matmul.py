@@ -11,7 +11,6 @@ import torch
 
 from keras_weightmods import native
 from keras_weightmods.backend.torch import operators
-from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.native.packed import dense_matmul
 
 
@@ -94,7 +93,7 @@ def prepared_int8(k, kernels):
             item.y = y.data_ptr()
         function(
             x.data_ptr(), rows, k, dtype, ctypes.addressof(array), len(items),
-            *threads(rows * cost),
+            *operators.threads(rows * cost),
         )  # fmt: skip
         return results
 

@@ -20,8 +20,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
-# cuSPARSELt wants this many rows, or a multiple.
-_ROWS = 16
 # Not cached functions: a CUDA graph that is being captured must not try, and
 # what it makes is not to be kept.
 _plans: dict[tuple, trials.Plan] = {}
@@ -80,17 +78,13 @@ def _choose(matrix, n):
     """Return the product to take."""
     rows, k = matrix.shape
     key = device, shape, kind = matrix.device, (k, n), _name_of(matrix.dtype)
-    if not _is_on_gpu(matrix) or (key not in _plans and _is_capturing()):
+    if key not in _plans and _is_capturing():
         return "dense"
     return plan(shape, kind, device).method(rows)
 
 
 def _name_of(dtype):
     return str(dtype).removeprefix("torch.")
-
-
-def _is_on_gpu(tensor):
-    return tensor.is_cuda
 
 
 @torch.no_grad()
@@ -109,7 +103,7 @@ def _try(device, shape, kind):
 
 def _cusparselt(x, compressed):
     rows = x.shape[0]
-    x = torch.nn.functional.pad(x, (0, 0, 0, -rows % _ROWS))
+    x = torch.nn.functional.pad(x, (0, 0, 0, -rows % trials.MULTIPLE))
     y = torch._cslt_sparse_mm(compressed, x.T, transpose_result=True)
     return y[:rows]
 

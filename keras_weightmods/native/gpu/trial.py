@@ -20,8 +20,8 @@ from keras_weightmods import native
 
 VARIABLE = "KERAS_WEIGHTMODS_GPU"
 ROWS = (1, 16, 64, 256, 1024, 4096)
-# What sizes must be a multiple of.
-_MULTIPLE = 16
+# What sizes must be a multiple of, and rows are padded to.
+MULTIPLE = 16
 _MARGIN = 0.95  # a smaller gain may be noise
 _CACHE_BYTES = 200 * 2**20  # more than a GPU's cache
 _CALLS = 10
@@ -109,8 +109,8 @@ def reason_for_dense(shape, kind):
         return f"the environment variable {VARIABLE} is 'dense'"
     if kind not in ("bfloat16", "float16"):
         return f"cuSPARSELt does not multiply {kind} activations"
-    if 0 in shape or any(size % _MULTIPLE for size in shape):
-        return f"{shape} are not multiples of {_MULTIPLE}"
+    if 0 in shape or any(size % MULTIPLE for size in shape):
+        return f"{shape} are not multiples of {MULTIPLE}"
     return ""
 
 

@@ -1,32 +1,22 @@
-import importlib
+import dataclasses
 
 import keras
 import numpy as np
 import pytest
 
 from keras_weightmods.native.packed import pack_dense
-from keras_weightmods.ops import (
-    Packed,
-    pack_kernel,
-    sparse_matmul,
-    unpack_kernel,
-)
+from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import references
 from tests.models import normal
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
 
-if keras.backend.backend() != "jax":
-    pytest.skip("needs JAX", allow_module_level=True)
+if keras.backend.backend() != "jax" or reason_for_dense():
+    pytest.skip("JAX and the compiled kernels", allow_module_level=True)
 
 import jax
 import jax.numpy as jnp
-
-module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
-
-pytestmark = pytest.mark.skipif(
-    module.reason_for_dense() != "", reason=module.reason_for_dense()
-)
 
 K, N = 36, 20
 
@@ -37,25 +27,25 @@ def packed():
 
 
 def product(x, values, packed):
-    return sparse_matmul(
-        x, Packed(values, packed.meta, None, packed.shape, packed.dtype)
-    )
+    return sparse_matmul(x, dataclasses.replace(packed, values=values))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4 dense"])
-def test_vmap_and_gradients_of_rows(dtype):
-    if dtype == "int4 dense":
-        packed = pack_dense(normal(K, N), "int4")
-    else:
-        activations = "int8" if dtype == "int8" else "float32"
-        packed = pack_kernel(kernel_of(K, N), dtype, activations)
+@pytest.mark.parametrize(
+    "packed",
+    [
+        pack_kernel(kernel_of(K, N), "bfloat16"),
+        pack_kernel(kernel_of(K, N), "int8", "int8"),
+        pack_dense(normal(K, N), "int4"),
+    ],
+)
+def test_vmap_and_gradients_of_rows(packed):
     w = unpack_kernel(packed).astype("float64")
     x = jnp.asarray(normal(3, 2, K))
     batched = jax.vmap(lambda x: sparse_matmul(x, packed))
-    rounded = x
+    rounded = np.asarray(x, "float64")
     if packed.activations == "int8":
         rounded = references.round_activations(np.asarray(x))
-    assert_close(batched(x), np.asarray(rounded, "float64") @ w)
+    assert_close(batched(x), rounded @ w)
     # As if `x` was not rounded.
     gradient = jax.vmap(jax.grad(lambda x: jnp.sum(sparse_matmul(x, packed))))
     assert_close(gradient(x), np.broadcast_to(w.sum(1), x.shape))

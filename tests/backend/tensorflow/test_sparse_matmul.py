@@ -1,4 +1,4 @@
-import importlib
+import sys
 
 import keras
 import numpy as np
@@ -12,27 +12,20 @@ from keras_weightmods.ops import (
     sparse_matmul,
     unpack_kernel,
 )
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import references
 from tests.models import normal
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
 
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("needs TensorFlow", allow_module_level=True)
+if keras.backend.backend() != "tensorflow" or reason_for_dense():
+    pytest.skip("TensorFlow and the compiled kernels", allow_module_level=True)
 
 import tensorflow as tf
 
 from keras_weightmods.backend.tensorflow import sparse_matmul as implementation
 
-module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
-
-pytestmark = pytest.mark.skipif(
-    module.reason_for_dense() != "", reason=module.reason_for_dense()
-)
-
 K, N = 36, 20
-
-
 SIGNATURE = [tf.TensorSpec((None, None, K))]
 
 
@@ -82,11 +75,14 @@ def test_gradients_in_a_function():
     assert_close(dvalues * kept, expected.astype("float64") * kept)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4 dense"])
-def test_int8_activations_in_a_function(dtype):
-    packed = pack_kernel(kernel_of(K, N), "int8", "int8")
-    if dtype == "int4 dense":
-        packed = pack_dense(normal(K, N), "int4")
+@pytest.mark.parametrize(
+    "packed",
+    [
+        pack_kernel(kernel_of(K, N), "int8", "int8"),
+        pack_dense(normal(K, N), "int4"),
+    ],
+)
+def test_int8_activations_in_a_function(packed):
     w = unpack_kernel(packed).astype("float64")
 
     @tf.function(jit_compile=True, input_signature=SIGNATURE)
@@ -109,7 +105,8 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
         raise AttributeError("undefined symbol")
 
     monkeypatch.setattr(implementation.xla_calls, "register", register)
-    monkeypatch.setattr(module, "_implementations", {})
+    chosen = sys.modules["keras_weightmods.ops.sparse_matmul"]
+    monkeypatch.setattr(chosen, "_implementations", {})
     implementation._refusal.cache_clear()
     native.warn_dense.cache_clear()
     x = normal(3, K)
