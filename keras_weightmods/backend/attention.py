@@ -5,9 +5,6 @@ backends then read all places of the cache, in another order. The kernel reads
 those that are seen, once: of a prompt, half of them.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import keras
 from keras import ops
 
@@ -15,15 +12,8 @@ from keras_weightmods import native
 
 
 def attend(
-    kernel: Callable[..., Any],
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
-    scale: Any = None,
-    **options: Any,
-) -> Any:
+    kernel, query, key, value, bias=None, mask=None, scale=None, **options
+):
     """Return what Keras' `dot_product_attention` does, or None.
 
     Args:

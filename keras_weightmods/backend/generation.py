@@ -73,16 +73,10 @@ class Steps:
         return view_of(sampler, run_loop=run_loop)
 
     def call_with_cache(
-        self,
-        prefill,
-        token_ids,
-        cache=None,
-        cache_update_index=None,
-        *args,
-        **kwargs,
+        self, prefill, token_ids, cache=None, cache_update_index=None, **others
     ):
-        given = [*args, *kwargs.values()]
-        if any(x is not None for x in given) or not hasattr(cache, "shape"):
+        given = any(x is not None for x in others.values())
+        if given or not hasattr(cache, "shape"):
             raise CannotCompile(
                 "its `call_with_cache` gets more than tokens, one cache and a "
                 "place in it"

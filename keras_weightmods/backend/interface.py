@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
+Function = Callable[..., Any]
+
 
 class Backend:
     """What a backend does where it needs no code of its own.
@@ -18,9 +20,7 @@ class Backend:
     reached by `backend.current()`.
     """
 
-    def vjp(
-        self, function: Callable[..., Any], *inputs: Any
-    ) -> tuple[Any, Callable[[Any], Any]]:
+    def vjp(self, function: Function, *inputs: Any) -> tuple[Any, Function]:
         """Return `function(*inputs)`, and its pullback.
 
         Gradients can so be taken within a forward pass.
@@ -42,9 +42,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def compiled(
-        self, function: Callable[..., Any], static: tuple[int, ...] = ()
-    ) -> Callable[..., Any]:
+    def compiled(self, function: Function, static: Any = ()) -> Function:
         """Return a function that is one program where each op would be one.
 
         That is so on JAX. Elsewhere it is the function itself.
@@ -55,7 +53,7 @@ class Backend:
         """
         return function
 
-    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def fused(self, function: Function) -> Function:
         """Return a pure function, compiled also where the step is not.
 
         Keras on TensorFlow compiles the train step of only some models. Op by
@@ -68,7 +66,7 @@ class Backend:
         """
         return function
 
-    def compiled_call(self, layer: Any) -> Callable[[Any], Any]:
+    def compiled_call(self, layer: Any) -> Function:
         """Return a compiled function from a layer's inputs to its outputs."""
         return layer.predict_on_batch
 

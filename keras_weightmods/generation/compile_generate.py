@@ -1,8 +1,6 @@
 """`generate` of KerasHub's language models without Keras' work for each op."""
 
 import dataclasses
-import importlib
-import types
 
 import keras
 
@@ -113,8 +111,7 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     """
     _check_causal_lm(model)
     checks.check_verbose(verbose)
-    sampler_base = _hub().samplers.Sampler
-    function = GenerateFunction(model, sampler_base, verbose)
+    function = GenerateFunction(model, verbose)
     keras_compat.attributes(model)[_HOOK] = function
     return GenerateReport(model.name, keras.backend.backend())
 
@@ -145,18 +142,15 @@ def uncompile_generate(model: keras.Model) -> None:
 
 
 def _check_causal_lm(model: keras.Model) -> None:
-    if not isinstance(model, _hub().models.CausalLM):
-        raise ValueError(
-            "`model` must be a keras_hub.models.CausalLM, which has a "
-            f"`generate`. Received: {type(model).__name__}"
-        )
-
-
-def _hub() -> types.ModuleType:
     try:
-        return importlib.import_module("keras_hub")
+        from keras_hub.models import CausalLM
     except ImportError as error:
         raise ImportError(
             "`compile_generate` is for models of KerasHub. Install it with: "
             "pip install 'keras-weightmods[hub]'"
         ) from error
+    if not isinstance(model, CausalLM):
+        raise ValueError(
+            "`model` must be a keras_hub.models.CausalLM, which has a "
+            f"`generate`. Received: {type(model).__name__}"
+        )

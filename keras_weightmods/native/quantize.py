@@ -61,13 +61,9 @@ def round_activations(x: Any) -> Any:
         float32 tensor of the same shape.
     """
     size = x.shape[-1]
-    missing = -size % ROWS
-    blocks = ops.stop_gradient(x)
-    if missing:
-        pads = [(0, 0)] * (len(x.shape) - 1) + [(0, missing)]
-        blocks = ops.pad(blocks, pads)
-    leading = ops.shape(x)[:-1]
-    count = (size + missing) // ROWS
+    leading, count = ops.shape(x)[:-1], -(-size // ROWS)
+    pads = [(0, 0)] * len(leading) + [(0, count * ROWS - size)]
+    blocks = ops.pad(ops.stop_gradient(x), pads)
     blocks = ops.reshape(blocks, (*leading, count, ROWS))
     scale = ops.max(ops.abs(blocks), axis=-1, keepdims=True) / 127
     scale = ops.where(ops.equal(scale, 0), ops.ones_like(scale), scale)
@@ -80,8 +76,7 @@ def _round_groups(matrix: Any, size: int) -> Any:
     """Return int4 steps, and a scale for each `size` rows of a column."""
     rows, columns = matrix.shape
     count = -(-rows // size)
-    padded = np.zeros((count * size, columns), np.float32)
-    padded[:rows] = matrix
+    padded = np.pad(matrix, ((0, count * size - rows), (0, 0)))
     # Row by row of all groups, next to one another.
     apart = padded.reshape(count, size, columns).swapaxes(0, 1)
     groups = apart.reshape(size, count * columns)

@@ -28,18 +28,12 @@ class _JAX(Backend):
         # `Model.predict_on_batch` hands all weights out and takes them back,
         # which for a language model takes as long as a row of tokens does.
         @jax.jit
-        def stateless(trainable, non_trainable, inputs):
-            outputs, _ = layer.stateless_call(
-                trainable, non_trainable, inputs, training=False
-            )
-            return outputs
+        def stateless(values, inputs):
+            return layer.stateless_call(*values, inputs, training=False)[0]
 
         def call(inputs):
-            return stateless(
-                [v.value for v in layer.trainable_variables],
-                [v.value for v in layer.non_trainable_variables],
-                inputs,
-            )
+            groups = layer.trainable_variables, layer.non_trainable_variables
+            return stateless([[v.value for v in g] for g in groups], inputs)
 
         return call
 

@@ -78,16 +78,13 @@ def _split_call(split, batch, rank, shape, dtype, is_dense, activations):
 
     spec = jax.sharding.PartitionSpec
     leading = (batch, *(None,) * (rank - 2)) if rank > 1 else ()
-    return jax.jit(
-        jax.shard_map(
-            multiply,
-            mesh=split.mesh,
-            in_specs=(
-                spec(*leading, split.rows or None),
-                split.specs(packed_arrays(shape, dtype, is_dense)),
-            ),
-            out_specs=spec(*leading, split.columns or None),
-            # Then gradients of what is whole are summed over the devices.
-            check_vma=False,
-        )
+    specs = split.specs(packed_arrays(shape, dtype, is_dense))
+    mapped = jax.shard_map(
+        multiply,
+        mesh=split.mesh,
+        in_specs=(spec(*leading, split.rows or None), specs),
+        out_specs=spec(*leading, split.columns or None),
+        # Then gradients of what is whole are summed over the devices.
+        check_vma=False,
     )
+    return jax.jit(mapped)

@@ -14,7 +14,6 @@
 
 import collections
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -28,11 +27,7 @@ from keras_weightmods.backend.jax import attention
 _LARGEST_CONSTANT = 2**20
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["parts"],
-    meta_fields=["axis"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """Arrays or stacks, all of one shape, along a new axis.
@@ -42,7 +37,7 @@ class Stack:
         parts: List of arrays and stacks.
     """
 
-    axis: int
+    axis: int = dataclasses.field(metadata={"static": True})
     parts: list[Any]
 
     @property
@@ -99,11 +94,8 @@ class _Run:
 
     def __call__(self, jaxpr, consts, args):
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
-        fixed = {
-            v
-            for v, x in zip(jaxpr.constvars, consts)
-            if not isinstance(x, jax.core.Tracer)
-        }
+        pairs = zip(jaxpr.constvars, consts)
+        fixed = {v for v, x in pairs if not isinstance(x, jax.core.Tracer)}
         shape = self.key_shape
         attentions = attention.calls_in(jaxpr, shape) if shape else {}
 
@@ -117,13 +109,10 @@ class _Run:
             if out in known:
                 continue
             if out in shared:
-                x, *arrays = (
-                    value(x)
-                    for i, product in enumerate(shared[out])
-                    for x in product.invars[i > 0 :]
-                )
-                outs = [product.outvars[0] for product in shared[out]]
-                products = _products(whole(x), arrays, outs)
+                x = whole(value(equation.invars[0]))
+                arrays = [value(a) for e in shared[out] for a in e.invars[1:]]
+                outs = [e.outvars[0] for e in shared[out]]
+                products = _products(x, arrays, outs)
                 known.update(zip(outs, products))
                 continue
             if out in attentions:
@@ -158,14 +147,10 @@ class _Run:
 
 
 def _is_constant(equation, fixed):
+    inputs = [x for x in equation.invars if not isinstance(x, core.Literal)]
     sizes = [out.aval.size for out in equation.outvars]
-    return (
-        not equation.effects
-        and all(
-            isinstance(x, core.Literal) or x in fixed for x in equation.invars
-        )
-        and max(sizes, default=0) <= _LARGEST_CONSTANT
-    )
+    is_small = max(sizes, default=0) <= _LARGEST_CONSTANT
+    return is_small and not equation.effects and fixed.issuperset(inputs)
 
 
 def _needed(jaxpr, attentions):

@@ -16,10 +16,7 @@ class _TensorFlow(Backend):
 
         def pullback(upstream):
             return tape.gradient(
-                output,
-                inputs,
-                upstream,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+                output, inputs, upstream, unconnected_gradients="zero"
             )
 
         return output, pullback

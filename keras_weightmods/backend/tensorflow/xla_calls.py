@@ -94,9 +94,7 @@ def _module(target, result, arguments):
         one = "tensor<1xi32>"
         for i, size in enumerate(result):
             if size is not None:
-                lines.append(
-                    f"%d{i} = stablehlo.constant dense<{size}> : {one}"
-                )
+                lines += [f"%d{i} = stablehlo.constant dense<{size}> : {one}"]
                 continue
             lines += [
                 f"%s{i} = stablehlo.get_dimension_size %a0, dim = {i} : "

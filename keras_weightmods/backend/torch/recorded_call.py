@@ -152,18 +152,12 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, op, target, result, args=(), kwargs=None):
         node = self.graph.create_node(op, target, args, kwargs)
-        parents = node.all_input_nodes
         known = dict(self.weights)
-        for parent in parents:
-            known.update(parent.meta["owners"])
         tags = getattr(target, "tags", ())
-        varies = (
-            _RANDOM in tags
-            or op == "placeholder"
-            or any(
-                p.meta["varies"] or _owner(p).meta["varies"] for p in parents
-            )
-        )
+        varies = _RANDOM in tags or op == "placeholder"
+        for parent in node.all_input_nodes:
+            known.update(parent.meta["owners"])
+            varies |= parent.meta["varies"] or _owner(parent).meta["varies"]
         for tag in tags if varies else ():
             if tag in _REFUSED:
                 raise NotRecordable(f"{target} {_REFUSED[tag]}")
@@ -186,10 +180,9 @@ class _Recorder(TorchDispatchMode):
                 )
             owner.meta["changed"] = True
             owner.meta["varies"] |= varies
-        is_known = _owner(node).meta["is_weight"] or not node.meta["varies"]
         if is_tensor:
             self.nodes[result] = node
-            if is_known:
+            if _owner(node).meta["is_weight"] or not node.meta["varies"]:
                 node.meta["tensor"] = result
         return node
 
