@@ -30,10 +30,7 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         ("n", ctypes.c_int64),
-        ("values", ctypes.c_void_p),
-        ("meta", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("values", "meta", "scale", "y")),
     )
 
 

@@ -81,7 +81,8 @@ def product(x_dtype, k, n, values, meta, scale, rounded):
         # Their type is no argument.
         *_, values, meta, _ = weights
         return _compiled().kwm_matmul_bfloat16, (k, n, values, meta)
-    _check_float32(x_dtype)
+    if x_dtype is not torch.float32:
+        raise checks.error("x", "float32", x_dtype)
     if not rounded:
         return _compiled().kwm_matmul, weights
     if values.dtype not in (torch.int8, torch.uint8):
@@ -103,9 +104,7 @@ def multiply(function, x, weights, size):
 @torch.library.impl(_library, "sparse_values_gradient", "CPU")
 def _values_gradient(x, dy, meta):
     k, n = x.shape[-1], dy.shape[-1]
-    _check_float32(x.dtype)
-    _check_float32(dy.dtype)
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy = x.float().contiguous(), dy.float().contiguous()
     rows = math.prod(x.shape[:-1])
     arrays = _arrays(k, n, "float32")
     _check("meta", meta, *arrays["meta"])
@@ -191,11 +190,6 @@ def _compiled():
             f"packed model multiplies: {native.reason_unavailable()}"
         )
     return library
-
-
-def _check_float32(dtype):
-    if dtype is not torch.float32:
-        raise checks.error("x", "float32", dtype)
 
 
 def weights_of(k, n, values, meta, scale):
