@@ -7,11 +7,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.native.gpu import trial
-from keras_weightmods.native.packed import (
-    Packed,
-    pack_kernel,
-    unpack_kernel,
-)
+from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
 from tests.gpu.kernels import error, sparse_kernel
 from tests.models import make_sparse, mlp
 
@@ -31,10 +27,9 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 def make(value_dtype="float32", k=70, n=21):
     packed = pack_kernel(sparse_kernel(k, n), value_dtype)
-    tensors = [
-        None if a is None else keras.ops.convert_to_tensor(a).cpu()
-        for a in (packed.values, packed.meta, packed.scale)
-    ]
+    arrays = packed.values, packed.meta, packed.scale
+    convert = keras.ops.convert_to_tensor
+    tensors = [a if a is None else convert(a).cpu() for a in arrays]
     return unpack_kernel(packed).astype("float64"), tensors
 
 

@@ -13,13 +13,7 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = pathlib.Path(native.__file__).parent
 # Of XLA's FFI.
-DTYPES = {
-    "int8": 2,
-    "uint8": 6,
-    "float16": 10,
-    "float32": 11,
-    "bfloat16": 16,
-}
+DTYPES = {"int8": 2, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16}
 
 
 class Array(ctypes.Structure):
@@ -59,7 +53,6 @@ class FakeGpu:
         self.xla = ctypes.CDLL(compile_shared(*xla, f"-isystem{include}"))
         self.xla.fake_xla_call.restype = ctypes.c_char_p
         self.xla.fake_xla_allocated.restype = ctypes.c_int64
-        self.xla.fake_xla_traits.restype = ctypes.c_int64
         cuda = HERE / "fake_cuda.cc", folder / "fake_cuda.so"
         folders = [f"-I{SOURCES / name}" for name in ("include", "gpu")]
         self.path = compile_shared(*cuda, *folders)
@@ -68,18 +61,13 @@ class FakeGpu:
         path = str(self.path).encode()
         assert self.library.kwm_gpu_load(path, path) is None
 
-    def handler(self, name):
-        return ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
-
     def call(self, name, inputs, results):
         """Call a handler: None, or what failed."""
         arrays = [Array.of(a) for a in (*inputs, *results)]
-        failure = self.xla.fake_xla_call(
-            self.handler(name),
-            (Array * len(arrays))(*arrays),
-            len(arrays),
-            len(inputs),
-        )
+        handler = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
+        given = (Array * len(arrays))(*arrays)
+        sizes = len(arrays), len(inputs)
+        failure = self.xla.fake_xla_call(handler, given, *sizes)
         assert self.xla.fake_xla_allocated() == 0
         assert self.cuda.fake_context_depth() == 0
         return failure and failure.decode()
