@@ -202,6 +202,7 @@ def mismatches(
     infos: Sequence[WeightInfo],
     argument: str,
     changed: Collection[int] = (),
+    dtypes: bool = False,
 ) -> list[str]:
     """Return what keeps weights from being of an expected architecture.
 
@@ -212,7 +213,8 @@ def mismatches(
         expected, infos: The weights.
         argument: String, what `infos` are in messages.
         changed: Positions of weights that must have the shape expected, be
-            floats if expected, and be stored in the same way.
+            floats, and be stored in the same way.
+        dtypes: Bool, whether they must have the very dtype expected instead.
     """
     if len(expected) != len(infos):
         return [
@@ -233,9 +235,10 @@ def mismatches(
         else:
             if a.shape != b.shape:
                 wrong.append(f"shape {b.shape}, and {a.shape} is expected")
-            if a.dtype in FLOATS and b.dtype not in FLOATS:
-                floats = f"one of {', '.join(FLOATS)}"
-                wrong.append(f"dtype {b.dtype}, and {floats} is expected")
+            allowed = (a.dtype,) if dtypes else FLOATS
+            if b.dtype not in allowed:
+                listed = " or ".join(allowed)
+                wrong.append(f"dtype {b.dtype}, and {listed} is expected")
             if None not in (a.stored, b.stored) and a.stored != b.stored:
                 wrong.append(
                     f"{b.stored or plain}, and {a.stored or plain} is "

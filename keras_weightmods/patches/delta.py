@@ -28,12 +28,7 @@ def differences(
     checks.check_model(model)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
     everything = range(len(new.infos))
-    problems = mismatches(new.infos, old.infos, "`base`", everything)
-    problems += [
-        f"`base`, {a.key}: {b.dtype}, and {a.dtype} is expected"
-        for a, b in zip(new.infos, old.infos)
-        if a.dtype != b.dtype
-    ]
+    problems = mismatches(new.infos, old.infos, "`base`", everything, True)
     checks.raise_all("The models do not have the same weights:", problems)
     replaced: set[int] = set()
     if whole is not None:

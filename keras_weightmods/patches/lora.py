@@ -59,6 +59,7 @@ _PLAIN: dict[str, Any] = {
         (None, False, "none", {}, []),
     ),
 }
+_EXPECTED = "a plain LoRA of peft, alpha / rank * B A over its base and no more"
 
 
 def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
@@ -164,30 +165,19 @@ def changes(
     checks.check_choice("dtype", dtype, (*DIFFERENCES, None))
     checks.check_verbose(verbose)
     path = checks.check_path("lora", lora)
-    if not os.path.isfile(os.path.join(path, _CONFIG)):
-        raise checks.error("lora", f"a folder of peft, with {_CONFIG}", path)
     with Progress(1, "weight", verbose) as progress:
         values = Checkpoint("model", model)
-        alpha, power = _scale_of(path)
-        pairs, problems = _pairs(path, _kernels(values))
+        config, arrays = _read(path)
+        alpha, power = _scale_of(config, path)
+        pairs = _pairs(arrays, _kernels(values), path)
         # Each weight is read for the hash, and each of these once more.
         progress.total = len(values.infos) + len(pairs)
         entries = []
-        for position, (target, pair) in sorted(pairs.items()):
+        for position, (target, left, right) in sorted(pairs.items()):
             progress.add()
-            left, right = pair.get("A"), pair.get("B")
-            shapes = [None if x is None else x.shape for x in (left, right)]
+            scale = np.float32(alpha / left.shape[1] ** power)
             axes = target.contraction_axes
-            _, *shape = stack_shape(target.shape, axes)
-            rank = left.shape[-1] if left is not None and left.ndim else 0
-            if not rank or shapes != [(shape[0], rank), (rank, shape[1])]:
-                problems.append(
-                    f"{target.path}: shapes {shapes[0]} and {shapes[1]} of "
-                    f"factors, and {tuple(shape)} of the kernel"
-                )
-                continue
-            matrix = left * np.float32(alpha / rank**power) @ right
-            change = from_matrix(matrix, target.shape, axes)
+            change = from_matrix(left * scale @ right, target.shape, axes)
             change = ops.convert_to_numpy(change).reshape(-1)
             places = np.flatnonzero(change)
             numbers: Any = change[places]
@@ -199,7 +189,6 @@ def changes(
                 tensor = Replacing(places, numbers.astype(base.dtype))
             if places.size:
                 entries.append(PatchEntry(values.infos[position], tensor))
-        _refuse("an adapter of this model", path, problems)
         if not entries:
             raise checks.error("lora", "an adapter that changes a kernel", path)
         return {
@@ -269,17 +258,25 @@ def _key(array: np.ndarray) -> tuple[Any, bytes]:
     return array.shape, hashlib.sha256(bytes_of(array)).digest()
 
 
-def _scale_of(path: str) -> tuple[float, float]:
-    """Return a and p of the scale a / rank**p of an adapter, checked."""
-    with open(os.path.join(path, _CONFIG), "rb") as file:
-        try:
+def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the config and the tensors in a folder of peft."""
+    try:
+        with open(os.path.join(path, _CONFIG), "rb") as file:
             config = parse_json(file.read())
-        except ValueError as error:
-            expected = f"a folder of peft, with JSON in {_CONFIG} ({error})"
-            raise checks.error("lora", expected, path) from error
-    plain = "a plain LoRA of peft, alpha / rank * B A over its base and no more"
+        arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        expected = (
+            f"a folder of peft, with JSON in {_CONFIG} and tensors in "
+            f"{_WEIGHTS} ({error})"
+        )
+        raise checks.error("lora", expected, path) from error
+    return config, arrays
+
+
+def _scale_of(config: Any, path: str) -> tuple[float, float]:
+    """Return a and p of the scale a / rank**p of an adapter, checked."""
     if not isinstance(config, dict):
-        _refuse(plain, path, [f"{_CONFIG} holds {config!r}"])
+        _refuse(_EXPECTED, path, [f"{_CONFIG} holds {config!r}"])
     problems = [
         f"{name}={config.get(name)!r}"
         for name, allowed in _PLAIN.items()
@@ -288,45 +285,46 @@ def _scale_of(path: str) -> tuple[float, float]:
     alpha = config.get("lora_alpha")
     if not checks.is_finite(alpha):
         problems.append(f"lora_alpha={alpha!r}, not a finite number")
-    _refuse(plain, path, problems)
+    _refuse(_EXPECTED, path, problems)
     return alpha, 0.5 if config.get("use_rslora") else 1.0
 
 
 def _pairs(
-    path: str, kernels: dict[int, Any]
-) -> tuple[dict[int, Any], list[str]]:
-    """Return the factors in a folder, and what is wrong with others.
-
-    Returns:
-        Pair of a dict from positions to pairs of a `Target` and its factors,
-        under "A" and "B"; and a list of strings.
-    """
-    try:
-        arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
-    except (OSError, safetensors.SafetensorError) as error:
-        expected = f"a folder of peft, with tensors in {_WEIGHTS} ({error})"
-        raise checks.error("lora", expected, path) from error
+    arrays: dict[str, np.ndarray], kernels: dict[int, Any], path: str
+) -> dict[int, tuple[Any, np.ndarray, np.ndarray]]:
+    """Return {position: (target, left and right factor)} of an adapter."""
     pairs: dict[int, Any] = {}
-    unknown = []
+    unknown, problems = [], []
     for key, array in arrays.items():
         match = _FACTOR.fullmatch(key)
         # An adapter may be of the model without its head.
         fitting = [
-            (position, target)
-            for position, (target, module, _) in kernels.items()
+            position
+            for position, (_, module, _) in kernels.items()
             if match and f".{module}".endswith(f".{match[1]}")
         ]
         if match is None or len(fitting) != 1:
             unknown.append(key)
-            continue
-        ((position, target),) = fitting
-        pair = pairs.setdefault(position, (target, {}))[1]
-        pair[match[2]] = array.astype("float32").T
-    problems = []
+        else:
+            pair = pairs.setdefault(fitting[0], {})
+            pair[match[2]] = array.astype("float32").T
     if unknown:
         count = f"{len(unknown)} tensors, as {unknown[:3]}"
         problems.append(f"{count}, that are no factors of its kernels")
-    return pairs, problems
+    found = {}
+    for position, pair in pairs.items():
+        target, left, right = kernels[position][0], pair.get("A"), pair.get("B")
+        shapes = [None if x is None else x.shape for x in (left, right)]
+        _, *shape = stack_shape(target.shape, target.contraction_axes)
+        rank = left.shape[-1] if left is not None and left.ndim else 0
+        if not rank or shapes != [(shape[0], rank), (rank, shape[1])]:
+            problems.append(
+                f"{target.path}: shapes {shapes[0]} and {shapes[1]} of "
+                f"factors, and {tuple(shape)} of the kernel"
+            )
+        found[position] = target, left, right
+    _refuse("an adapter of this model", path, problems)
+    return found
 
 
 def _refuse(expected: str, path: str, problems: list[str]) -> None:

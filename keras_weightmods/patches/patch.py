@@ -344,10 +344,8 @@ class Patch:
         path = checks.check_path("filepath", filepath)
         checks.check_verbose(verbose)
         with Progress(1 + len(self), "weight", verbose) as progress:
-            index_bits = files.save(
-                path, self.KIND, self, overwrite, progress.add
-            )
-        return contents_report(self, path, index_bits)
+            bits = files.save(path, self.KIND, self, overwrite, progress.add)
+        return contents_report(self, path, bits)
 
     def apply(
         self,

@@ -112,10 +112,10 @@ class PatchContentsReport(Report):
             f"{self.nbytes:,} bytes, {times:.1f} times smaller than the "
             f"model's {self.model_nbytes:,}"
         )
-        if self.index_bits is not None:
-            caption += f"; {self.index_bits:.2f} bits a place"
         name = self.filepath or self.name or "(no name)"
         count = f"{self.entries:,} entries of {len(self.rows)} weights"
+        if self.index_bits is not None:
+            caption += f"; {self.index_bits:.2f} bits a place"
         yield Table(
             f"{name}, {self.method}: {count}",
             self.rows,

@@ -160,9 +160,9 @@ class WeightSignature(Patch):
                 f"None where `depth` is given, which is {depth!r}, not both"
             )
             raise checks.error("targets", expected, targets)
-        sources = {"init": init, "clean": clean, "robust": robust}
-        if init is None:
-            del sources["init"]
+        sources = {"clean": clean, "robust": robust}
+        if init is not None:
+            sources["init"] = init
         checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
         with_lora = [
             f"{argument}, {layer.path}: call `kwm.merge_lora(model)` first"
@@ -204,19 +204,13 @@ class WeightSignature(Patch):
             if not taken:
                 raise checks.error("targets", "of at least one weight", targets)
         for argument, each in checkpoints.items():
-            problems += mismatches(infos, each.infos, argument, taken)
+            problems += mismatches(infos, each.infos, argument, taken, True)
             problems += [
-                f"{argument}, {infos[i].key}: values that are not finite"
+                f"{argument}, {infos[i].key}: values that are not finite floats"
                 for i in taken
-                if each.infos[i].dtype in FLOATS
-                and not tensors.is_finite(each.read(i))
+                if each.infos[i].dtype not in FLOATS
+                or not tensors.is_finite(each.read(i))
             ]
-        for i in taken:
-            dtypes = [c.infos[i].dtype for c in checkpoints.values()]
-            if len({*dtypes}) > 1 or dtypes[0] not in FLOATS:
-                expected = "one float dtype is expected"
-                listed = ", ".join(dtypes)
-                problems.append(f"{infos[i].key}: {expected}, not {listed}")
         checks.raise_all(_MISMATCH, problems)
         entries = []
         with Progress(len(taken), "weight", verbose) as progress:
@@ -451,14 +445,12 @@ def residual(change: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def _layout(checkpoints: dict[str, Checkpoint], like: Any) -> Checkpoint:
     """Return the `Checkpoint` of a model, whose layers and paths count."""
-    for argument in ("clean", "robust", "init"):
-        found = checkpoints.get(argument)
-        if found is not None and found.model is not None:
+    for found in checkpoints.values():
+        if found.model is not None:
             return found
-    if like is None:
-        expected = "a model of the architecture: lists of weights have no names"
+    if like is None or (found := Checkpoint("like", like)).model is None:
+        expected = (
+            "a built model of the architecture: lists of weights have no names"
+        )
         raise checks.error("like", expected, like)
-    found = Checkpoint("like", like)
-    if found.model is None:
-        raise checks.error("like", "a built Keras model", like)
     return found
