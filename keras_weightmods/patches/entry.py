@@ -76,11 +76,6 @@ class Quantized:
     shape: tuple[int, ...]
 
     @property
-    def arrays(self):
-        """The arrays that hold it; the last one is of floats."""
-        return self.packed, self.scale
-
-    @property
     def size(self):
         """Int, the number of weights."""
         return math.prod(self.shape)
@@ -114,11 +109,6 @@ class Sparse:
 
     places: np.ndarray
     values: np.ndarray
-
-    @property
-    def arrays(self):
-        """The arrays that hold it; the last one is of floats."""
-        return self.places, self.values
 
     @property
     def size(self):
@@ -184,9 +174,11 @@ class PatchEntry:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The arrays of the tensor; the last one is of floats."""
-        found: Any = getattr(self.tensor, "arrays", (self.tensor,))
-        return tuple(found)
+        """The arrays that hold the tensor; the last one is of floats."""
+        if isinstance(self.tensor, np.ndarray):
+            return (self.tensor,)
+        held = vars(self.tensor).values()
+        return tuple(each for each in held if isinstance(each, np.ndarray))
 
     def dequantized(self, dtype: str = "float32") -> np.ndarray:
         """Return the tensor of a signature as an array."""
@@ -198,14 +190,10 @@ class PatchEntry:
     def with_tensor(self, tensor: Any, **fields: Any) -> "PatchEntry":
         """Return the same with another tensor, an array as float32."""
         if not isinstance(tensor, Quantized):
-            tensor = float32(tensor)
+            # What overflows is infinite, and is refused in a patch.
+            with np.errstate(over="ignore"):
+                tensor = np.array(tensor, "float32", order="C")
         return dataclasses.replace(self, tensor=tensor, **fields)
-
-
-def float32(tensor: Any) -> np.ndarray:
-    """Return an array as a contiguous one of float32; what overflows is inf."""
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(tensor, "float32").reshape(np.shape(tensor))
 
 
 def code_bytes(size, bits):

@@ -165,10 +165,10 @@ def _parse(config, reader):
 
     entries = tuple(parallel.map_ahead(entry_of, config["entries"]))
     whole = [
-        entry.position
-        for entry in entries
-        if isinstance(entry.tensor, Replacing)
-        and entry.tensor.size == math.prod(entry.info.shape)
+        each.position
+        for each in entries
+        if isinstance(each.tensor, Replacing)
+        and each.tensor.size == math.prod(each.info.shape)
     ]
     for position in config["whole"]:
         _check(type(position) is int and position in whole, "whole weights")
@@ -179,25 +179,22 @@ def _parse(config, reader):
 
 def _dense(row, info, reader):
     """Return the entry of a row of floats or integers; types are right."""
-    name = f"{info.position}"
+    name, replaced = f"{info.position}", row.get("replaced", 0.0)
     if row["kind"] == "floats":
-        replaced = row["replaced"]
-        is_right = math.isfinite(replaced) and (
-            info.is_statistic or replaced == 0
-        )
+        is_right = info.is_statistic or replaced == 0
+        _check(is_right and math.isfinite(replaced), f"entry for {info.key}")
+        tensor: Any = _array(reader, name, "float32", info.shape)
+    else:
+        bits = row["bits"]
+        is_right = bits in (8, 4, 2) and not info.is_statistic
         _check(is_right, f"entry for {info.key}")
-        tensor: Any = _array(reader, name, "float32", [info.shape])
-        return PatchEntry(info, tensor, replaced, row["depth"])
-    bits = row["bits"]
-    is_right = bits in (8, 4, 2) and not info.is_statistic
-    _check(is_right, f"entry for {info.key}")
-    size = code_bytes(math.prod(info.shape), bits)
-    packed = _array(reader, name, "uint8", [(size,)])
-    scale = _array(reader, f"{name}.scale", "float32", [()])
-    tensor = Quantized(packed, scale, bits, info.shape)
-    is_right = scale >= 0 and np.all(tensor.codes() < 2**bits - 1)
-    _check(is_right, f"codes of {info.key}")
-    return PatchEntry(info, tensor, depth=row["depth"])
+        size = code_bytes(math.prod(info.shape), bits)
+        packed = _array(reader, name, "uint8", (size,))
+        scale = _array(reader, f"{name}.scale", "float32", ())
+        tensor = Quantized(packed, scale, bits, info.shape)
+        is_right = scale >= 0 and np.all(tensor.codes() < 2**bits - 1)
+        _check(is_right, f"codes of {info.key}")
+    return PatchEntry(info, tensor, replaced, row["depth"])
 
 
 def _sparse(row, info, reader):
@@ -212,7 +209,7 @@ def _sparse(row, info, reader):
     )
     dtype = numpy_dtype(row["dtype"])
     packed, first, rest = (
-        _array(reader, f"{info.position}{ending}", "uint8", None)
+        _array(reader, f"{info.position}{ending}", "uint8")
         for ending in _PLANES
     )
     count, odd = divmod(rest.size, dtype.itemsize - 1)
@@ -234,16 +231,13 @@ def _sparse(row, info, reader):
     return PatchEntry(info, kind(places, values), seed=seed)
 
 
-def _array(reader, name, dtype, shapes):
-    """Return an array of a file; of one axis where `shapes` is `None`."""
+def _array(reader, name, dtype, shape=None):
+    """Return an array of a file; of one axis without a shape."""
     found = reader.entries[name]
-    is_shape = (
-        len(found.shape) == 1 if shapes is None else found.shape in shapes
-    )
+    is_shape = len(found.shape) == 1 if shape is None else found.shape == shape
     _check(found.dtype == dtype and is_shape, f"array {name!r}")
     array = reader.read(name)
-    is_right = dtype != "float32" or is_finite(array)
-    _check(is_right, f"array {name!r} of finite numbers")
+    _check(dtype == "uint8" or is_finite(array), f"finite numbers in {name!r}")
     return array
 
 

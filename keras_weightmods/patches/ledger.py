@@ -67,11 +67,6 @@ class Ledger:
         # Names of patches and positions of weights that they are lost on.
         self._lost: set[tuple[str, int]] = set()
 
-    @property
-    def nbytes(self) -> int:
-        """Int, the bytes of the clean values."""
-        return sum(values.nbytes for values, _ in self._clean.values())
-
     def name_of(self, patch: Any) -> str | None:
         """Return the name of a patch on the model, or its equal, if any."""
         for name, applied in self.patches.items():
@@ -81,27 +76,9 @@ class Ledger:
 
     def free_name(self, name: str | None) -> str:
         """Return a name that no patch has, like the one given if any."""
-        if name is not None and name not in self.patches:
-            return name
         numbered = (f"{name or 'patch'}_{i}" for i in itertools.count(1))
-        return next(each for each in numbered if each not in self.patches)
-
-    def fingerprint(self, model: Checkpoint, without: Any = ()) -> str:
-        """Return that of a `Checkpoint` of the model without its patches.
-
-        Args:
-            model: `Checkpoint` of the model.
-            without: Positions of weights that do not count.
-
-        Raises:
-            ValueError: If weights were changed since they were patched.
-        """
-        self._changed(model, self._clean)
-
-        def read(position):
-            return self._with_clean(position, model.read(position))
-
-        return model.fingerprint(read, without)
+        names = itertools.chain([name] if name else [], numbered)
+        return next(each for each in names if each not in self.patches)
 
     def check(self, patch: Any, model: Checkpoint, force: bool = True) -> None:
         """Raise ValueError unless a patch fits a model; by force on any base.
@@ -109,7 +86,8 @@ class Ledger:
         Args:
             patch: `Patch`.
             model: `Checkpoint` of the model with the patches of this ledger.
-            force: Bool, whether the base of the patch does not matter.
+            force: Bool, whether the base of the patch does not matter. If it
+                does, patched weights must not have been changed since.
         """
         raise_all(
             f"The patch does not fit the {model.argument}:",
@@ -122,7 +100,12 @@ class Ledger:
         )
         if force or patch.base is None:
             return
-        if self.fingerprint(model, patch.whole) != patch.base:
+        self._changed(model, self._clean)
+
+        def read(position):
+            return self._with_clean(position, model.read(position))
+
+        if model.fingerprint(read, patch.whole) != patch.base:
             name = getattr(model.model, "name", "a list")
             raise ValueError(
                 "The model must be the base that the patch was made for, and "
@@ -189,7 +172,14 @@ class Ledger:
         known = [p for p in touched if p in old]
         changed = self._changed(model, known, force)
         whole = [p for p in changed if self._clean[p][1] is None]
-        left = [p for p in whole if any(_replaces(e) for e, *_ in old[p])]
+        left = [
+            p
+            for p in whole
+            if any(
+                e.replaced or isinstance(e.tensor, Replacing)
+                for e, *_ in old[p]
+            )
+        ]
         subtracted = [p for p in whole if p not in left]
         written = [p for p in touched if p not in left]
 
@@ -234,7 +224,7 @@ class Ledger:
             changed=tuple(keys[p] for p in written if p not in subtracted),
             subtracted=tuple(keys[p] for p in subtracted),
             active={each: applied.scale for each, applied in after.items()},
-            clean_nbytes=self.nbytes,
+            clean_nbytes=sum(array.nbytes for array, _ in clean.values()),
             skipped=tuple(Skipped(keys[p], reason) for p in left),
         )
 
@@ -341,11 +331,6 @@ def changed_list(weights, patch, scale):
         problems.append(problem)
     raise_all("The change cannot be made:", filter(None, problems))
     return values
-
-
-def _replaces(entry):
-    """Return whether what an entry changes cannot be subtracted again."""
-    return entry.replaced or isinstance(entry.tensor, Replacing)
 
 
 def _terms(rows, places=None):

@@ -205,9 +205,8 @@ def check_plain(model: Any) -> None:
     check_unpatched("model", model)
     if reparameterizations(model):
         raise ValueError(
-            "The weights of `model` must be plain, as LoRA is added to them. "
-            "Call `kwm.fold(model)` first, or `kwm.unpack(model)` where they "
-            f"are packed. Received: model={model.name!r}"
+            "The weights of `model` must be plain. Call `kwm.fold(model)` or "
+            f"`kwm.unpack(model)` first. Received: model={model.name!r}"
         )
 
 

@@ -9,12 +9,7 @@ import numpy as np
 from keras_weightmods.core import filters, keras_compat
 from keras_weightmods.patches import combine, tensors
 from keras_weightmods.patches.checkpoint import Checkpoint, mismatches
-from keras_weightmods.patches.entry import (
-    FLOATS,
-    PatchEntry,
-    float32,
-    quantize,
-)
+from keras_weightmods.patches.entry import FLOATS, PatchEntry, quantize
 from keras_weightmods.patches.patch import Patch
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
@@ -230,8 +225,8 @@ class WeightSignature(Patch):
                     tensor = residual(
                         values["robust"] - start, values["clean"] - start
                     )
-                fields = infos[i], float32(tensor), replaced, depths[i]
-                entries.append(PatchEntry(*fields))
+                entry = PatchEntry(infos[i], None, replaced, depths[i])
+                entries.append(entry.with_tensor(tensor))
                 progress.add()
         method = "difference" if init is None else "rws"
         return cls(tuple(entries), infos, method=method, name=name)
@@ -377,8 +372,7 @@ class WeightSignature(Patch):
         """
         if not isinstance(other, WeightSignature):
             raise checks.error("other", "a `WeightSignature`", other)
-        similarity: float = combine.cosine_similarity(self, other)
-        return similarity
+        return combine.cosine_similarity(self, other)
 
     def with_entries(self, entries: Any, **fields: Any) -> Self:
         """Return the same with other entries."""
@@ -411,13 +405,6 @@ class WeightSignature(Patch):
 
     def __neg__(self) -> "WeightSignature":
         return self * -1.0
-
-    def __repr__(self) -> str:
-        name = "" if self.name is None else f"{self.name!r}, "
-        return (
-            f"<WeightSignature {name}{self.method}, {len(self)} weights, depth "
-            f"{self.depth}, {self.nbytes:,} bytes>"
-        )
 
 
 def residual(change: np.ndarray, reference: np.ndarray) -> np.ndarray:
