@@ -73,15 +73,15 @@ def differences(
                 continue
             if dtype is None or info.position in replaced:
                 tensor: Sparse = Replacing(places, after[places])
-                entries.append(PatchEntry(info, tensor, seed=seed))
-                continue
-            wide = "float64" if info.dtype == "float64" else "float32"
-            before, after = (x[places].astype(wide) for x in (before, after))
-            with np.errstate(over="ignore", invalid="ignore"):
-                change = (after - before).astype(numpy_dtype(dtype))
-            # Added to 0.0 and to -0.0 it leaves the sign.
-            change[~is_changed[places]] = -0.0
-            entries.append(PatchEntry(info, Sparse(places, change), seed=seed))
+            else:
+                wide = "float64" if info.dtype == "float64" else "float32"
+                a, b = (x[places].astype(wide) for x in (after, before))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    change = (a - b).astype(numpy_dtype(dtype))
+                # Added to 0.0 and to -0.0 it leaves the sign.
+                change[~is_changed[places]] = -0.0
+                tensor = Sparse(places, change)
+            entries.append(PatchEntry(info, tensor, seed=seed))
     checks.raise_all("The change cannot be stored:", problems)
     if not entries:
         raise ValueError(
