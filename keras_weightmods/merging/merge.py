@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -22,10 +23,9 @@ from keras_weightmods.merging.task import Task
 from keras_weightmods.patches.entry import FLOATS
 from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.tensors import is_finite
+from keras_weightmods.saving import container, states
 from keras_weightmods.saving import model as model_file
-from keras_weightmods.saving import states
 from keras_weightmods.saving.atomic_file import check_filepath
-from keras_weightmods.saving.container import Writer
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
@@ -285,12 +285,12 @@ def merge(
                 model_file.save_model(template.model, path, verbose=0)
                 reader = opened("base", path).reader
             form = model_file.FORMAT, model_file.VERSION
-            with Writer(output, *form, reader.entries, overwrite) as writer:
-                for name in reader.entries:
-                    if not states.is_weight(name):
-                        writer.write(name, reader.read(name))
-                for number, weight in enumerate(found):
-                    writer.write_parts(weight.name, parts(number, weight))
+            others = itertools.filterfalse(states.is_weight, reader.entries)
+            arrays = itertools.chain(
+                ((name, reader.read(name)) for name in others),
+                ((w.name, parts(i, w)) for i, w in enumerate(found)),
+            )
+            container.write(output, *form, reader.entries, arrays, overwrite)
         else:
             merged = [np.concatenate([*parts(*w)]) for w in enumerate(found)]
             for weight, array in zip(found, merged):

@@ -112,8 +112,6 @@ def save(filepath, kind, patch, overwrite, see):
 def load(filepath):
     """Return the kind and the fields of the patch in a file, all checked."""
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
-        if CONFIG not in reader.entries:
-            raise reader.error(CONFIG, "is missing")
         config = reader.read_json(CONFIG)
         try:
             return _parse(config, reader)

@@ -1,6 +1,5 @@
 """Checkpoint: a training that was killed goes on from its last save."""
 
-import collections
 import itertools
 import numbers
 import os
@@ -272,16 +271,12 @@ class Checkpoint(keras.callbacks.Callback):
                 # Left by a process that was killed; the folder is this run's.
                 if each.startswith(atomic_file.BEGINNING):
                     os.remove(os.path.join(self.path, each))
-            name = f"step-{self._taken:010d}.safetensors"
-            file = os.path.join(self.path, name)
-            with container.Writer(file, _FORMAT, _VERSION, entries) as writer:
-                for name, array in values:
-                    writer.write(name, array)
+        name = f"step-{self._taken:010d}.safetensors"
+        file = os.path.join(self.path, name)
+        shared.write(file, _FORMAT, _VERSION, entries, values)
+        if shared.is_first():
             for old in self._names()[:-_KEPT]:
                 os.remove(os.path.join(self.path, old))
-        else:
-            # It takes part where a weight is split over processes.
-            collections.deque(values, maxlen=0)
         shared.wait("checkpoint")
         self._last_saved = self._taken
 
@@ -355,8 +350,6 @@ def _load(model: Any, reader: Any) -> dict[str, Any]:
 
 def _checked_state(reader: Any) -> Any:
     """Return the state of the run; raise ValueError if it is not one."""
-    if _STATE not in reader.entries:
-        raise reader.error(_STATE, "is missing")
     state = reader.read_json(_STATE)
     try:
         counts = [state[name] for name in ("epoch", "step", "taken")]

@@ -12,14 +12,12 @@ not survive if the file is cut meanwhile: here arrays are written and read one
 at a time. Nothing in a file is code.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import os
-import stat
 import threading
 from typing import Any
 
@@ -28,7 +26,7 @@ import safetensors
 
 from keras_weightmods.saving.atomic_file import check_filepath, replacing
 from keras_weightmods.saving.bounded_json import parse_json
-from keras_weightmods.saving.file_kinds import MAX_HEADER, READERS, other_kind
+from keras_weightmods.saving.file_kinds import MAX_HEADER, READERS, kind_of
 from keras_weightmods.utils import checks, parallel
 from keras_weightmods.utils.dtypes import numpy_dtype
 
@@ -89,34 +87,34 @@ def is_shape(value):
 
 
 def write_arrays(filepath, format, version, arrays, overwrite=True):
-    """Write a file of arrays that are in memory; see `Writer`."""
+    """Write a file of a dict of arrays; see `write`."""
     entries = {
         name: Entry(array.shape, array.dtype.name)
         for name, array in arrays.items()
     }
-    with Writer(filepath, format, version, entries, overwrite) as writer:
-        for name, array in arrays.items():
-            writer.write(name, array)
+    write(filepath, format, version, entries, arrays.items(), overwrite)
 
 
-class Writer:
+def write(filepath, format, version, entries, arrays, overwrite=True):
     """Write a file of named arrays, which appears whole or not at all.
 
-    A context manager. The arrays are written in any order, each at its place,
-    to a file beside `filepath`, which replaces `filepath` once all are
-    written. On an error nothing is left behind, and a file that was there
-    stays.
+    Each array is written at its place in a file beside `filepath`, which
+    replaces `filepath` once all are written. On an error nothing is left
+    behind, and a file that was there stays.
 
     Args:
         filepath: String or path, of the file to write.
         format: String, what the file holds.
         version: Int, of that format.
         entries: Dict from name to `Entry`: all that will be written.
+        arrays: Iterable of pairs of a name and its array, or an iterator of
+            the arrays that are its parts, one after another. In any order.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
 
     Raises:
-        ValueError: If `filepath` is no place for a file, or the entries have
-            a name or dtype that a file cannot hold, or are too many.
+        ValueError: If `filepath` is no place for a file, the entries have a
+            name or dtype that a file cannot hold, or are too many, or the
+            arrays are others than the entries.
         FileExistsError: If there is a file and `overwrite` is False.
 
     Example:
@@ -125,117 +123,96 @@ class Writer:
     import os
     import tempfile
     import numpy as np
-    from keras_weightmods.saving.container import Entry, Reader, Writer
+    from keras_weightmods.saving.container import Entry, Reader, write
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "numbers.safetensors")
         entries = {"one": Entry((2, 3), "float32")}
-        with Writer(path, "my numbers", 1, entries) as writer:
-            writer.write("one", np.ones((2, 3), "float32"))
+        arrays = [("one", np.ones((2, 3), "float32"))]
+        write(path, "my numbers", 1, entries, arrays)
         with Reader(path, "my numbers", versions=(1,)) as reader:
             assert reader.read("one").sum() == 6
     ```
     """
-
-    def __init__(self, filepath, format, version, entries, overwrite=True):
-        self.filepath = check_filepath(filepath, overwrite)
-        self.entries = dict(entries)
-        for name, entry in self.entries.items():
-            if not _is_name(name) or entry.dtype not in DTYPES:
-                raise ValueError(
-                    f"An entry must have {_NAME_RULE} and one of the dtypes "
-                    f"{', '.join(DTYPES)}. Received: {name!r} of dtype "
-                    f"{entry.dtype}"
-                )
-        # The widest first, as safetensors does: each array is then aligned.
-        width = {n: numpy_dtype(e.dtype).itemsize for n, e in entries.items()}
-        order = sorted(entries, key=width.__getitem__, reverse=True)
-        sizes = (self.entries[name].size for name in order)
-        starts = itertools.accumulate(sizes, initial=0)
-        self._offsets = dict(zip(order, starts))
-        self._checksums = dict.fromkeys(order, _NO_CHECKSUM)
-        self._metadata = {"format": format, "version": str(version)}
-        self._start = len(self._header(_NO_CHECKSUM))
-        if self._start > MAX_HEADER:
+    filepath = check_filepath(filepath, overwrite)
+    for name, entry in entries.items():
+        if not _is_name(name) or entry.dtype not in DTYPES:
             raise ValueError(
-                f"A header may take {MAX_HEADER} bytes. Received: "
-                f"{len(order)} entries, whose header takes {self._start}"
+                f"An entry must have {_NAME_RULE} and one of the dtypes "
+                f"{', '.join(DTYPES)}. Received: {name!r} of dtype "
+                f"{entry.dtype}"
             )
+    # The widest first, as safetensors does: each array is then aligned.
+    width = {n: numpy_dtype(e.dtype).itemsize for n, e in entries.items()}
+    order = sorted(entries, key=width.__getitem__, reverse=True)
+    ends = [*itertools.accumulate(entries[name].size for name in order)]
+    places = dict(zip(order, zip([0, *ends], ends)))
+    checksums = dict.fromkeys(order, _NO_CHECKSUM)
 
-    def __enter__(self):
-        self._context = self._whole_file()
-        return self._context.__enter__()
+    def header(checksum):
+        metadata = {
+            "format": format,
+            "version": str(version),
+            "sha256": json.dumps(checksums),
+            "header_sha256": checksum,
+        }
+        fields: dict[str, Any] = {"__metadata__": metadata}
+        for name, place in places.items():
+            entry = entries[name]
+            row = DTYPES[entry.dtype], entry.shape, place
+            fields[name] = dict(zip(("dtype", "shape", "data_offsets"), row))
+        text = json.dumps(fields).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
-    def __exit__(self, *error):
-        return self._context.__exit__(*error)
+    begin = len(header(_NO_CHECKSUM))
+    if begin > MAX_HEADER:
+        raise ValueError(
+            f"A header may take {MAX_HEADER} bytes. Received: {len(order)} "
+            f"entries, whose header takes {begin}"
+        )
+    with replacing(filepath) as temporary, open(temporary, "xb") as file:
+        for name, array in arrays:
+            start, end = places[name]
+            file.seek(begin + start)
+            checksums[name] = _write_one(file, name, entries[name], array)
+            if file.tell() != begin + end:
+                raise ValueError(
+                    f"Entry `{name}` must be given whole, {end - start} bytes. "
+                    f"Received: {file.tell() - begin - start} bytes"
+                )
+        missing = [name for name in order if checksums[name] == _NO_CHECKSUM]
+        if missing:
+            raise ValueError(f"Not all is written. Missing: {missing}")
+        checksum = hashlib.sha256(header(_NO_CHECKSUM)).hexdigest()
+        file.seek(0)
+        file.write(header(checksum))
+        file.flush()
+        os.fsync(file.fileno())
 
-    @contextlib.contextmanager
-    def _whole_file(self):
-        with (
-            replacing(self.filepath) as temporary,
-            open(temporary, "xb") as self._file,
-        ):
-            yield self
-            sums = self._checksums
-            missing = [name for name in sums if sums[name] == _NO_CHECKSUM]
-            if missing:
-                raise ValueError(f"Not all is written. Missing: {missing}")
-            checksum = hashlib.sha256(self._header(_NO_CHECKSUM))
-            self._file.seek(0)
-            self._file.write(self._header(checksum.hexdigest()))
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
-    def write(self, name, array):
-        """Write the array of one entry, once."""
-        array, entry = np.asarray(array), self.entries[name]
+def _write_one(file, name, entry, array):
+    """Write an array, or an iterator of its parts; return its checksum."""
+    digest = hashlib.sha256()
+    if hasattr(array, "dtype"):
         if Entry(array.shape, array.dtype.name) != entry:
             raise ValueError(
                 f"Entry `{name}` must be an array of shape {entry.shape} and "
                 f"dtype {entry.dtype}. Received: shape={array.shape}, "
                 f"dtype={array.dtype}"
             )
-        self.write_parts(name, [array])
-
-    def write_parts(self, name, parts):
-        """Write the array of one entry, once, as arrays one after another."""
-        entry, digest, size = self.entries[name], hashlib.sha256(), 0
-        self._file.seek(self._start + self._offsets[name])
-        for part in parts:
-            view = _bytes_of(np.ascontiguousarray(part))
-            self._file.write(view)
-            digest.update(view)
-            size += len(view)
-        if size != entry.size:
-            raise ValueError(
-                f"Entry `{name}` must be given whole, {entry.size} bytes. "
-                f"Received: {size} bytes"
-            )
-        self._checksums[name] = digest.hexdigest()
-
-    def _header(self, checksum):
-        metadata = {
-            **self._metadata,
-            "sha256": json.dumps(self._checksums),
-            "header_sha256": checksum,
-        }
-        header: dict[str, Any] = {"__metadata__": metadata}
-        for name, offset in self._offsets.items():
-            entry = self.entries[name]
-            header[name] = {
-                "dtype": DTYPES[entry.dtype],
-                "shape": entry.shape,
-                "data_offsets": [offset, offset + entry.size],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        array = [array]
+    for part in array:
+        view = _bytes_of(np.ascontiguousarray(part))
+        file.write(view)
+        digest.update(view)
+    return digest.hexdigest()
 
 
 class Reader:
     """Read a file of named arrays, after all of it has been checked.
 
-    A context manager. See `Writer` for an example.
+    A context manager. See `write` for an example.
 
     Args:
         filepath: String or path, of the file to read.
@@ -271,11 +248,12 @@ class Reader:
         self._see = see
         # Held from a seek until what is there is read.
         self._reading = threading.Lock()
-        if os.path.isdir(filepath):
-            raise self._other(other_kind(filepath))
-        self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
+        kind, call = kind_of(filepath)
+        if kind and kind != f"a file of {format!r}":
+            raise self._other(f"{kind}, which {call} reads" if call else kind)
+        self._file = open(filepath, "rb")  # noqa: SIM115
         try:
-            self._expected = self._check_header(format, versions)
+            self._expected = self._check_header(versions)
             self.check_data(
                 checked and [name for name in checked if name in self.entries]
             )
@@ -307,6 +285,8 @@ class Reader:
 
     def read_json(self, name):
         """Return the value of an entry that holds JSON; see `json_array`."""
+        if name not in self.entries:
+            raise self.error(name, "is missing")
         if self.entries[name].dtype != "uint8":
             raise self.error(name, "must be JSON, of dtype U8")
         try:
@@ -332,19 +312,14 @@ class Reader:
             f"Received: filepath={self.filepath!r}, {kind}"
         )
 
-    def _check_header(self, format, versions):
+    def _check_header(self, versions):
         """Set the entries and return their checksums."""
-        status = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise self._error("The path is not that of a regular file")
-        prefix = self._file.read(8)
+        prefix, size = self._file.read(8), os.path.getsize(self.filepath)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(status.st_size - 8, MAX_HEADER):
-            if kind := other_kind(self.filepath):
-                raise self._other(kind)
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
             raise self._error(
                 f"The header of {length} bytes must take at most {MAX_HEADER} "
-                f"bytes, and lie within the {status.st_size} bytes of the file"
+                f"bytes, and lie within the {size} bytes of the file"
             )
         text = self._file.read(length)
         try:
@@ -358,15 +333,13 @@ class Reader:
             ) from error
         metadata = header.pop("__metadata__", None) or {}
         found, version = metadata.get("format"), metadata.get("version")
-        if found != format and (kind := other_kind(self.filepath)):
-            raise self._other(kind)
         if not {"sha256", "header_sha256"} <= metadata.keys():
             raise self._other("a safetensors file of another program")
-        if found != format or version not in [*map(str, versions)]:
+        if found != self._format or version not in [*map(str, versions)]:
             raise self._error(
-                f"The header does not state format {format!r} of a version in "
-                f"{list(versions)}, but {found!r}, version {version!r}: a "
-                "later release of keras_weightmods may read it"
+                f"The header does not state format {self._format!r} of a "
+                f"version in {list(versions)}, but {found!r}, version "
+                f"{version!r}: a later release of keras_weightmods may read it"
             )
         checksum = metadata["header_sha256"]
         if len(checksum) == len(_NO_CHECKSUM):
@@ -436,11 +409,6 @@ class Reader:
             self._file.seek(place)
             if self._file.readinto(view) != len(view):
                 raise self.error(name, "ends early")
-
-
-def _open(path, flags):
-    # Without waiting for the other end of a pipe.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_name(name):

@@ -11,13 +11,15 @@ READERS = {
     "keras_weightmods.model": "`keras_weightmods.load_model`",
     "keras_weightmods.patch": "`keras_weightmods.Patch.load`",
 }
+# No header of MAX_HEADER has this length.
+_ZIP = b"PK\x03\x04"
 # What files of other kinds are, and what reads them, by how they begin or, for
 # ZIP archives, by how they are named.
 _OTHERS = (
     (b"\x89HDF\r\n\x1a\n", "", "an HDF5 file", "`model.load_weights`"),
-    (b"PK", ".keras", "a .keras file", "`keras.models.load_model`"),
-    (b"PK", ".npz", "an .npz file", "`numpy.load`"),
-    (b"PK", "", "a ZIP archive", ""),
+    (_ZIP, ".keras", "a .keras file", "`keras.models.load_model`"),
+    (_ZIP, ".npz", "an .npz file", "`numpy.load`"),
+    (_ZIP, "", "a ZIP archive", ""),
     (b"\x93NUMPY", "", "a .npy file", "`numpy.load`"),
     (b"GGUF", "", "a GGUF file", "llama.cpp"),
 )
@@ -50,12 +52,6 @@ def kind_of(filepath):
     if format in READERS:
         return f"a file of {format!r}", READERS[format]
     return "", ""
-
-
-def other_kind(filepath):
-    """Return what `kind_of` does, in words; None if it is not known."""
-    kind, reader = kind_of(filepath)
-    return f"{kind}, which {reader} reads" if reader else kind or None
 
 
 def metadata_of(filepath):

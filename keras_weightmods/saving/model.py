@@ -1,11 +1,11 @@
 """One file for a whole model, with what was done to its weights in place."""
 
-import collections
 import json
 import os
 import tempfile
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -139,19 +139,17 @@ def save_model(
         entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")
-        if shared.is_first():
-            with container.Writer(
-                filepath, FORMAT, VERSION, entries, overwrite
-            ) as writer:
-                writer.write(_MODEL, text)
-                for name, file in assets.items():
-                    writer.write(name, np.fromfile(file, "uint8"))
-                for name, array in states.weights(parts):
-                    writer.write(name, array)
-                    progress.add(name)
-        else:
-            # It takes part where a weight is split over processes.
-            collections.deque(states.weights(parts), maxlen=0)
+
+        def arrays() -> Iterator[tuple[str, Any]]:
+            yield _MODEL, text
+            for name, file in assets.items():
+                yield name, np.fromfile(file, "uint8")
+            for name, array in states.weights(parts):
+                yield name, array
+                progress.add(name)
+
+        form = FORMAT, VERSION
+        shared.write(filepath, *form, entries, arrays(), overwrite)
     shared.wait("save_model")
 
 
@@ -333,8 +331,6 @@ def build_model(
 
 def read_description(reader: Any) -> Any:
     """Return how the model in a file is built; checked."""
-    if _MODEL not in reader.entries:
-        raise reader.error(_MODEL, "is missing")
     for name in reader.entries.keys() - {_MODEL}:
         if not name.startswith(states.GROUPS):
             raise reader.error(name, "is not one of a model")

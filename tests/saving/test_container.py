@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_weightmods.saving import bounded_json, container, file_kinds
-from keras_weightmods.saving.container import Entry, Reader, Writer
+from keras_weightmods.saving.container import Entry, Reader
+from keras_weightmods.saving.container import write as write_all
 from keras_weightmods.utils.dtypes import numpy_dtype
 from tests.models import assert_same_bits
 
@@ -91,18 +92,22 @@ def test_safetensors_reads_it_and_the_widest_come_first_so_are_aligned(path):
         assert header[name]["data_offsets"][0] % value.dtype.itemsize == 0
 
 
-def test_writer_leaves_nothing_on_an_error(tmp_path, path):
+def test_nothing_is_left_on_an_error(tmp_path, path):
     path.write_text("before")
     entries = {"x": Entry((2,), "float32"), "y": Entry((), "int8")}
-    with pytest.raises(ValueError, match=r"Missing: \['y'\]"):
-        with Writer(path, FORMAT, 1, entries) as writer:
-            writer.write("x", np.ones(2, "float32"))
-    for wrong in (np.ones(2), np.ones(3, "float32"), np.ones((2, 1), "f4")):
-        with pytest.raises(ValueError, match=r"Entry `x` must be an array"):
-            with Writer(path, FORMAT, 1, entries) as writer:
-                writer.write("x", wrong)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        Writer(path, FORMAT, 1, entries, overwrite=False)
+    halves = np.ones((2, 1), "float32")
+    for match, array, overwrite in (
+        (r"Missing: \['y'\]", halves[:, 0], True),
+        (r"Missing: \['y'\]", iter(halves), True),
+        ("Entry `x` must be an array", np.ones(2), True),
+        ("Entry `x` must be an array", np.ones(3, "float32"), True),
+        ("Entry `x` must be an array", halves, True),
+        ("whole, 8 bytes. Received: 4", iter(halves[:1]), True),
+        ("whole, 8 bytes. Received: 12", iter(np.ones((3, 1), "f4")), True),
+        ("overwrite=True", halves[:, 0], False),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=match):
+            write_all(path, FORMAT, 1, entries, [("x", array)], overwrite)
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_text() == "before"
 
@@ -117,9 +122,9 @@ def test_writer_leaves_nothing_on_an_error(tmp_path, path):
     ],
     ids=["empty", "newline", "dtype", "many"],
 )
-def test_writer_refuses(path, entries, match):
+def test_entries_that_a_file_cannot_hold(path, entries, match):
     with pytest.raises(ValueError, match=match):
-        Writer(path, FORMAT, 1, entries)
+        write_all(path, FORMAT, 1, entries, [])
 
 
 # Mutated files. `pack` makes a file of a header and data whose checksums are

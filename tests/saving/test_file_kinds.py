@@ -37,3 +37,9 @@ def test_files_of_other_kinds_are_named(name, content, kind, tmp_path):
     with pytest.raises(ValueError, match=kind) as caught:
         container.Reader(path, "keras_weightmods.model", (1,))
     assert "header of" not in str(caught.value)
+
+
+def test_the_length_of_a_header_is_no_magic_number(tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(int.from_bytes(b"PK", "little").to_bytes(8, "little"))
+    assert file_kinds.kind_of(path) == ("", "")
