@@ -208,8 +208,6 @@ def tables(net, results):
 def plot(results, names, output):
     import matplotlib
 
-    import keras_weightmods as kwm
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -219,13 +217,11 @@ def plot(results, names, output):
     for axes, name in zip(all_axes, names):
         row = results["corruptions"][name]
         on_clean, corrupted = zip(*row["scales"].values())
-        kwm.plot.accuracy(
-            SCALES,
-            {"clean images": on_clean, "corrupted images": corrupted},
-            {"robust model, corrupted": row["robust"]},
-            ax=axes,
-        )
-        axes.set_title(name)
+        axes.plot(SCALES, on_clean, "o-", label="clean images")
+        axes.plot(SCALES, corrupted, "o-", label="corrupted images")
+        axes.axhline(row["robust"], ls="--", label="robust model, corrupted")
+        axes.set(ylim=(0, 1), xlabel="scale", ylabel="accuracy", title=name)
+        axes.legend(fontsize=8)
         axes.label_outer()
     _save(figure, output / "scale.png")
 

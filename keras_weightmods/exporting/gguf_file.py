@@ -97,7 +97,17 @@ def writer(
         prefix = "ALL" if dtype == "f32" else "MOSTLY"
         types = gguf.LlamaFileType
         file.add_file_type(types[f"{prefix}_{dtype.upper()}"])
-        _add_config(file, backbone, context_length)
+        file.add_vocab_size(backbone.vocabulary_size)
+        file.add_context_length(context_length)
+        file.add_block_count(backbone.num_layers)
+        file.add_embedding_length(backbone.hidden_dim)
+        file.add_feed_forward_length(backbone.intermediate_dim)
+        file.add_head_count(backbone.num_query_heads)
+        file.add_head_count_kv(backbone.num_key_value_heads)
+        head_size = backbone.hidden_dim // backbone.num_query_heads
+        file.add_rope_dimension_count(head_size)
+        file.add_rope_freq_base(float(backbone.rope_max_wavelength))
+        file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
         add_tokenizer(file)
         named = tensors(backbone)
         progress.total += len(named)
@@ -182,20 +192,6 @@ def rope_factors(backbone: Any) -> Any:
     low, high = backbone.rope_low_freq_factor, backbone.rope_high_freq_factor
     share = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - share) / factor + share)).astype("float32")
-
-
-def _add_config(file: Any, backbone: Any, context_length: int) -> None:
-    head_size = backbone.hidden_dim // backbone.num_query_heads
-    file.add_vocab_size(backbone.vocabulary_size)
-    file.add_context_length(context_length)
-    file.add_block_count(backbone.num_layers)
-    file.add_embedding_length(backbone.hidden_dim)
-    file.add_feed_forward_length(backbone.intermediate_dim)
-    file.add_head_count(backbone.num_query_heads)
-    file.add_head_count_kv(backbone.num_key_value_heads)
-    file.add_rope_dimension_count(head_size)
-    file.add_rope_freq_base(float(backbone.rope_max_wavelength))
-    file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
 
 
 def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:

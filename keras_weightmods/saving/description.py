@@ -54,13 +54,19 @@ def describe(model, parts, left_out):
     compiles = hub is not None and isinstance(model, hub.models.Task)
     if compiles:
         config["config"]["compile"] = False
+    names = {id(part): name for name, part in parts.items()}
     return {
         "keras_weightmods_version": __version__,
         "keras_version": keras.__version__,
         "config": config,
         "compiles": compiles,
         "parts": _rows(parts),
-        "changes": _changes(model, parts),
+        "changes": [
+            [names[id(x.target.layer)], x.target.attribute, x.name]
+            + [x.get_config()]
+            for x in reparameterization.reparameterizations(model)
+            if not x.is_own
+        ],
         "lora": [
             [name, part.lora_rank, part.lora_alpha]
             for name, part in parts.items()
@@ -215,22 +221,21 @@ def _check_constants(parts, built):
     A graph keeps what was made of a variable's value outside of a layer, as
     it was in that moment: it is no weight, and follows none.
     """
+
+    def constants(part):
+        graph = keras_compat.graph_of(part)
+        found = [] if graph is None else keras_compat.constants_of(graph)
+        arrays = map(keras.ops.convert_to_numpy, found)
+        # As bits: NaN is equal to itself.
+        return [(x.dtype.name, x.shape, x.tobytes()) for x in arrays]
+
     for name, part in parts.items():
-        if _constants(part) != _constants(built.get(name)):
+        if constants(part) != constants(built.get(name)):
             raise ValueError(
                 f"The graph of {part.name!r} computes with a tensor that is "
                 "none of its weights, and would have other values. Compute it "
                 "in the `call` of a layer"
             )
-
-
-def _constants(part):
-    graph = keras_compat.graph_of(part)
-    if graph is None:
-        return []
-    arrays = map(keras.ops.convert_to_numpy, keras_compat.constants_of(graph))
-    # As bits: NaN is equal to itself.
-    return [(x.dtype.name, x.shape, x.tobytes()) for x in arrays]
 
 
 def message(error):
@@ -317,16 +322,6 @@ def _check_equal(kind, saved, built):
             f"Expected the {len(saved)} {kind} that were saved. "
             f"{len(different)} differ: {', '.join(different[:5])}"
         )
-
-
-def _changes(model, parts):
-    """Return [part, attribute, kind, config] of each change in place."""
-    names = {id(part): name for name, part in parts.items()}
-    return [
-        [names[id(x.target.layer)], x.target.attribute, x.name, x.get_config()]
-        for x in reparameterization.reparameterizations(model)
-        if not x.is_own
-    ]
 
 
 def _change(model, parts, rows):
