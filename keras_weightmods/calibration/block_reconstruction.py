@@ -40,71 +40,59 @@ def blocks_table(blocks):
     return Table("Blocks, reconstructed", blocks, columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockReconstruction:
-    """Trains the kept weights of one block after the other.
+def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
+    """Train the nonzero weights of one block after the other.
 
-    A block gets what the pruned blocks before it give, and is trained by Adam
-    to give what the dense block gives after dense ones: so it makes up for
-    what was lost before it, too. Zeros stay zero. Such windows, with one
-    nonlinear block in each, are compared in arXiv 2510.14444.
+    A block gets what the changed blocks before it give, and is trained by Adam
+    to give what it gives in the model as given: so it makes up for what was
+    lost before it, too. Zeros stay zero. Such windows, with one nonlinear
+    block in each, are compared in arXiv 2510.14444.
 
     The loss is the squared error at each position over the energy of the
-    dense output there: a language model has a few positions of a hundred
+    output wanted there: a language model has a few positions of a hundred
     times the norm of the others.
 
     Args:
+        operation: Keras operation, the block.
+        targets: List of `Target` in it, changed.
+        calls: List of pairs (args, kwargs) for it, one for each batch.
+        taught: List of the outputs wanted.
+        used: List of boolean arrays over leading axes of the outputs, or
+            None: the positions that count.
         epochs: Int, passes over the calibration data.
         learning_rate: Float > 0, the peak; it rises over a tenth of the steps
             and falls to zero.
+
+    Returns:
+        A `ReconstructedBlock`; None, with a warning, for a block without a
+        float in its outputs.
     """
-
-    epochs: int
-    learning_rate: float
-
-    def __call__(self, operation, targets, calls, taught, used):
-        """Train the nonzero weights of `targets`.
-
-        Args:
-            operation: Keras operation, the block.
-            targets: List of `Target` in it, pruned.
-            calls: List of pairs (args, kwargs) for it, one for each batch.
-            taught: List of the dense block's outputs.
-            used: List of boolean arrays over leading axes of the outputs, or
-                None: the positions that count.
-
-        Returns:
-            A `ReconstructedBlock`; None, with a warning, for a block without
-            a float in its outputs.
-        """
-        data = _Batches(calls, taught, used)
-        if not data.places:
-            warnings.warn(
-                f"The block {operation.name!r} gives no float, so that its "
-                f"{len(targets)} kernels are not trained.",
-                stacklevel=2,
-            )
-            return None
-        steps = self.epochs * len(calls)
-        schedule = WarmupLinearDecay(
-            self.learning_rate, max(1, steps // 10), steps
+    data = _Batches(calls, taught, used)
+    if not data.places:
+        warnings.warn(
+            f"The block {operation.name!r} gives no float, so that its "
+            f"{len(targets)} kernels are not trained.",
+            stacklevel=2,
         )
-        with _alone_trainable(operation, targets), calibration.gradients():
-            block = _Block(operation, data)
-            block.compile(
-                keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
-            )
-            before = block.evaluate(data, verbose=0)
-            block.fit(data, epochs=self.epochs, verbose=0)
-            after = block.evaluate(data, verbose=0)
-        if not math.isfinite(after):
-            raise ValueError(
-                "The loss of a block must stay finite while it is trained. "
-                f"Received: {after}, at {targets[0].path}, with a learning "
-                f"rate of {self.learning_rate}. Give a smaller one, or leave "
-                "'blocks' out of `refine`."
-            )
-        return ReconstructedBlock(operation.name, len(targets), before, after)
+        return None
+    steps = epochs * len(calls)
+    schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
+    with _alone_trainable(operation, targets), calibration.gradients():
+        block = _Block(operation, data)
+        block.compile(
+            keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
+        )
+        before = block.evaluate(data, verbose=0)
+        block.fit(data, epochs=epochs, verbose=0)
+        after = block.evaluate(data, verbose=0)
+    if not math.isfinite(after):
+        raise ValueError(
+            "The loss of a block must stay finite while it is trained. "
+            f"Received: {after}, at {targets[0].path}, with a learning rate "
+            f"of {learning_rate}. Give a smaller one, or leave 'blocks' out "
+            "of `refine`."
+        )
+    return ReconstructedBlock(operation.name, len(targets), before, after)
 
 
 class _Batches(keras.utils.PyDataset):

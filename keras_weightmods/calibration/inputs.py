@@ -101,27 +101,25 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
     """
     with Progress(len(batches), "batch", verbose, since) as progress:
         norms = input_norms(model, targets, progress.each(batches))
-    by_id, unknown = {}, []
     for target, norm in zip(targets, norms):
-        if norm is None:
-            unknown.append(target.path)
-        elif not np.isfinite(norm).all():
+        if norm is not None and not np.isfinite(norm).all():
             raise ValueError(
                 "CAST ranks weights by the inputs of their layers, which must "
                 f"be finite. Received: NaN or infinity at {target.path!r}. "
                 "Look for what comes in the data, or pass "
                 "`AdamS(criterion='magnitude')`."
             )
-        by_id[id(target.variable)] = norm
+    unknown = [t.path for t, norm in zip(targets, norms) if norm is None]
     if unknown:
         warnings.warn(
             "CAST ranks the weights of these kernels by magnitude alone, "
             f"since their layers' inputs could not be read: {unknown[:5]}",
             stacklevel=4,
         )
+    known = {id(t.variable): norm for t, norm in zip(targets, norms)}
     importance = []
     for variable, axes, _ in optimizer.sparsified_state:
-        norm = by_id.get(id(variable))
+        norm = known.get(id(variable))
         size = contraction_size(variable.shape, axes)
         importance.append(np.ones(size) if norm is None else norm)
     optimizer.set_importance(importance)

@@ -10,9 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration.block_reconstruction import (
-    BlockReconstruction,
     ReconstructedBlock,
     blocks_table,
+    train_block,
 )
 from keras_weightmods.calibration.self_generated import self_generated
 from keras_weightmods.calibration.walk import (
@@ -212,7 +212,7 @@ def quantize(
     damping = checks.check_float("damping", damping, above=0)
     checks.check_int("epochs", epochs, 1)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
-    fit = BlockReconstruction(epochs, learning_rate)
+    fit = {"epochs": epochs, "learning_rate": learning_rate}
     quantizer = _Quantizer(Grid(bits, group_size), damping, fit)
     targets = resolve_targets(model, targets)
     found: Any = find_table(model, targets) if head else (None, [], [])
@@ -271,7 +271,7 @@ class _Quantizer:
 
     grid: Grid
     damping: float
-    fit: BlockReconstruction
+    fit: dict[str, Any]
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
     blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
 
@@ -310,7 +310,7 @@ class _Quantizer:
         items = [self.items.pop(target.key) for target in group]
         seam.attach(operation, items)
         try:
-            block = self.fit(operation, group, *calls)
+            block = train_block(operation, group, *calls, **self.fit)
             if block is not None and block.after > block.before:
                 # Nothing was gained: as it was rounded.
                 for item in items:

@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration.block_reconstruction import (
-    BlockReconstruction,
     ReconstructedBlock,
     blocks_table,
+    train_block,
 )
 from keras_weightmods.calibration.walk import (
     change_kernels,
@@ -29,7 +29,6 @@ from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 _REFINEMENTS = ("swaps", "blocks")
-_FIT = BlockReconstruction(epochs=4, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +204,8 @@ def sparsify(
     check_stored("sparsify", usable)
     if data is not None:
         data = calibration_batches(model, data, batch_size)
-    fit = BlockReconstruction(epochs, learning_rate)
-    what = pattern, criterion, refinements
-    return prune(model, usable, data, *what, damping, fit, verbose)
+    what = pattern, criterion, refinements, damping, epochs, learning_rate
+    return prune(model, usable, data, *what, verbose)
 
 
 def prune(
@@ -218,7 +216,8 @@ def prune(
     criterion: str,
     refinements: tuple[str, ...] = (),
     damping: float = 0.01,
-    fit: BlockReconstruction = _FIT,
+    epochs: int = 4,
+    learning_rate: float = 1e-3,
     verbose: int = 1,
 ) -> SparsifyReport:
     """Prune all of `targets` in one shot or, on an error, none.
@@ -227,9 +226,9 @@ def prune(
         model: A built Keras model or layer.
         targets: `Targets` of it that fit the pattern.
         batches: List of pairs (inputs, sample weights or None), or None.
-        pattern, criterion, damping, verbose: As in `sparsify`.
         refinements: Tuple of strings, as `check_refine` returns it.
-        fit: What trains the blocks.
+        pattern, criterion, damping, epochs, learning_rate, verbose: As in
+            `sparsify`.
 
     Returns:
         A `SparsifyReport`.
@@ -262,7 +261,8 @@ def prune(
             )
 
     def rebuild(*block: Any) -> None:
-        if done := fit(*block):
+        done = train_block(*block, epochs=epochs, learning_rate=learning_rate)
+        if done:
             blocks.append(done)
 
     kernels = change_kernels(

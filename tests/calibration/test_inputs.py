@@ -9,7 +9,7 @@ from keras_weightmods.core.layer_kinds import GENERATED
 from keras_weightmods.core.watched import called_by
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models
-from tests.models import mlp, normal, numpy, sequential
+from tests.models import normal, numpy, sequential
 
 one_backend = pytest.mark.one_backend
 
@@ -100,7 +100,6 @@ def einsum(equation, output_shape):
         (einsum("ab...,bc->ac...", (6, 3, 5)), (4, 3, 5), [1]),
         # The kernel's order of the contracted axes, not the input's.
         (einsum("bhqu,uhm->bqm", (3, 6)), (4, 3, 2), [3, 1]),
-        (einsum("btd,ndh->btnh", (3, 2, 5)), (3, 4), [2]),
         (lambda: layers.Conv2DTranspose(3, 2, strides=2), (4, 4, 8), [3]),
     ],
 )
@@ -138,19 +137,6 @@ def test_positions_of_weight_zero_are_left_out():
     flat = numpy(dense[0](x)).reshape(4, -1)
     for norm, inputs in zip(norms, (x, flat), strict=True):
         assert_close(norm, root_mean_square(inputs[rows != 0]))
-
-
-@one_backend
-def test_an_error_leaves_no_trace():
-    model = mlp(4, 4, 4)
-
-    def fail(x):
-        raise RuntimeError("broken")
-
-    model.layers[1].activation = fail
-    with pytest.raises(RuntimeError, match="broken"):
-        norms_over(model, normal(2, 4))
-    assert_untouched(model)
 
 
 @one_backend

@@ -33,6 +33,7 @@ def test_all_methods_agree_on_convolutions():
     expected = kwm.sparsify(model, verbose=0)
     sparse = models.weights_of(model)
     paths = [kernel.path for kernel in expected.kernels]
+    assert all(kernel.error is None for kernel in expected.kernels)
     assert [path.split("/")[-2] for path in paths] == [
         *("plain", "separable", "dense")
     ]
