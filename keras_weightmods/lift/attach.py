@@ -26,7 +26,7 @@ class Plan:
         model: A built Keras model.
         targets: As in `PrincipalMaskCallback`.
         whole: List of the variables that are trained whole.
-        freeze_rest, keep_pattern: As in `PrincipalMaskCallback`.
+        keep_pattern: As in `PrincipalMaskCallback`.
         selection: The `Selection` of entries.
 
     Attributes:
@@ -43,13 +43,14 @@ class Plan:
         model: Any,
         targets: Any,
         whole: list[Any],
-        freeze_rest: bool,
         keep_pattern: bool,
         selection: Selection,
     ) -> None:
         found = resolve_targets(model, targets)
         ids, paths = {id(v) for v in whole}, {v.path for v in whole}
         skipped = [skip for skip in found.skipped if skip.path not in paths]
+        self.known = model.trainable_variables
+        trainable = set(map(id, self.known))
         sizes: dict[int, int] = {}
         self.tiny: list[str] = []
         self.targets: list[Target] = []
@@ -62,7 +63,7 @@ class Plan:
             if id(variable) in ids:
                 if keep_pattern and _has_zeros(variable):
                     problem = "would lose its zeros; leave it out of also_train"
-            elif not variable.trainable:
+            elif id(variable) not in trainable:
                 skipped.append(Skipped(target.path, "frozen"))
             elif "float" not in variable.dtype:
                 reason = f"not a float variable ({variable.dtype})"
@@ -92,11 +93,10 @@ class Plan:
                 "`PrincipalMaskCallback` found no kernel to train. Received: "
                 f"model={model.name!r}, skipped: {'; '.join(reasons)}"
             )
-        self.known = model.trainable_variables
         self.specs = [
             MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
             for place, v in enumerate(self.known)
-            if id(v) in sizes or id(v) in ids or not freeze_rest
+            if id(v) in sizes or id(v) in ids
         ]
         self.variables = [self.known[spec.place] for spec in self.specs]
         order = {id(v): place for place, v in enumerate(self.variables)}

@@ -57,8 +57,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     them where they come after this one in the list. The attribute `refreshes`
     lists all refreshes, with `step`, `changed` and `seconds`.
 
-    A kernel so small that not one of its entries would be chosen is left as
-    the other weights are, and a warning names it.
+    All other weights are frozen during the training, but for those that
+    `also_train` names. Their flags are given back at its end, and on an error
+    or Ctrl-C in a step. After one elsewhere, in another callback for instance,
+    the next `fit` with this callback gives them back, or `detach(model)`. A
+    kernel so small that not one of its entries would be chosen is frozen, and
+    a warning names it.
 
     Args:
         density: Float in (0, 1], the share of the entries of each kernel that
@@ -78,12 +82,6 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             places. Defaults to `"principal"`.
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes. Defaults to all that it finds.
-        freeze_rest: Bool, whether all other weights are frozen during the
-            training. Their flags are given back at its end, and on an error or
-            Ctrl-C in a step. After one elsewhere, in another callback for
-            instance, the next `fit` with this callback gives them back, or
-            `detach(model)`. If `False` they are trained as ever. Defaults to
-            `True`.
         also_train: What is trained whole beside the masks, as a new head,
             norms or biases (`modules_to_save` of peft): a regex searched for
             in the paths of all trainable weights; a layer or a layer type,
@@ -138,7 +136,6 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         *,
         criterion: str = "principal",
         targets: Any = None,
-        freeze_rest: bool = True,
         also_train: Any = None,
         seed: int | None = None,
         keep_pattern: bool = False,
@@ -157,7 +154,6 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self.refresh_every: Any = checks.check_int(
             "refresh_every", refresh_every, 1, optional=True
         )
-        self.freeze_rest = checks.check_bool("freeze_rest", freeze_rest)
         self.keep_pattern = checks.check_bool("keep_pattern", keep_pattern)
         is_batch = isinstance(data, (tuple, list)) and len(data) in (2, 3)
         if criterion == "gradient" and not is_batch:
@@ -228,7 +224,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if model.train_function is None:
             model.make_train_function(force=True)
         train_step.keep_weights(model)
-        if self.freeze_rest and keras.backend.backend() != "jax":
+        if keras.backend.backend() != "jax":
             train_step.put_around(model, "frozen weights", unfreeze_on_error)
         verbose = (self.params or {}).get("verbose", 0)
         train_step.show_first(model, verbose, began)
@@ -315,14 +311,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         whole = filters.matching_weights(
             "also_train", self._also_train, model, trainable=True
         )
-        options = self.freeze_rest, self.keep_pattern, self._selection
+        options = self.keep_pattern, self._selection
         plan = Plan(model, self._targets, whole, *options)
         if plan.tiny:
-            state = "frozen" if self.freeze_rest else "trained as ever"
             warnings.warn(
                 f"`PrincipalMaskCallback` leaves {len(plan.tiny)} kernels "
-                f"{state}, too small for an entry: {plan.tiny[:5]}. Select "
-                "more to train these too.",
+                f"frozen, too small for an entry: {plan.tiny[:5]}. Select more "
+                "to train these too.",
                 stacklevel=2,
             )
         optimizer = inner_optimizer(model.optimizer)
@@ -336,9 +331,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 chosen = list(progress.each(found))
         if is_new:
             optimizer = plan.install(model, optimizer)
-        if self.freeze_rest:
-            trained = {id(v) for v in plan.variables}
-            freeze(model, [v for v in plan.known if id(v) not in trained])
+        trained = {id(v) for v in plan.variables}
+        freeze(model, [v for v in plan.known if id(v) not in trained])
         if chosen is not None:
             optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = {id(t.variable): t for t in plan.targets}

@@ -35,7 +35,7 @@ class SparseAdamW(MaskedState):
     sqrt((1 - beta_1)^2 / (1 - beta_2)): keep `beta_2` at 0.95, where that is
     0.45, rather than 0.999, where it is 3.2.
 
-    Variables without a mask (`freeze_rest=False`) take AdamW steps.
+    Variables without a mask (`also_train`) take AdamW steps.
 
     With `use_ema=True` the average is as large as the kernels, as in Keras.
 
