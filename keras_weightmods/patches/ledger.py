@@ -255,11 +255,11 @@ class Ledger:
         raise_all(summary, unknown)
         sums = {}
         for entry in patch:
-            before = _Sum(model.snapshot(entry.position))
+            values = model.snapshot(entry.position)
             # Solves new = old + scale * (tensor - replaced * old) for the old.
             scaled = -scale / (1 - scale * entry.replaced)
             terms = _terms([(entry, scaled)])
-            sums[entry.position] = before, before._replace(terms=terms)
+            sums[entry.position] = _Sum(values), _Sum(values, terms)
         _write(model, sums)
         keys = tuple(entry.key for entry in patch)
         return PatchReport("subtract", patch.name, scale, subtracted=keys)
