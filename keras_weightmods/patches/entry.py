@@ -177,7 +177,8 @@ class PatchEntry:
         """The arrays that hold the tensor; the last one is of floats."""
         if isinstance(self.tensor, np.ndarray):
             return (self.tensor,)
-        held = vars(self.tensor).values()
+        names = (field.name for field in dataclasses.fields(self.tensor))
+        held = (getattr(self.tensor, name) for name in names)
         return tuple(each for each in held if isinstance(each, np.ndarray))
 
     def dequantized(self, dtype: str = "float32") -> np.ndarray:
