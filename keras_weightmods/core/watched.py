@@ -49,8 +49,9 @@ def _watched_class(cls: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(cls.call, self)
         here = threading.get_ident()
-        # Another thread may end the scope meanwhile.
-        for thread, watcher in keras_compat.attributes(self).get(_WATCHERS, ()):
+        # Another thread may begin or end a scope meanwhile.
+        watchers = tuple(keras_compat.attributes(self).get(_WATCHERS, ()))
+        for thread, watcher in watchers:
             if thread == here:
                 run = functools.partial(watcher, run)
         return run(*args, **kwargs)

@@ -44,6 +44,28 @@ def test_another_thread_calls_and_watches_the_layer_by_itself():
     assert "_watchers" not in vars(layer)
 
 
+def test_a_scope_that_ends_during_a_call_hides_no_other(monkeypatch):
+    layer, seen, scopes = built(keras.layers.Dense(2), 3), [], []
+
+    class OtherThread:
+        def __eq__(self, other):
+            while scopes:
+                scopes.pop().__exit__(None, None, None)
+            return self is other
+
+    def watched(name):
+        return called_by(layer, lambda plain, x: seen.append(name) or plain(x))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "get_ident", OtherThread)
+        scopes.append(watched("other"))
+        scopes[0].__enter__()
+    with watched("own"):
+        layer(models.normal(1, 3))
+    assert not scopes
+    assert seen == ["own"]
+
+
 def test_a_model_can_be_called_while_its_order_is_found():
     model, x, found = models.mlp(), models.normal(1, 8), []
     expected, is_over = models.outputs(model, x), threading.Event()
