@@ -14,9 +14,10 @@ _EVERY = {True: 1.0, False: 10.0}
 
 
 class _Late:
-    """Draws from a thread, once the work has taken two seconds."""
+    """Draws from a thread, once the work has taken two seconds.
 
-    _is_rewritten = True
+    In a terminal or a notebook it draws again each second, in a file each ten.
+    """
 
     def __init__(self, verbose: Any, since: float | None) -> None:
         self._verbose = verbose
@@ -26,6 +27,8 @@ class _Late:
         self._start = time.perf_counter()
         since = self._start if self._since is None else self._since
         self._first = since + DELAY
+        is_terminal = getattr(sys.stdout, "isatty", bool)()
+        self._is_rewritten = is_terminal or "ipykernel" in sys.modules
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         if self._verbose:
@@ -53,7 +56,8 @@ class Progress(_Late):
     """Keras' progress bar, shown once the work has taken two seconds.
 
     A context manager. A step that takes long shows it too, not only the end of
-    one. Work that is done before shows nothing.
+    one. Work that is done before shows nothing. In a terminal or a notebook the
+    bar is drawn again each second, in a file each ten.
 
     Args:
         total: Int, the steps of the work. It may be set later.
@@ -126,7 +130,6 @@ class Waiting(_Late):
 
         if not keras.config.is_interactive_logging_enabled():
             self._verbose = 0
-        self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
         return super().__enter__()
 
     def _draw(self, is_last: bool) -> None:

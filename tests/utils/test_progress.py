@@ -49,6 +49,21 @@ def test_the_bar_shows_once_the_work_takes_long(capsys, at_once, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_file_gets_few_lines(is_terminal, at_once, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, "_EVERY", {True: 0.01, False: 60.0})
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, False)
+    for cls in (Progress, Waiting):
+        monkeypatch.setattr(cls, "_draw", lambda self, _: drawn.append(self))
+    for shown in (Progress(1, "kernel"), Waiting("Compiling")):
+        with shown:
+            time.sleep(0.5)
+        # The first, and the last.
+        count = drawn.count(shown)
+        assert count > 2 if is_terminal else count == 2
+
+
 def fit_by_lift(verbose):
     x, model = keras.ops.ones((4, 8)), mlp()
     model.compile(kwm.SparseAdamW(0.1), "mse")
