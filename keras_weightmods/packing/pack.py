@@ -379,4 +379,7 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
         for item in items
     )
     after = bytes_of(model.weights)
-    return PackReport(weights, tuple(skipped), before, after)
+    left = reparameterizations(model, PackedParameters)
+    held = [array for i in left if i.is_held for array in i.named.values()]
+    host = sum(array.nbytes for array in held)
+    return PackReport(weights, tuple(skipped), before, after, host)

@@ -52,12 +52,16 @@ class PackReport(report.Report):
         skipped: Tuple of `Skipped(path, reason)`: weights left as they are.
         model_bytes_before: Int, all weights of the model.
         model_bytes: Int, the same after the call.
+        host_bytes: Int, of the arrays for a file where weights are held dense:
+            they are no weights, and lie in the host's memory besides, which on
+            a CPU is that of the weights.
     """
 
     weights: tuple[PackedWeight, ...]
     skipped: tuple[report.Skipped, ...]
     model_bytes_before: int
     model_bytes: int
+    host_bytes: int = 0
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -87,6 +91,8 @@ class PackReport(report.Report):
             for weight in self.weights
         ]
         sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
+        host = self.host_bytes
+        more = f", and {report.size_text(host)} for files besides"
         yield report.Table(
             f"{len(rows)} packed weights",
             rows,
@@ -94,7 +100,8 @@ class PackReport(report.Report):
             "packed share",
             ("all", *[""] * 5, *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
-            f"before, {report.size_text(self.model_bytes)} now",
+            f"before, {report.size_text(self.model_bytes)} now"
+            + (more if host else ""),
         )
 
 

@@ -15,6 +15,7 @@ from keras_weightmods import backend as backends
 from keras_weightmods import find_targets, native, pack, unpack
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
+from keras_weightmods.utils.report import size_text
 from tests import models, references
 from tests.backends import breadth
 from tests.models import make_sparse, mlp, normal, numpy, outputs, sequential
@@ -445,7 +446,8 @@ def test_a_weight_that_is_held_dense_is_saved_as_it_was_set(
 def check_checkpoints(make, x, folder, monkeypatch):
     """From a packed model to one held dense, and back to the packed one."""
     paths = [folder / f"{i}.weights.h5" for i in range(2)]
-    packed, _ = make(0)
+    packed, in_arrays = make(0)
+    assert not in_arrays.host_bytes
     packed.save_weights(paths[0])
     expected, before = outputs(packed, x), models.weights_of(packed)
     native.warn_dense.cache_clear()
@@ -456,6 +458,8 @@ def check_checkpoints(make, x, folder, monkeypatch):
         # One warning is enough.
         held_dense.load_weights(paths[0])
         assert report.totals["packed_share"] == 1
+        assert report.host_bytes == in_arrays.totals["packed_bytes"]
+        assert f"and {size_text(report.host_bytes)} for" in str(report)
         found = outputs(held_dense, x)
         assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         held_dense.save_weights(paths[1])
