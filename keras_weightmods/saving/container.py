@@ -173,6 +173,8 @@ def write(filepath, format, version, entries, arrays, overwrite=True):
         )
     with replacing(filepath) as temporary, open(temporary, "xb") as file:
         for name, array in arrays:
+            if name not in places:
+                raise ValueError(f"There is no entry for an array {name!r}")
             start, end = places[name]
             file.seek(begin + start)
             checksums[name] = _write_one(file, name, entries[name], array)

@@ -108,6 +108,8 @@ def test_nothing_is_left_on_an_error(tmp_path, path):
     ):
         with pytest.raises((ValueError, FileExistsError), match=match):
             write_all(path, FORMAT, 1, entries, [("x", array)], overwrite)
+    with pytest.raises(ValueError, match="no entry for an array 'z'"):
+        write_all(path, FORMAT, 1, entries, [("z", halves)])
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_text() == "before"
 
