@@ -227,7 +227,8 @@ def _dense_copy(model: Any, progress: Progress) -> Any:
     """
     try:
         copy = copied(model)
-    except ValueError as error:
+    # What the code of a model's classes raises is not known.
+    except Exception as error:
         raise ValueError(
             f"{error} Or call `kwm.unpack(model)` before the export."
         ) from error

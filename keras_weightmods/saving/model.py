@@ -266,7 +266,11 @@ def copied(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: If it cannot be built again from its config.
     """
-    shared_parts = [p for p in [getattr(model, "preprocessor", None)] if p]
+    # A property of KerasHub's tasks. What others call so may be a layer of
+    # their graph.
+    is_apart = hasattr(type(model), "preprocessor")
+    preprocessor = model.preprocessor if is_apart else None
+    shared_parts = [] if preprocessor is None else [preprocessor]
     parts = states.walk(model, shared_parts)
     weights = states.weight_entries(parts)
     described = description.describe(model, parts, shared_parts)
@@ -287,8 +291,9 @@ def copied(model: keras.Model) -> keras.Model:
             own_parts, source, folder, description.give_values, lambda name: 0
         )
     description.finish(described, copy, pending)
-    for preprocessor in shared_parts:
+    if preprocessor is not None:
         copy.preprocessor = preprocessor
+    keras_compat.count_as_called(copy, model)
     return copy
 
 

@@ -184,6 +184,37 @@ def test_another_thread_sees_the_packed_model_meanwhile(tmp_path, monkeypatch):
     assert int(model.optimizer.iterations) == steps + 1
 
 
+@keras.saving.register_keras_serializable("tests.exporting")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def with_a_preprocessor_of_its_own():
+    normalization = keras.layers.Normalization(mean=1.0, variance=4.0)
+    model = models.sequential((64,), normalization, keras.layers.Dense(4))
+    model.preprocessor = normalization
+    return model
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("make", [Subclassed, with_a_preprocessor_of_its_own])
+def test_copies_of_models_that_are_no_plain_graph(make, tmp_path):
+    model, path = make(), tmp_path / "model.pt2"
+    model(X)
+    kwm.pack(models.make_sparse(model), activations=FLOATS)
+    with (
+        left_alone(model) as expected,
+        pytest.warns(UserWarning, match="dense"),
+    ):
+        kwm.export(model, path, "torch")
+    np.testing.assert_allclose(by_torch(path), expected, atol=1e-5)
+
+
 @pytest.mark.one_backend
 def test_a_model_that_cannot_be_copied_is_refused(tmp_path):
     class Unregistered(keras.layers.Dense):
@@ -193,11 +224,18 @@ def test_a_model_that_cannot_be_copied_is_refused(tmp_path):
     class Size:
         value = 8
 
+    class WithoutConfig(Subclassed):
+        def __init__(self, size):
+            super().__init__()
+
     layer = Unregistered(Size())
-    model = models.make_sparse(models.sequential((64,), layer))
-    kwm.pack(model)
-    with left_alone(model):
-        with pytest.raises(ValueError, match=r"built again.*kwm\.unpack"):
+    for model, match in (
+        (models.sequential((64,), layer), r"built again.*kwm\.unpack"),
+        (WithoutConfig(Size()), r"(?s)get_config.*kwm\.unpack"),
+    ):
+        model(X)
+        kwm.pack(models.make_sparse(model))
+        with left_alone(model), pytest.raises(ValueError, match=match):
             kwm.export(model, tmp_path / "model.pt2", "torch")
     assert os.listdir(tmp_path) == []
 

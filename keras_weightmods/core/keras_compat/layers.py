@@ -35,6 +35,16 @@ def parts_of(layer: Any) -> list[Any]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def count_as_called(copy: Any, model: Any) -> None:
+    """Let Keras export a copy by the shapes that the model was called on.
+
+    It refuses a subclassed model that has not been called. Needless if a model
+    that `build_from_config` has built could be exported.
+    """
+    for name in ("_called", "_build_shapes_dict"):
+        vars(copy)[name] = vars(model)[name]
+
+
 def own_variables(layer: Any) -> list[keras.Variable]:
     """Return the variables of `layer`; `weights` adds those of its layers."""
     return layer._trainable_variables + layer._non_trainable_variables
