@@ -45,10 +45,10 @@ def pack(
 
     `pack(model)` stores what `kwm.quantize` has rounded, without further loss:
     kernels, and the head of an embedding, that lie on the grid of int4 (-8 to
-    7 times a bfloat16 scale for each output unit and 64 inputs) take 4.25 bits
-    a weight, or 3.25 where they are 2:4. Other 2:4 kernels keep their values as
-    they are. `pack(model, "int8")` and `pack(model, "int4")` round all weights
-    by themselves, 2:4 or not.
+    7 times a bfloat16 scale for each output unit and 64 inputs) and have more
+    than three values take 4.25 bits a weight, or 3.25 where they are 2:4. Other
+    2:4 kernels keep their values as they are. `pack(model, "int8")` and
+    `pack(model, "int4")` round all weights by themselves, 2:4 or not.
 
     Of a 2:4 kernel the kept values are stored, and two bits for the place of
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
@@ -279,12 +279,15 @@ def _begins_on_grid(target: Any, form: Any) -> bool:
     """Return whether packing does not round the first columns of a weight.
 
     They decide for nearly all that are rounded, without packing them whole.
+    Zeros, ones and unit matrices lie on every grid, and nobody rounded them.
     """
     axes = target.contraction_axes, target.stack_axes
-    first = to_stack(target.variable.value, *axes)[0, :, : form.columns]
-    first = np.ascontiguousarray(ops.convert_to_numpy(first), np.float32)
+    matrix = ops.convert_to_numpy(to_stack(target.variable.value, *axes)[0])
+    first = np.ascontiguousarray(matrix[:, : form.columns], np.float32)
     same = form.unpack(form.pack(first), first.shape, np)
-    return np.array_equal(same, first)
+    return np.array_equal(same, first) and any(
+        np.unique(values).size > 3 for values in (first, matrix)
+    )
 
 
 def _shared_variables(model: Any) -> dict[int, str]:

@@ -226,6 +226,20 @@ def test_what_was_rounded_is_packed_without_being_told():
 
 
 @one_backend
+@pytest.mark.parametrize("value", ("identity", "zeros"))
+def test_a_plain_kernel_is_not_taken_for_a_rounded_one(value):
+    """It lies on every grid; int8 inputs would change what it computes."""
+    initializer = keras.initializers.get(value)
+    dense = keras.layers.Dense(32, kernel_initializer=initializer)
+    model = sequential((32,), dense)
+    x = normal(8, 32)
+    before = outputs(model, x)
+    (row,) = pack(model).weights
+    assert (row.dtype, row.activations) == ("float32", "float32")
+    assert_allclose(outputs(model, x), before, atol=1e-6)
+
+
+@one_backend
 def test_an_inexact_kernel_is_named_and_nothing_changes():
     model = make_sparse(MODELS["dense"]())
     target = find_targets(model)[0]
