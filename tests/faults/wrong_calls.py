@@ -290,6 +290,7 @@ ARGUMENTS = {
     "assert_sparse": "model=sparse()",
     "attach_compander": "out_of_range='clip'",
     "Checkpoint.restore": "model=_saved_checkpoint()",
+    "CompanderDense": "units=4",
     "compile_generate": "model=language_model()",
     "export": "model=language_model(vocabulary_size=32), filepath='exported', "
     "format='transformers'",

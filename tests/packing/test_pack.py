@@ -226,7 +226,7 @@ def test_what_was_rounded_is_packed_without_being_told():
 
 
 @one_backend
-@pytest.mark.parametrize("value", ("identity", "zeros"))
+@pytest.mark.parametrize("value", ["identity", "zeros"])
 def test_a_plain_kernel_is_not_taken_for_a_rounded_one(value):
     """It lies on every grid; int8 inputs would change what it computes."""
     initializer = keras.initializers.get(value)
