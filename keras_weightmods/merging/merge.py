@@ -344,8 +344,9 @@ def _checked(
     if weights is not None:
         if chosen.weights == "none":
             raise checks.error("weights", f"None for {method}", weights)
-        is_list = isinstance(weights, (list, tuple)) or np.ndim(weights) == 1
-        if not is_list or len(weights) != len(models):
+        is_list = isinstance(weights, (list, tuple))
+        shape = (len(weights),) if is_list else np.shape(weights)
+        if shape != (len(models),):
             expected = f"a list of {len(models)} elements"
             raise checks.error("weights", expected, weights)
     return {**chosen.options, **options}
