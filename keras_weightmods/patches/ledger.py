@@ -166,9 +166,14 @@ class Ledger:
         """
         for applied in {**self.patches, **after}.values():
             self.check(applied.patch, model)
+        # Those at the scale that they had count: what is there is checked.
+        moved = {
+            name: applied
+            for name, applied in {**self.patches, **after}.items()
+            if self.patches.get(name) is not after.get(name)
+        }
         old, new = self._entries(self.patches), self._entries(after)
-        touched = [p for p in {**old, **new} if old.get(p) != new.get(p)]
-        touched.sort()
+        touched = sorted(self._entries(moved))
         known = [p for p in touched if p in old]
         changed = self._changed(model, known, force)
         whole = [p for p in changed if self._clean[p][1] is None]

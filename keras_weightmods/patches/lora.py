@@ -69,7 +69,8 @@ def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
     path = os.path.realpath(checks.check_path("filepath", filepath))
     if os.path.isfile(path) or not os.path.isdir(os.path.dirname(path)):
         raise checks.error("filepath", "a folder, in one that exists", path)
-    if os.path.exists(os.path.join(path, _CONFIG)) and not overwrite:
+    files = [os.path.join(path, name) for name in (_CONFIG, _WEIGHTS)]
+    if any(map(os.path.exists, files)) and not overwrite:
         raise FileExistsError(
             "Pass `overwrite=True` to replace what is there. Received: "
             f"filepath={path!r}, overwrite=False"

@@ -183,6 +183,9 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     to, back = delta.to_lora, kwm.Patch.from_lora
     path, ready = tmp_path / "adapter", tmp_path / "ready"
     to(model, ready, 2)
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "adapter_model.safetensors").touch()
     before = sorted(os.listdir(tmp_path))
     for match, call in (
         ("`rank` must be", lambda: to(model, path, 0)),
@@ -196,6 +199,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
         ("must be plain", lambda: back(companded, ready)),
         ("an adapter of this model", lambda: back(make(hidden_dim=8), ready)),
         ("over", lambda: to(model, ready, overwrite=False)),
+        ("over", lambda: to(model, half, overwrite=False)),
     ):
         with pytest.raises((ValueError, FileExistsError), match=match):
             call()
