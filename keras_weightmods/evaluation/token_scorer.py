@@ -80,6 +80,12 @@ class TokenScorer:
         """
         self._build()
         tokens = np.asarray(tokens, dtype="int32")
+        # JAX and TensorFlow would take other tokens for these.
+        size = (getattr(self.model, "output_shape", None) or (None,))[-1]
+        outside = tokens[(tokens < 0) | (tokens >= (size or np.inf))]
+        if outside.size:
+            expected = f"token ids from 0 to {size - 1}, the model's vocabulary"
+            raise checks.error("texts", expected, int(outside[0]))
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         taken = {"token_ids": inputs, "padding_mask": padding_mask}
         structure = input_of(self.model)

@@ -196,14 +196,14 @@ def quantize(
     """
     if isinstance(data, str) and re.fullmatch(r"[a-z]*(int|float)\d\w*", data):
         data, bits = None, data
-    if bits in ("int8", 8):
+    if isinstance(bits, str) and re.fullmatch("int[2348]", bits):
+        bits = int(bits[-1])
+    if isinstance(bits, int) and bits == 8:
         raise ValueError(
             "`quantize` rounds to 2 to 4 bits. For int8 call `kwm.pack(model, "
             '"int8")`, which rounds by itself and loses next to nothing. '
             f"Received: bits={bits!r}"
         )
-    if bits in ("int2", "int3", "int4"):
-        bits = int(bits[-1])
     checks.check_int("bits", bits, 2, 4)
     checks.check_choice("refine", refine, ("blocks", None))
     checks.check_bool("head", head)

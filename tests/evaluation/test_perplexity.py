@@ -177,6 +177,12 @@ def test_texts_and_windows_begin_with_the_start_token():
     assert value(["one three a"]) == value([[3, 5, 1]])
 
 
+@pytest.mark.parametrize("token", [-1, 10**9])
+def test_tokens_outside_of_the_vocabulary_are_refused(model, token):
+    with pytest.raises(ValueError, match=rf"token ids.*={token}"):
+        kwm.perplexity(model, [[1, token, 2]], verbose=0)
+
+
 @pytest.mark.one_backend
 def test_what_is_refused(model, capsys):
     empty, single = np.zeros((0, 4), int), np.zeros((3, 1), int)
