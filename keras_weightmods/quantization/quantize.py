@@ -210,7 +210,7 @@ def quantize(
     checks.check_int("batch_size", batch_size, 1)
     checks.check_verbose(verbose)
     damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("epochs", epochs, 1)
+    checks.check_int("epochs", epochs, 1, 10_000)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
     fit = {"epochs": epochs, "learning_rate": learning_rate}
     quantizer = _Quantizer(Grid(bits, group_size), damping, fit)

@@ -188,7 +188,7 @@ def sparsify(
     checks.check_choice("criterion", criterion, CRITERIA)
     refinements = check_refine("refine", refine)
     damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("epochs", epochs, 1)
+    checks.check_int("epochs", epochs, 1, 10_000)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
     checks.check_verbose(verbose)
     checks.check_int("batch_size", batch_size, 1)
