@@ -344,11 +344,7 @@ def _checked(
     if weights is not None:
         if chosen.weights == "none":
             raise checks.error("weights", f"None for {method}", weights)
-        is_list = isinstance(weights, (list, tuple))
-        shape = (len(weights),) if is_list else np.shape(weights)
-        if shape != (len(models),):
-            expected = f"a list of {len(models)} elements"
-            raise checks.error("weights", expected, weights)
+        checks.check_list("weights", weights, len(models), "elements")
     return {**chosen.options, **options}
 
 

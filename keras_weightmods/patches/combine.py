@@ -17,9 +17,7 @@ def summed(signatures, method, weights, density, seed):
     checks.check_choice("method", method, ("sum", "mean", *_DENSITY))
     count = len(signatures)
     weights = [1.0] * count if weights is None else weights
-    is_list = isinstance(weights, (list, tuple)) or np.ndim(weights) == 1
-    if not is_list or len(weights) != count:
-        raise checks.error("weights", f"a list of {count} numbers", weights)
+    checks.check_list("weights", weights, count, "numbers")
     weights = [checks.check_float("weights", each) for each in weights]
     if density is None:
         density = _DENSITY.get(method, 1.0)

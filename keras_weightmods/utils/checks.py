@@ -66,6 +66,15 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
+def check_list(name: str, value: Any, count: int, what: str) -> Any:
+    """Return a list or vector of `count` entries, or raise ValueError."""
+    is_list = isinstance(value, (list, tuple))
+    shape = (len(value),) if is_list else getattr(value, "shape", ())
+    if tuple(shape) != (count,):
+        raise error(name, f"a list of {count} {what}", value)
+    return value
+
+
 def check_string(name: str, value: Any, optional: bool = False) -> Any:
     """Return a string that is not empty; raise ValueError otherwise."""
     if optional and value is None:
