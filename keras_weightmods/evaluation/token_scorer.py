@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
@@ -81,8 +82,10 @@ class TokenScorer:
         self._build()
         tokens = np.asarray(tokens, dtype="int32")
         # JAX and TensorFlow would take other tokens for these.
-        size = (getattr(self.model, "output_shape", None) or (None,))[-1]
-        outside = tokens[(tokens < 0) | (tokens >= (size or np.inf))]
+        shape = getattr(self.model, "output_shape", None)
+        last: Any = shape[-1] if isinstance(shape, tuple) else None
+        size = last if isinstance(last, int) else 2**31
+        outside = tokens[(tokens < 0) | (tokens >= size)]
         if outside.size:
             expected = f"token ids from 0 to {size - 1}, the model's vocabulary"
             raise checks.error("texts", expected, int(outside[0]))
