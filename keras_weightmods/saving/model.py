@@ -1,5 +1,6 @@
 """One file for a whole model, with what was done to its weights in place."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -254,7 +255,8 @@ def load_model(
             states.load(
                 parts, reader, folder, description.give_values, progress.add
             )
-            description.finish(described, model, pending)
+            with _as_described(reader):
+                description.finish(described, model, pending)
     return model
 
 
@@ -323,8 +325,14 @@ def build_model(
         for name, entry in reader.entries.items()
         if states.is_weight(name)
     }
-    try:
+    with _as_described(reader):
         return description.build(described, weights, custom_objects)
+
+
+@contextlib.contextmanager
+def _as_described(reader: Any) -> Iterator[None]:
+    try:
+        yield
     # What the code of a model's classes raises is not known.
     except Exception as error:
         raise ValueError(

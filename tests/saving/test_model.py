@@ -645,6 +645,20 @@ def test_hostile_files(match, change, scaled_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.one_backend
+def test_a_seed_that_no_state_holds_is_refused_by_file(tmp_path):
+    path = tmp_path / "file"
+    dropout = keras.layers.Dropout(0.5, seed=3)
+    model = models.sequential((8,), keras.layers.Dense(4), dropout)
+    kwm.save_model(model, path)
+    arrays = contents(path)
+    put_layer(seed=10**30)(arrays)
+    container.write_arrays(path, *FORM, arrays)
+    with pytest.raises(ValueError, match="cannot be built as entry") as error:
+        kwm.load_model(path)
+    assert repr(str(path)) in str(error.value)
+
+
+@pytest.mark.one_backend
 def test_a_file_does_not_compile_its_model(scaled_file, tmp_path):
     arrays, path = contents(scaled_file), tmp_path / "file"
     model = mlp(8, 4)
