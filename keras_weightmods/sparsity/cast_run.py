@@ -72,7 +72,7 @@ def steps_taken(adam_s: AdamS) -> int:
 
 
 def warn_about_the_end(adam_s: AdamS, last: int | None = None) -> None:
-    """Warn of a fit whose last step, that of now, is beyond the run."""
+    """Warn if the last step of a fit, by default this one, is past the run."""
     last = steps_taken(adam_s) if last is None else last
     if last > adam_s.total_steps:
         warnings.warn(

@@ -101,9 +101,9 @@ class SparsityMonitor(keras.callbacks.Callback):
 
 
 def kept_share(adam_s: AdamS) -> tuple[float, float]:
-    """Return the share of the sum of |w| within the masks, 1 of a sum of 0.
+    """Return the share of the sum of |w| in the masks, and the largest rest.
 
-    And the largest |w| outside of them.
+    The share is 1 where the sum is 0; the rest is |w| outside of the masks.
     """
     total = out = largest = 0.0
     for variable, _, bits in adam_s.sparsified_state:
