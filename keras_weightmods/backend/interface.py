@@ -87,6 +87,10 @@ class Backend:
         """
         return tensors
 
+    def outside_trace(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a scope in which variables have values, also in a trace."""
+        return contextlib.nullcontext()
+
     def view_of(self, tensor: Any) -> np.ndarray | None:
         """Return the tensor as an array in its own memory, or None."""
         raise NotImplementedError

@@ -60,6 +60,15 @@ class MaskedState(keras.optimizers.Optimizer):
         super().__init__(*args, **kwargs)
         self.specs: Any = []
         self._indices: Any = []
+        self._mask_step: Any = None
+        self._has_masks = False
+
+    @property
+    def variables(self):
+        # `fit` on JAX takes them before a step is traced, where no value of
+        # them can be read.
+        self._look_for_masks()
+        return super().variables
 
     @property
     def masked_variables(self):
@@ -110,6 +119,7 @@ class MaskedState(keras.optimizers.Optimizer):
         for variable, indices in zip(self.masked_variables, all_indices):
             self._set_places(variable, indices)
         self._mask_step.assign(step)
+        self._has_masks = step >= 0
         if seed is not None:
             self._mask_seed.assign(seed)
 
@@ -184,6 +194,7 @@ class MaskedState(keras.optimizers.Optimizer):
         self.built = True
 
     def apply(self, grads, trainable_variables=None):
+        self._look_for_masks()
         self._check_masks(len(grads))
         super().apply(grads, trainable_variables)
 
@@ -194,9 +205,15 @@ class MaskedState(keras.optimizers.Optimizer):
             optimizer_variables, grads, trainable_variables
         )
 
+    def _look_for_masks(self):
+        """Find out whether masks were set, or loaded, after `build`."""
+        if self._mask_step is not None and not self._has_masks:
+            step = keras_compat.held_value(self._mask_step)
+            self._has_masks = step is not None and int(step) >= 0
+
     def _check_masks(self, count):
-        """Raise ValueError unless it has state for so many variables."""
-        known = len(self.specs) if self.built else 0
+        """Raise ValueError unless it has masks of so many variables."""
+        known = len(self.specs) if self._has_masks else 0
         if count > known:
             raise ValueError(
                 f"`{type(self).__name__}` has masks of {known} variables. Pass "

@@ -88,6 +88,36 @@ def test_trains_the_principal_weights_alone(name):
 
 
 @breadth("name", ["SparseAdamW", "AdamW"])
+def test_masks_that_were_never_set_are_refused(name):
+    trained = make(OPTIMIZERS[name]())
+    fit(trained, callback())
+    saved = keras.saving.serialize_keras_object(trained.optimizer)
+
+    def restored():
+        model = make(keras.saving.deserialize_keras_object(saved))
+        model.optimizer.build(model.trainable_variables)
+        for layer in (model.layers[0], model.layers[2]):
+            layer.bias.trainable = False
+        return model
+
+    model = restored()
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="has masks of 0 variables"):
+        fit(model)
+    # Keras on JAX has taken the weights out, as for any error in a step.
+    if BACKEND != "jax":
+        assert_same(weights_of(model), before)
+    # With the state of the other one, by whatever way, it goes on.
+    model = restored()
+    variables = model.optimizer.variables, trained.optimizer.variables
+    for variable, other in zip(*variables, strict=True):
+        variable.assign(other)
+    fit(model)
+    kernel, *_ = model.optimizer.masked_variables
+    assert np.sum(weights_of(model)[0] != before[0]) <= COUNTS[0]
+
+
+@breadth("name", ["SparseAdamW", "AdamW"])
 def test_refresh_follows_the_rule_without_a_retrace(name):
     model = make(OPTIMIZERS[name]())
     before = weights_of(model)

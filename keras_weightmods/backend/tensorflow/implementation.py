@@ -54,6 +54,9 @@ class _TensorFlow(Backend):
         with tf.control_dependencies(first):
             return [tf.identity(tensor) for tensor in tensors]
 
+    def outside_trace(self):
+        return tf.init_scope()
+
     def view_of(self, tensor):
         device = tf.DeviceSpec.from_string(tensor.device).device_type
         # Of a scalar in bfloat16 NumPy makes no array.

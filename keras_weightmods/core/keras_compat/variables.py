@@ -26,6 +26,8 @@ from keras.src.random.seed_generator import (
     global_seed_generator,
 )
 
+from keras_weightmods import backend
+
 
 @contextlib.contextmanager
 def unlocked(layer: Any) -> Iterator[None]:
@@ -110,6 +112,18 @@ def restore_value(variable: Any, value: Any) -> None:
 def has_value(variable: Any) -> bool:
     """Return whether a variable has got a value; Keras does not say."""
     return variable._value is not None
+
+
+def held_value(variable: Any) -> Any:
+    """Return the value of a variable as an array, inside of a trace too.
+
+    None within `fit` on JAX, which has taken it out. Needless with a public
+    `Variable.is_initialized`.
+    """
+    if variable._value is None:
+        return None
+    with backend.current().outside_trace():
+        return keras.ops.convert_to_numpy(variable._value)
 
 
 def initialize(variable: Any, initializer: Any = None) -> None:
