@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,8 @@ from keras_weightmods.utils.matrix import contraction_size
 _DECAYS = "published", "relative"
 _CRITERIA = "magnitude", "wanda"
 _MOST = 2**31 - 1
+# The share of the sum of all |w| below which a prune changes next to nothing.
+_NO_CUT = 1e-3
 _SETTINGS = (
     *("total_steps", "pattern", "l1", "l1_scale", "ramp", "decay", "criterion"),
     *("mask_every", "beta_1", "beta_2", "epsilon"),
@@ -232,14 +235,18 @@ class AdamS(keras.optimizers.Optimizer):
         if self.total_steps is None:
             raise ValueError(
                 "`AdamS` needs `total_steps`, for its ramp. Pass `AdamS(..., "
-                "total_steps=steps_per_epoch * epochs)`, or train through "
-                "`CAST`, whose `fit` fills it in. Received: total_steps=None"
+                "total_steps=steps_per_epoch * epochs)`, divided by "
+                "`gradient_accumulation_steps` if there are any, or train "
+                "through `CAST`, whose `fit` fills it in. Received: "
+                "total_steps=None"
             )
         axes = adam_s_build.find_axes(self._get_targets(), variables, self.m)
         found = [pair for pair in zip(variables, axes) if pair[1]]
         adam_s_build.warn_about_low_precision(found)
         if self.decay == "published":
-            adam_s_build.warn_about_travel(self, found)
+            # On TensorFlow `fit` builds it while it traces a step.
+            with backend.current().outside_trace():
+                adam_s_build.warn_about_travel(self, found)
         super().build(variables)
         self._axes = axes
         self._states = list(map(self._new_state, variables, axes))
@@ -314,7 +321,10 @@ class AdamS(keras.optimizers.Optimizer):
         """Set the masked weights of the built variables to zero.
 
         Uses the last mask, as CAST does at the end of training. Call it once
-        the training is done.
+        the training is done: a warning says how much it cuts that is not zero
+        by then. With loss scaling (`mixed_float16`) the model's optimizer is a
+        `LossScaleOptimizer` around this one:
+        `model.optimizer.inner_optimizer.prune()`.
 
         Returns:
             A `ChangeReport`; its keys count the variables of the optimizer.
@@ -335,6 +345,7 @@ class AdamS(keras.optimizers.Optimizer):
             "and train with a lower learning rate or `global_clipnorm`, and "
             "finite data.",
         )
+        self._warn_about_a_cut()
         for variable, _, bits in state:
             value = ops.convert_to_tensor(variable)
             mask = nm.unpack_bits(bits.value, variable.shape)
@@ -343,6 +354,30 @@ class AdamS(keras.optimizers.Optimizer):
             f"Pruned to {self.pattern}",
             keras_compat.optimizer_variables(self),
             self.sparsified,
+        )
+
+    def _warn_about_a_cut(self) -> None:
+        taken = int(ops.convert_to_numpy(self.iterations))
+        share, largest = kept_share(self)
+        if 1 - share < _NO_CUT:
+            return
+        way_out = (
+            'Use `decay="relative"`, a learning rate that ends at zero, and no '
+            "`use_ema`, whose averages are of earlier weights."
+        )
+        if taken < self.total_steps:
+            way_out = (
+                "Go on to the end by `fit`, with the same `epochs`, and "
+                "`initial_epoch` where it stopped. For a shorter run begin "
+                "anew, with its `total_steps` (`CAST`: its `epochs`), which "
+                "are updates: batches divided by `gradient_accumulation_steps`."
+            )
+        warnings.warn(
+            "AdamS: this cuts weights that the training has not brought to "
+            f"zero, after {taken} of {self.total_steps} steps: {1 - share:.1%} "
+            f"of the sum of all |w|, the largest being {largest:.2g}. "
+            f"{way_out}",
+            stacklevel=3,
         )
 
     def set_importance(self, importance: Any) -> None:
@@ -410,3 +445,20 @@ class AdamS(keras.optimizers.Optimizer):
             **{name: getattr(self, name) for name in _SETTINGS},
             "targets": adam_s_build.targets_config(targets),
         }
+
+
+def kept_share(adam_s: AdamS) -> tuple[float, float]:
+    """Return the share of the sum of |w| in the masks, and the largest rest.
+
+    The share is 1 where the sum is 0; the rest is |w| outside of the masks.
+    """
+    total = out = largest = 0.0
+    for variable, _, bits in adam_s.sparsified_state:
+        mask = nm.unpack_bits(bits.value, variable.shape)
+        magnitude = ops.abs(ops.cast(variable.value, "float32"))
+        outside = ops.where(mask, 0.0, magnitude)
+        total += float(ops.convert_to_numpy(ops.sum(magnitude)))
+        out += float(ops.convert_to_numpy(ops.sum(outside)))
+        most = float(ops.convert_to_numpy(ops.max(outside)))
+        largest = max(largest, most)
+    return (1 - out / total if total else 1.0), largest

@@ -176,12 +176,6 @@ _TRAVEL_NEEDED = 3.0
 
 def warn_about_travel(optimizer, kernels):
     """Warn if the published pull cannot bring masked weights to zero."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # No value can be read while a graph is traced.
-        if not tf.executing_eagerly():
-            return
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).astype("int64"))
     rate = keras_compat.given_learning_rate(optimizer)

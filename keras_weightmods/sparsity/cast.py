@@ -401,7 +401,6 @@ class CAST(LogitsDistiller):
             )
         cast_run.check_sparsified(self.adam_s, self.targets)
         with Progress(2, "step", verbose) as progress:
-            cast_run.warn_about_an_early_end(self.adam_s)
             self.adam_s.prune()
             progress.add()
             if self.scaling_groups:

@@ -9,7 +9,6 @@ from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.criteria import CRITERIA
-from keras_weightmods.sparsity.sparsity_monitor import kept_share
 from keras_weightmods.utils import checks
 
 # The learning rate, ramp and criterion for a dense start, a one-shot start and
@@ -48,10 +47,6 @@ def default_recipe(
     return {"learning_rate": rate, **recipe}
 
 
-# The share of the sum of all |w| below which a prune changes next to nothing.
-_NO_CUT = 1e-3
-
-
 def check_sparsified(adam_s: AdamS, targets: Targets) -> None:
     """Raise ValueError for a target that the optimizer does not sparsify."""
     known = set(map(id, adam_s.sparsified))
@@ -83,21 +78,3 @@ def warn_about_the_end(adam_s: AdamS, last: int | None = None) -> None:
             "For another run make a new `CAST`.",
             stacklevel=3,
         )
-
-
-def warn_about_an_early_end(adam_s: AdamS) -> None:
-    """Warn where the run is not over, and the prune cuts what matters."""
-    taken = steps_taken(adam_s)
-    planned = adam_s.total_steps
-    share, largest = kept_share(adam_s)
-    # NaN, which the prune refuses, does not count.
-    if not (0 < taken < planned and 1 - share >= _NO_CUT):
-        return
-    warnings.warn(
-        f"CAST: this cuts weights that the training has not brought to zero, "
-        f"after {taken} of {planned} steps: {1 - share:.1%} of the sum of all "
-        f"|w|, the largest being {largest:.2g}. Go on by `fit` with the same "
-        "`epochs`, and `initial_epoch` where it stopped. For a shorter run "
-        "make a new `CAST` and fit it for fewer epochs.",
-        stacklevel=3,
-    )

@@ -8,8 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
-from keras_weightmods.ops import nm
-from keras_weightmods.sparsity.adam_s import AdamS
+from keras_weightmods.sparsity.adam_s import AdamS, kept_share
 from keras_weightmods.utils import checks
 
 
@@ -98,20 +97,3 @@ class SparsityMonitor(keras.callbacks.Callback):
             "largest_masked": largest,
             "mask_flips": flips,
         }
-
-
-def kept_share(adam_s: AdamS) -> tuple[float, float]:
-    """Return the share of the sum of |w| in the masks, and the largest rest.
-
-    The share is 1 where the sum is 0; the rest is |w| outside of the masks.
-    """
-    total = out = largest = 0.0
-    for variable, _, bits in adam_s.sparsified_state:
-        mask = nm.unpack_bits(bits.value, variable.shape)
-        magnitude = ops.abs(ops.cast(variable.value, "float32"))
-        outside = ops.where(mask, 0.0, magnitude)
-        total += float(ops.convert_to_numpy(ops.sum(magnitude)))
-        out += float(ops.convert_to_numpy(ops.sum(outside)))
-        most = float(ops.convert_to_numpy(ops.max(outside)))
-        largest = max(largest, most)
-    return (1 - out / total if total else 1.0), largest

@@ -271,6 +271,7 @@ def test_wrong_compile_and_order():
 
 
 @one_backend
+@pytest.mark.filterwarnings("ignore:AdamS. this cuts")
 @pytest.mark.parametrize(
     ("pattern", "scaling_groups"), [("2:4", 2), ("1:4", 0)]
 )
