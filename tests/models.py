@@ -247,6 +247,24 @@ def numpy(value):
     return np.array(ops.convert_to_numpy(value))
 
 
+def loss_after(make, dtype, fit):
+    """Return a loss in float32 after the training of a model in a dtype.
+
+    Args:
+        make: Callable of a dtype that returns a model.
+        dtype: String.
+        fit: Callable of the model and numbers to learn.
+    """
+    start = [numpy(v) for v in make("bfloat16").variables]
+    model, judge = make(dtype), make("float32")
+    model.set_weights(start)
+    x = normal(200, 8)
+    y = np.tanh(x @ normal(8, 4)) + 0.3 * normal(200, 4, seed=1)
+    fit(model, x, y)
+    judge.set_weights([numpy(v) for v in model.variables])
+    return float(np.mean((numpy(judge(x)) - y) ** 2))
+
+
 def gradients(function, *inputs):
     """Return those of a scalar function, by the backend, as NumPy arrays."""
     inputs = [ops.convert_to_tensor(each) for each in inputs]

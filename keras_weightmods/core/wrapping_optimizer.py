@@ -1,11 +1,13 @@
 """The base of optimizers that have another optimizer step."""
 
+import warnings
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import has_16_bits
 
 # What acts around an update, not in it: it moves to the wrapper.
 _MOVED = (
@@ -114,6 +116,31 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
             config["optimizer"], custom_objects=custom_objects
         )
         return cls(**{**config, "optimizer": optimizer})
+
+
+def warn_about_16_bits(
+    optimizer: Any, variables: Any, way_out: str = ""
+) -> None:
+    """Warn where weights in 16 bits lose what `optimizer` does to them.
+
+    An optimizer of Keras has its moments in the dtype of the weights, as have
+    the averages of `use_ema` in any, and steps of a usual size are rounded
+    away.
+    """
+    low = [v.path for v in variables if has_16_bits(v)]
+    is_wrapping = isinstance(optimizer, WrappingOptimizer)
+    if not low or not (is_wrapping or optimizer.use_ema):
+        return
+    what = "averages of `use_ema`"
+    if is_wrapping:
+        what = f"steps of `{type(optimizer.optimizer).__name__}`"
+    warnings.warn(
+        f"{type(optimizer).__name__}: {len(low)} variables are stored in 16 "
+        f"bits, in which the {what} are rounded away: {low[:3]}. Keep them in "
+        "float32 and compute in 16 bits: load the model with "
+        f'dtype="mixed_bfloat16".{way_out}',
+        stacklevel=3,
+    )
 
 
 def inner_optimizer(optimizer: Any) -> Any:

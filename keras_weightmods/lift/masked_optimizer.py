@@ -6,7 +6,10 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
+from keras_weightmods.core.wrapping_optimizer import (
+    WrappingOptimizer,
+    warn_about_16_bits,
+)
 from keras_weightmods.lift.masked_state import MaskedState
 
 
@@ -67,6 +70,8 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         super().__init__(optimizer, name=name)
 
     def _create_state(self, variables: Any, known: Any) -> None:
+        way_out = " Or take `SparseAdamW`, whose state is in float32."
+        warn_about_16_bits(self, variables, way_out)
         if self.optimizer.built:
             # By Keras, before the masks were known.
             keras_compat.drop_averages(self.optimizer)

@@ -7,8 +7,13 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import backend
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.wrapping_optimizer import warn_about_16_bits
 from keras_weightmods.lift.masked_state import MaskedState, put, split_of, taken
-from keras_weightmods.utils import checks
+from keras_weightmods.utils import checks, dtypes
+
+# Of each variable; the last, what it was before it was rounded, in 16 bits.
+_STATE = "momentum", "velocity", "master"
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -24,9 +29,11 @@ class SparseAdamW(MaskedState):
                     + weight_decay W[M])
 
     Its state are the two moments and the places of the entries, 4 bytes each:
-    at a density of 5 %, 0.075 of AdamW's. All other entries of W stay as they
-    are bit for bit. Gradients are accumulated and clipped as vectors of length
-    k too, so a norm is that of the masked entries.
+    at a density of 5 %, 0.075 of AdamW's. For kernels stored in 16 bits (a
+    model of dtype `"bfloat16"`) the moments are in float32 still, and 4 bytes
+    more hold what each entry was before it was rounded. All other entries of W
+    stay as they are bit for bit. Gradients are accumulated and clipped as
+    vectors of length k too, so a norm is that of the masked entries.
 
     The masks come from `PrincipalMaskCallback`, which moves the state when it
     moves a mask: entries in both masks keep their moments, new ones start at
@@ -100,9 +107,14 @@ class SparseAdamW(MaskedState):
     def _create_state(self, variables: Any, known: Any) -> None:
         new = self.add_variable_from_reference
         self._moments = [
-            (new(variable, "momentum"), new(variable, "velocity"))
+            tuple(
+                new(variable, name)
+                for name in _STATE[: 2 + dtypes.has_16_bits(variable)]
+            )
             for variable in variables
         ]
+        if self.use_ema:
+            warn_about_16_bits(self, variables)
 
     def add_variable_from_reference(
         self,
@@ -111,15 +123,25 @@ class SparseAdamW(MaskedState):
         initializer: Any = "zeros",
     ) -> Any:
         variable, place = reference_variable, len(self.variables)
+        dtype = variable.dtype
+        # Accumulated gradients are of the gradients' dtype, for Keras on JAX.
+        if dtypes.has_16_bits(variable) and name in _STATE:
+            dtype = "float32"
         # The average of a kernel is as large as the kernel.
         if name != "average":
             spec = self.specs[self._get_variable_index(variable)]
             if spec.size is not None:
                 # No path in it: a layout map of kernels is not for these.
                 name = f"{name}_{place}"
-                dtype = variable.dtype
                 return self._add_vector(variable, dtype, name, initializer)
-        return super().add_variable_from_reference(variable, name, initializer)
+        if dtype == variable.dtype:
+            new = super().add_variable_from_reference
+            return new(variable, name, initializer)
+        name = f"{variable.path.replace('/', '_')}_{name}"
+        layout = keras_compat.layout_of(variable)
+        return self.add_variable(
+            variable.shape, initializer, dtype, layout=layout, name=name
+        )
 
     def _set_places(self, variable: Any, indices: Any) -> None:
         if self.mask_step >= 0:
@@ -156,20 +178,21 @@ class SparseAdamW(MaskedState):
     ) -> None:
         """Update one variable and its state; the gradient is compact."""
         place = self._get_variable_index(variable)
-        indices, moments = self._indices[place], self._moments[place]
+        indices, state = self._indices[place], self._moments[place]
         known = self._trainable_variables[place]
         decay = (self._use_weight_decay(known) and self.weight_decay) or 0.0
         in_place = backend.current().in_place()
         if in_place is not None:
-            in_place.sparse_adamw(
-                self, known, gradient, indices, moments, decay
-            )
+            in_place.sparse_adamw(self, known, gradient, indices, state, decay)
             return
         whole = ops.convert_to_tensor(variable)
         if keras.backend.backend() == "jax" and indices is not None:
             (whole,) = backend.current().after([whole], [gradient])
         split = split_of(known)
         weight = whole if indices is None else taken(whole, indices, split)
+        moments, master = state[:2], state[2:]
+        for own in master:
+            weight = dtypes.restored(weight, ops.convert_to_tensor(own))
         dtype = weight.dtype
         rate = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, dtype)
@@ -187,6 +210,9 @@ class SparseAdamW(MaskedState):
             weight = weight - weight * (rate * ops.cast(decay, dtype))
         mean, square = corrected
         weight = weight - rate * mean / (ops.sqrt(square) + self.epsilon)
+        for own in master:
+            self.assign(own, weight)
+            weight = ops.cast(weight, whole.dtype)
         if indices is not None:
             weight = put(whole, indices, weight, split)
         self.assign(variable, weight)

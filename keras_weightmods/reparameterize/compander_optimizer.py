@@ -7,7 +7,10 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
+from keras_weightmods.core.wrapping_optimizer import (
+    WrappingOptimizer,
+    warn_about_16_bits,
+)
 from keras_weightmods.reparameterize.compander import Compander
 from keras_weightmods.utils import checks
 
@@ -92,6 +95,7 @@ class CompanderOptimizer(WrappingOptimizer):
                 "it after `attach_compander`, or use "
                 f"{type(self.optimizer).__name__} as it is."
             )
+        warn_about_16_bits(self, variables)
         super().build(variables)
         inner = self.optimizer
         learnable = {key for key, item in items.items() if item.learnable}

@@ -13,10 +13,11 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.calibration.walk import check_finite
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.wrapping_optimizer import warn_about_16_bits
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity import adam_s_build, adam_s_update
 from keras_weightmods.sparsity.report import ChangeReport
-from keras_weightmods.utils import checks
+from keras_weightmods.utils import checks, dtypes
 from keras_weightmods.utils.matrix import contraction_size
 
 _DECAYS = "published", "relative"
@@ -52,7 +53,9 @@ class AdamS(keras.optimizers.Optimizer):
     As published, `v` of a sparsified kernel is of `mixed`, for kept weights
     too. All other variables take the steps of `keras.optimizers.Adam`, with
     `v` of the gradient. The state is Adam's and one bit for each sparsified
-    weight.
+    weight. For weights stored in 16 bits (a model of dtype `"bfloat16"`) it is
+    in float32, and holds what each weight was before it was rounded: 12 bytes
+    a weight.
 
     With `decay="published"` a masked weight travels at most
     `sum(lr * a)` over the run; a short run cannot bring it to zero, and the
@@ -242,7 +245,7 @@ class AdamS(keras.optimizers.Optimizer):
             )
         axes = adam_s_build.find_axes(self._get_targets(), variables, self.m)
         found = [pair for pair in zip(variables, axes) if pair[1]]
-        adam_s_build.warn_about_low_precision(found)
+        warn_about_16_bits(self, variables)
         if self.decay == "published":
             # On TensorFlow `fit` builds it while it traces a step.
             with backend.current().outside_trace():
@@ -253,15 +256,27 @@ class AdamS(keras.optimizers.Optimizer):
 
     def _new_state(self, variable: Any, axes: Any) -> dict[str, Any]:
         """What the update keeps of a variable, by name."""
+        state: dict[str, Any] = {}
+
+        def add(
+            name: str, shape: Any, dtype: str, init: str, layout: Any = None
+        ) -> None:
+            path = f"{variable.path.replace('/', '_')}_{name}"
+            state[name] = self.add_variable(
+                shape, init, dtype, layout=layout, name=path
+            )
+
         names = ["momentum", "velocity"]
-        moments = self.add_optimizer_variables([variable], names)
-        state = {name: own for name, (own,) in zip(names, moments)}
+        if dtypes.has_16_bits(variable):
+            # In 16 bits the steps and the moments would be rounded away.
+            layout = keras_compat.layout_of(variable)
+            for name in (*names, "master"):
+                add(name, variable.shape, "float32", "zeros", layout)
+        else:
+            moments = self.add_optimizer_variables([variable], names)
+            state |= {name: own for name, (own,) in zip(names, moments)}
         if axes is None:
             return state
-
-        def add(name: str, shape: Any, dtype: str, init: str) -> None:
-            path = f"{variable.path.replace('/', '_')}_{name}"
-            state[name] = self.add_variable(shape, init, dtype, name=path)
 
         size = nm.packed_size(math.prod(variable.shape))
         add("mask", (size,), "uint8", "zeros")
@@ -309,7 +324,7 @@ class AdamS(keras.optimizers.Optimizer):
         values = self._compiled_update(
             {name: ops.convert_to_tensor(v) for name, v in state.items()},
             gradient,
-            ops.cast(learning_rate, variable.dtype),
+            ops.cast(learning_rate, "float32"),
             ops.cast(self.iterations, "float32"),
             self._axes[index],
             self._decay_rate_of(variable),

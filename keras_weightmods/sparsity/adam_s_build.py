@@ -156,19 +156,6 @@ def _restored(configs, variables):
     return axes
 
 
-def warn_about_low_precision(kernels):
-    """Warn of kernels, pairs (variable, axes), that are stored in 16 bits."""
-    low = [v.path for v, _ in kernels if v.dtype in ("bfloat16", "float16")]
-    if low:
-        warnings.warn(
-            f"AdamS: {len(low)} kernels are stored in 16 bits, which rounds "
-            "the pull to zero away as weights get small: "
-            f"{low[:3]}. Keep the variables in float32 and compute in 16 "
-            'bits: load the model with dtype="mixed_bfloat16".',
-            stacklevel=3,
-        )
-
-
 # Travel that masked weights need, in units of their mean magnitude: below
 # about 3 the largest of them do not arrive.
 _TRAVEL_NEEDED = 3.0

@@ -8,6 +8,7 @@ import math
 from keras import ops
 
 from keras_weightmods.ops import nm
+from keras_weightmods.utils import dtypes
 from keras_weightmods.utils.matrix import along
 
 # With l1="auto" the gradient's size is measured over this many first steps.
@@ -20,7 +21,7 @@ def updated(optimizer, state, gradient, rate, step, axes, decay_rate):
     Args:
         state: Dict of tensors: the weight and what the optimizer has for it.
         gradient: Tensor.
-        rate: Scalar tensor, the learning rate.
+        rate: Scalar float32 tensor, the learning rate.
         step: Scalar float32 tensor, the steps taken.
         axes: Tuple of ints, the contraction axes; None if the variable is
             not sparsified.
@@ -29,8 +30,12 @@ def updated(optimizer, state, gradient, rate, step, axes, decay_rate):
     Returns:
         Dict with the new values.
     """
-    w, velocity = state["weight"], state["velocity"]
-    g = ops.cast(gradient, w.dtype)
+    stored, velocity = state["weight"], state["velocity"]
+    w = stored
+    if "master" in state:
+        w = dtypes.restored(stored, state["master"])
+        state = {**state, "weight": w}
+    g, rate = ops.cast(gradient, w.dtype), ops.cast(rate, w.dtype)
     new = {}
 
     mu = state["momentum"]
@@ -68,6 +73,8 @@ def updated(optimizer, state, gradient, rate, step, axes, decay_rate):
     if axes is not None and optimizer.decay == "relative":
         shrunk = w * ops.cast(shrink_at(optimizer, step), w.dtype)
         w = ops.where(mask, w, shrunk)
+    if "master" in state:
+        new["master"], w = w, ops.cast(w, stored.dtype)
     return {**new, "weight": w, "momentum": mu, "velocity": v}
 
 

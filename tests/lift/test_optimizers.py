@@ -36,14 +36,14 @@ class Reference:
         self.mask = mask
         self.m, self.v = np.where(mask, self.m, 0), np.where(mask, self.v, 0)
 
-    def step(self, gradient):
+    def step(self, gradient, rate=RATE):
         g, self.t = gradient.astype("float64").reshape(-1), self.t + 1
         m = self.b1 * self.m + (1 - self.b1) * g
         v = self.b2 * self.v + (1 - self.b2) * g**2
         mean = m / (1 - self.b1**self.t)
         root = np.sqrt(v / (1 - self.b2**self.t))
         step = mean / (root + self.eps) + self.decay * self.w
-        w = self.w - RATE * step
+        w = self.w - rate * step
         for name, new in (("m", m), ("v", v), ("w", w)):
             old = getattr(self, name)
             setattr(self, name, np.where(self.mask, new, old))
@@ -60,11 +60,12 @@ def built(optimizer, masks, values):
     return optimizer, variables
 
 
-def step(optimizer, variables, seed=0):
+def step(optimizer, variables, seed=0, dtype="float32", mean=0):
     shapes = [tuple(v.shape) for v in variables]
     gradients = [normal(*s, seed=seed + 9 * i) for i, s in enumerate(shapes)]
-    optimizer.apply([*map(ops.convert_to_tensor, gradients)], variables)
-    return gradients
+    gradients = [ops.cast(gradient + mean, dtype) for gradient in gradients]
+    optimizer.apply(gradients, variables)
+    return [numpy(ops.cast(gradient, "float32")) for gradient in gradients]
 
 
 def changed(variable, before):
@@ -186,15 +187,42 @@ def test_clipping_measures_masked_entries():
     np.testing.assert_allclose(moment, [0.06, 0.08], rtol=1e-5)
 
 
-def test_half_precision():
-    kernel = ops.cast(normal(4, 4), "bfloat16")
-    optimizer, variables = built(kwm.SparseAdamW(RATE), [[0, 5, 9]], [kernel])
-    before = numpy(variables[0])
-    for _ in range(4):
-        optimizer.apply([ops.ones((4, 4), dtype="bfloat16")], variables)
-    after = numpy(variables[0])
-    assert changed(variables[0], before) == [0, 5, 9]
-    assert np.all(np.abs((before - after)[after != before] / 4 - RATE) < 0.01)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_16_bits_are_trained_as_in_float32(dtype):
+    # Steps of 3e-4 on weights of about 1, which both dtypes round away.
+    rate, half = 3e-4, 2.0 ** (-8 if dtype == "bfloat16" else -11)
+    kernel = ops.cast(normal(4, 4), dtype)
+    bias = ops.cast(normal(4, seed=1), dtype)
+    indices, whole = np.int32([0, 5, 9]), np.arange(4)
+    optimizer = kwm.SparseAdamW(rate)
+    optimizer, variables = built(optimizer, [indices, None], [kernel, bias])
+    starts = [numpy(v).astype("float32") for v in variables]
+    exact = [Reference(*p) for p in zip(starts, (indices, whole))]
+    for i in range(64):
+        for r, gradient in zip(exact, step(optimizer, variables, i, dtype, 2)):
+            r.step(gradient, rate)
+    for v, r, start in zip(variables, exact, starts):
+        received = numpy(v).astype("float64").reshape(-1)
+        moved = np.abs(r.w - start.reshape(-1))[r.mask]
+        assert moved.min() > 0.015
+        np.testing.assert_allclose(received, r.w, rtol=half, atol=2e-6)
+        assert np.array_equal(received[~r.mask], start.reshape(-1)[~r.mask])
+    # What is written into a weight is the weight from then on.
+    variables[0].assign(ops.ones((4, 4), dtype=dtype))
+    step(optimizer, variables, 0, dtype)
+    received = numpy(variables[0]).astype("float32").reshape(-1)
+    np.testing.assert_allclose(received[indices], 1, atol=2 * rate + half)
+
+
+@pytest.mark.one_backend
+def test_what_16_bits_round_away_is_warned_about():
+    kernel = ops.cast(KERNEL, "bfloat16")
+    for name, settings in (
+        ("MaskedOptimizer", {}),
+        ("SparseAdamW", {"use_ema": True}),
+    ):
+        with pytest.warns(UserWarning, match=f'{name}: 1 .*"mixed_bfloat16"'):
+            built(OPTIMIZERS[name](**settings), [MASK], [kernel])
 
 
 @pytest.mark.one_backend

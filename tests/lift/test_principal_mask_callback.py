@@ -334,6 +334,20 @@ def test_averages_and_schedules(name):
     assert_only_masks_changed(before, model)
 
 
+@pytest.mark.one_backend
+def test_a_model_in_bfloat16_learns_as_in_float32():
+    def train(model, x, y):
+        model.compile(kwm.SparseAdamW(2e-4), "mse")
+        masks = callback(0.5, refresh_every=50)
+        model.fit(x, y, 10, epochs=10, verbose=0, callbacks=[masks])
+
+    losses = [
+        models.loss_after(lambda own: make(dtype=own), dtype, train)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 @pytest.mark.parametrize("in_step", [True, False])
 def test_an_interrupted_fit_gives_the_flags_back(in_step):
     model = make(run_eagerly=True)

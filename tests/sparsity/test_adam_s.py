@@ -27,11 +27,11 @@ AXES = {
 }
 
 
-def make_kernels():
+def make_kernels(dtype="float32"):
     kernels, targets = [], []
     for i, (name, (shape, axes)) in enumerate(AXES.items()):
         value = 0.1 * models.normal(*shape, seed=i)
-        kernels.append(keras.Variable(value, name=name))
+        kernels.append(keras.Variable(value, dtype=dtype, name=name))
         targets.append(config(i, kernels[-1], axes))
     return kernels, targets
 
@@ -75,13 +75,16 @@ def rate_at(t):
         {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
         {"decay": "relative", "ramp": 0.0},
         {"decay": "published", "criterion": "wanda"},
+        {"decay": "relative", "dtype": "bfloat16"},
+        {"decay": "published", "dtype": "float16"},
     ],
-    *(0, 1),
+    *(0, 1, 5),
     ids=str,
 )
 def test_equals_float64_reference(kwargs):
     kwargs = {"pattern": "2:4", **kwargs}
-    kernels, targets = make_kernels()
+    dtype = kwargs.pop("dtype", "float32")
+    kernels, targets = make_kernels(dtype)
     starts = [numpy(v) for v in kernels]
     rng = np.random.default_rng(1)
     # A gradient with a direction, so that no weight hovers about a decision.
@@ -105,6 +108,11 @@ def test_equals_float64_reference(kwargs):
         run = starts[i], own, target["contraction_axes"], n, m, rate_at, TOTAL
         kwargs["importance"] = importance[i]
         expected, mask = references.adam_s(*run, **kwargs)
+        if dtype != "float32":
+            master = optimizer._states[i]["master"]
+            rounded = numpy(keras.ops.cast(master, dtype))
+            np.testing.assert_array_equal(rounded, numpy(kernel))
+            kernel = master
         error = np.abs(numpy(kernel) - expected)
         assert error.max() <= 1e-5 * np.abs(expected).max(), kernel.path
         np.testing.assert_array_equal(optimizer.masks[i], mask)
@@ -187,6 +195,21 @@ def test_fit_and_prune(dtype, kwargs):
         assert np.isfinite(w).all()
         assert np.all(w[~mask] == 0)
         assert mask.mean() == adam_s.n / adam_s.m
+
+
+@one_backend
+def test_a_model_in_bfloat16_learns_as_in_float32():
+    def train(model, x, y):
+        optimizer = AdamS(2e-4, total_steps=200, decay="relative")
+        model.compile(optimizer, "mse")
+        model.fit(x, y, 10, epochs=10, verbose=0)
+        optimizer.prune()
+
+    losses = [
+        models.loss_after(lambda own: models.mlp(dtype=own), dtype, train)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_config_and_state_round_trip(tmp_path):
@@ -292,8 +315,9 @@ def test_warnings_tell_the_way_out(recwarn):
     AdamS(0.1, total_steps=100).build([ones(4, 2)])
     AdamS(1e-6, total_steps=100, decay="relative").build([ones(4, 2)])
     assert not [w for w in recwarn if "AdamS" in str(w.message)]
-    with pytest.warns(UserWarning, match="mixed_bfloat16"):
-        AdamS(1.0, total_steps=100).build([ones(4, 2, dtype="bfloat16")])
+    low = ones(4, 2, dtype="bfloat16")
+    with pytest.warns(UserWarning, match='`use_ema` are.*"mixed_bfloat16"'):
+        AdamS(1.0, total_steps=100, use_ema=True).build([low])
     # sum over t of 1e-3 * t / 100, and 3 times the mean masked |w| of 1.
     message = r"too short to reach zero.*= 0\.049.*need about 3 "
     with pytest.warns(UserWarning, match=message):

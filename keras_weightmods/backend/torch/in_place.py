@@ -10,6 +10,8 @@ import math
 import torch
 from keras import ops
 
+from keras_weightmods.utils.dtypes import restored
+
 # Entries updated at once on a CPU; an accelerator takes a variable whole.
 _PIECE = 2**17
 
@@ -45,6 +47,9 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
         decay = optimizer._decay_rate_of(variable) or 0.0
         state = {"weight": variable, **optimizer._states[index]}
         state = {name: v.value.data for name, v in state.items()}
+        stored, master = state["weight"], state.get("master")
+        if master is not None:
+            state["weight"] = master.copy_(restored(stored, master))
         gradient = gradient.to(state["weight"].dtype)
         # A layout that is not contiguous is worked on as a copy, then written.
         updated = [state[name] for name in ("weight", "momentum", "velocity")]
@@ -85,6 +90,8 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
         for original, new in zip(updated, flat[1:]):
             if not original.is_contiguous():
                 original.copy_(new.view(original.shape))
+        if master is not None:
+            stored.copy_(master)
 
 
 def _pieces(flat, bits):
@@ -126,18 +133,23 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
         variable: `keras.Variable`.
         gradient: Tensor, compact where there are indices.
         indices: `keras.Variable` with the entries to update; None for all.
-        state: Pair of `keras.Variable`, the moments.
+        state: List of `keras.Variable`, the moments; of a weight in 16 bits
+            also its master.
         weight_decay: Float.
     """
     weight = variable.value.data
     flat = weight.contiguous().view(-1)
     places = None if indices is None else indices.value.data.long()
     entries = flat if places is None else flat.index_select(0, places)
+    momentum, velocity, *master = (own.value.data.view(-1) for own in state)
+    # Of a weight in 16 bits, what is updated is its master.
+    wide = entries
+    for own in master:
+        wide = own.copy_(restored(entries, own))
     count = int(optimizer.iterations) + 1.0
-    gradient = gradient.to(entries.dtype).reshape(-1)
-    moments = (moment.value.data.view(-1) for moment in state)
+    gradient = gradient.to(wide.dtype).reshape(-1)
     _fused_adamw(
-        (entries, gradient, *moments),
+        (wide, gradient, momentum, velocity),
         torch.tensor(count, device=weight.device),
         lr=float(optimizer.learning_rate),
         weight_decay=weight_decay,
@@ -146,7 +158,9 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
         eps=optimizer.epsilon,
     )
     if places is not None:
-        flat.index_copy_(0, places, entries)
+        flat.index_copy_(0, places, wide.to(flat.dtype))
+    elif master:
+        flat.copy_(wide)
     if flat.data_ptr() != weight.data_ptr():
         weight.copy_(flat.view(weight.shape))
 
