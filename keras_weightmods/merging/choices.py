@@ -48,7 +48,10 @@ def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
                 raise checks.error(name, expected, spec)
             values.setdefault(weight.name, 1.0)
         return values
-    if isinstance(spec, (list, tuple, np.ndarray)) and np.size(spec) > 1:
+    if isinstance(spec, np.ndarray):
+        spec = spec.tolist()
+    # Not by NumPy's size, which lists of unequal lengths lack.
+    if isinstance(spec, (list, tuple)) and len(spec) > 1:
         anchors = [checks.check_float(name, each) for each in spec]
         places = np.linspace(0, 1, len(anchors))
         return {

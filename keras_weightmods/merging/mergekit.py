@@ -67,8 +67,9 @@ def arguments_of(config: Any) -> dict[str, Any]:
         raise checks.error("normalize", expected, divides)
     if is_arc and "t" in shared:
         share = shared["t"]
-        found["weights"] = [_spec(share, lambda t: 1 - t), _spec(share)]
-        if base == models[-1]:
+        rest = _spec(share, lambda t: 1 - checks.check_float("t", t))
+        found["weights"] = [rest, _spec(share)]
+        if models[-1:] == [base]:
             found["weights"].reverse()
     elif chosen.weights != "none":
         everywhere = shared.get("weight", 1.0)
@@ -90,6 +91,12 @@ def _spec(value: Any, change: Any = lambda number: number) -> Any:
         return change(value)
     if not all(isinstance(each, dict) for each in value):
         return [change(each) for each in value]
+    if not all(
+        "value" in each and isinstance(each.get("filter"), str | None)
+        for each in value
+    ):
+        expected = "numbers, or a list of `filter: STRING` and `value: NUMBER`"
+        raise checks.error("parameters", expected, value)
     # The first that fits counts, here and there.
     return {
         re.escape(each.get("filter") or ""): _spec(each["value"], change)

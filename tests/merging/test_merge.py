@@ -214,6 +214,15 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             {**slerp, "models": [{**r, "parameters": {"t": 1}} for r in rows]},
             "`t` must be left out",
         ),
+        ({**slerp, "models": []}, "`models` must be"),
+        *(
+            ({**slerp, "parameters": {"t": t}}, "must be")
+            for t in (
+                *("x", None, [0.1, "x"], [0.1, [0.2, 0.3]], [0.1, [[], 2]]),
+                *([{"filter": "x"}], [{"value": 1}, 2], [{"value": {"x": 1}}]),
+                *([{"filter": x, "value": 1}] for x in (3, ["x"], True)),
+            )
+        ),
         ("nothing.txt", "or mergekit's .yml"),
     ):
         with pytest.raises(ValueError, match=match):
