@@ -1,9 +1,9 @@
 """The changes on a model, and what its weights are without them."""
 
-import contextlib
 import functools
 import itertools
 import threading
+import time
 import weakref
 from typing import Any, NamedTuple
 
@@ -47,6 +47,22 @@ class _Sum(NamedTuple):
     places: np.ndarray | None = None
 
 
+class _State(NamedTuple):
+    """What a ledger knows, replaced as one.
+
+    Attributes:
+        patches: Dict from names to `Applied`.
+        clean: Dict from positions to clean values and their places, `None` for
+            all.
+        lost: Set of names of patches and positions of weights that they are
+            lost on.
+    """
+
+    patches: dict[str, Applied]
+    clean: dict[int, tuple[np.ndarray, np.ndarray | None]]
+    lost: set[tuple[str, int]]
+
+
 class Ledger:
     """The patches on a model by name, and the clean values of its weights.
 
@@ -55,17 +71,21 @@ class Ledger:
     all that changes a weight is `Sparse`, of the entries at its places.
 
     Attributes:
-        patches: Dict from names to `Applied`.
         lock: To be held from the look at `patches` to the end of a change.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.patches: dict[str, Applied] = {}
-        # By position: clean values, and their places, `None` for all.
-        self._clean: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
-        # Names of patches and positions of weights that they are lost on.
-        self._lost: set[tuple[str, int]] = set()
+        self._state = _State({}, {}, set())
+
+    @property
+    def patches(self) -> dict[str, Applied]:
+        """Dict from names to `Applied`."""
+        return self._state.patches
+
+    @property
+    def _clean(self):
+        return self._state.clean
 
     def name_of(self, patch: Any) -> str | None:
         """Return the name of a patch on the model, or its equal, if any."""
@@ -136,7 +156,7 @@ class Ledger:
             return tensors.is_rebuilt(array, clean, terms)
 
         positions = sorted(positions)
-        unchanged = map_ahead(is_unchanged, positions)
+        unchanged = [*map_ahead(is_unchanged, positions)]
         changed = [p for p, is_same in zip(positions, unchanged) if not is_same]
         if not force:
             raise_all(
@@ -207,7 +227,7 @@ class Ledger:
             clean = self._with_clean(position, now, places)
             return _Sum(now, (), places), _Sum(clean, terms, places)
 
-        sums = dict(zip(written, map_ahead(planned, written)))
+        sums = dict(zip(written, [*map_ahead(planned, written)]))
         clean = {p: x for p, x in self._clean.items() if p not in touched}
         for position, (_, each) in sums.items():
             if position in new:
@@ -216,10 +236,9 @@ class Ledger:
                     within = _within(each.places, places)
                     values = values.reshape(-1)[within]
                 clean[position] = values, places
-        lost = self._lost.union(itertools.product(after, left))
+        lost = self._state.lost.union(itertools.product(after, left))
         lost = {each for each in lost if each[0] in after}
-        _write(model, sums)
-        self.patches, self._clean, self._lost = after, clean, lost
+        self._write(model, sums, _State(after, clean, lost))
         reason = "changed since, and not known from before"
         keys = {p: model.infos[p].key for p in touched}
         return PatchReport(
@@ -265,7 +284,7 @@ class Ledger:
             scaled = -scale / (1 - scale * entry.replaced)
             terms = _terms([(entry, scaled)])
             sums[entry.position] = _Sum(values), _Sum(values, terms)
-        _write(model, sums)
+        self._write(model, sums, self._state)
         keys = tuple(entry.key for entry in patch)
         return PatchReport("subtract", patch.name, scale, subtracted=keys)
 
@@ -274,7 +293,7 @@ class Ledger:
         found: dict[int, list[Any]] = {}
         for name, (patch, scale) in patches.items():
             for entry in patch:
-                if (name, entry.position) not in self._lost:
+                if (name, entry.position) not in self._state.lost:
                     row = entry, scale, patch
                     found.setdefault(entry.position, []).append(row)
         for rows in found.values():
@@ -299,6 +318,61 @@ class Ledger:
         whole = np.array(present, order="C")
         whole.reshape(-1)[_within(places, kept)] = clean
         return whole
+
+    def _write(self, model, sums, state):
+        """Bring weights to new sums, and the ledger to its state of then.
+
+        All of it or, on an error, none.
+
+        Args:
+            model: `Checkpoint` of a model.
+            sums: Dict from positions to pairs of `_Sum`, what is there and
+                what to write.
+            state: `_State`.
+        """
+        present, started, ended = self._state, [], []
+        own = {
+            position: model.memory(position) if new.places is None else None
+            for position, (_, new) in sums.items()
+        }
+        # This thread allocates: it uses freed memory again, workers would not.
+        memories = {
+            position: _memory(new) if own[position] is None else own[position]
+            for position, (_, new) in sums.items()
+        }
+        is_stopped = threading.Event()
+
+        def compute(position):
+            started.append(position)
+            try:
+                if is_stopped.is_set():
+                    return None, None
+                key, (_, new) = model.infos[position].key, sums[position]
+                return _computed(new, key, memories[position])
+            finally:
+                ended.append(position)
+
+        try:
+            found = dict(zip(sums, [*map_ahead(compute, sums)]))
+            problems = [problem for _, problem in found.values() if problem]
+            raise_all(_UNWRITABLE, problems)
+            for position, (values, _) in found.items():
+                if own[position] is None:
+                    model.assign(position, values, sums[position][1].places)
+            self._state = state
+        except BaseException:
+            self._state = present
+            # No thread goes on when the weights are restored, nor does one
+            # that Ctrl-C has hidden from its pool, which waited for its start.
+            is_stopped.set()
+            while len(ended) < len(started):
+                time.sleep(0.001)
+            for position in started:
+                before, _ = sums[position]
+                values, _ = _computed(before, "", own[position])
+                if own[position] is None:
+                    model.assign(position, values, before.places)
+            raise
 
 
 # One for each model, so that two callers never take each other's changes for
@@ -361,49 +435,6 @@ def _union(rows):
 def _within(places, some):
     """Return where `some` of the `places`, `None` for all, are among them."""
     return some if places is None else np.searchsorted(places, some)
-
-
-def _write(model, sums):
-    """Bring weights to new sums; all or, on an error, none.
-
-    Args:
-        model: `Checkpoint` of a model.
-        sums: Dict from positions to pairs of `_Sum`, what is there and what
-            to write.
-    """
-    started = []
-    own = {
-        position: model.memory(position) if new.places is None else None
-        for position, (_, new) in sums.items()
-    }
-    # This thread allocates: it uses freed memory again, and workers would not.
-    memories = {
-        position: _memory(new) if own[position] is None else own[position]
-        for position, (_, new) in sums.items()
-    }
-
-    def compute(position):
-        started.append(position)
-        key, (_, new) = model.infos[position].key, sums[position]
-        return _computed(new, key, memories[position])
-
-    try:
-        # So that no thread goes on when the weights are restored.
-        results: Any = map_ahead(compute, sums)
-        with contextlib.closing(results):
-            found = dict(zip(sums, results))
-        problems = [problem for _, problem in found.values() if problem]
-        raise_all(_UNWRITABLE, problems)
-        for position, (values, _) in found.items():
-            if own[position] is None:
-                model.assign(position, values, sums[position][1].places)
-    except BaseException:
-        for position in started:
-            before, _ = sums[position]
-            values, _ = _computed(before, "", own[position])
-            if own[position] is None:
-                model.assign(position, values, before.places)
-        raise
 
 
 def _memory(each):

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import signal
+import sys
 import time
 import weakref
 
@@ -13,7 +14,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods import Patch, WeightSignature, backend
-from keras_weightmods.patches import tensors
+from keras_weightmods.patches import ledger, tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
 from tests.backends import breadth
 from tests.models import (
@@ -335,6 +336,72 @@ def test_an_error_while_writing_leaves_the_model(
     assert_same_bits(weights_of(model), before)
     assert Patch.on(model) == on_model
     call()
+    Patch.clear(model)
+    assert_same_bits(weights_of(model), clean)
+
+
+def last_steps(call, stop=None):
+    """Return {line of the ledger: step in which it runs last} of a call.
+
+    Ctrl-C comes before the step `stop`.
+    """
+    steps, found = itertools.count(), {}
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != ledger.__file__:
+            return None
+        if event == "line":
+            found[frame.f_lineno] = next(steps)
+            if found[frame.f_lineno] == stop:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return found
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("action", ["add", "rescale", "remove", "clear"])
+def test_an_interrupt_leaves_either_state(signatures, action, scale):
+    model = conv_net(dtype="float32")
+    clean = weights_of(model)
+    signature, *_ = signatures
+    model.set_weights([w + (w > 0) for w in clean])
+    patch = Patch.from_models(model, clean)
+    model.set_weights(clean)
+    calls = {
+        "add": lambda: patch.apply(model),
+        "rescale": lambda: patch.apply(model, 0.5),
+        "remove": lambda: patch.remove(model),
+        "clear": lambda: Patch.clear(model),
+    }
+
+    def state():
+        bits = [w.tobytes() for w in weights_of(model)]
+        return bits, Patch.on(model)
+
+    def prepare():
+        Patch.clear(model)
+        assert_same_bits(weights_of(model), clean)
+        if scale:
+            signature.apply(model, scale)
+        if action != "add":
+            patch.apply(model)
+        return state()
+
+    before = prepare()
+    steps = last_steps(calls[action])
+    after = state()
+    assert len(steps) > 30
+    for step in steps.values():
+        assert prepare() == before
+        with pytest.raises(KeyboardInterrupt):
+            last_steps(calls[action], step)
+        assert state() in (before, after)
     Patch.clear(model)
     assert_same_bits(weights_of(model), clean)
 
