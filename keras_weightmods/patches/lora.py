@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import pathlib
 import re
+import shutil
 import tempfile
 import warnings
 from typing import Any
@@ -22,6 +24,7 @@ from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.report import LoraKernel, LoraReport
 from keras_weightmods.patches.tensors import rebuilt_pieces
+from keras_weightmods.saving.atomic_file import BEGINNING
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
@@ -140,14 +143,13 @@ def write(
         "target_modules": modules,
     }
     os.makedirs(path, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
-        made = os.path.join(folder, _WEIGHTS), os.path.join(folder, _CONFIG)
-        safetensors.numpy.save_file(arrays, made[0], {"format": "pt"})
-        with open(made[1], "w") as file:
-            json.dump(config, file, indent=2)
-        # What a training has left beside them stays.
-        for each in made:
-            os.replace(each, os.path.join(path, os.path.basename(each)))
+    _replace(
+        path,
+        {
+            _WEIGHTS: safetensors.numpy.save(arrays, {"format": "pt"}),
+            _CONFIG: json.dumps(config, indent=2).encode(),
+        },
+    )
     error = (lost / whole) ** 0.5
     if skipped:
         warnings.warn(
@@ -157,6 +159,36 @@ def write(
             stacklevel=3,
         )
     return LoraReport(path, rank, tuple(rows), error, tuple(skipped))
+
+
+def _replace(path: str, contents: dict[str, bytes]) -> None:
+    """Write files of a folder; what else is there stays.
+
+    The config, the last one, goes first and comes last: a kill may leave no
+    adapter, but never the factors of one with the config of another.
+    """
+    for each in pathlib.Path(path).glob(f"{BEGINNING}*"):
+        shutil.rmtree(each, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=BEGINNING) as folder:
+        places = {name: os.path.join(path, name) for name in contents}
+        old = {name: os.path.join(folder, f"old_{name}") for name in contents}
+        moves = [(places[name], old[name]) for name in reversed(contents)]
+        moves = [move for move in moves if os.path.exists(move[0])]
+        for name, content in contents.items():
+            new = os.path.join(folder, name)
+            with open(new, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            moves.append((new, places[name]))
+        try:
+            for move in moves:
+                os.replace(*move)
+        except BaseException:
+            for start, end in reversed(moves):
+                if os.path.exists(end) and not os.path.exists(start):
+                    os.replace(end, start)
+            raise
 
 
 def changes(
@@ -171,6 +203,7 @@ def changes(
         config, arrays = _read(path)
         alpha, power = _scale_of(config, path)
         pairs = _pairs(arrays, _kernels(values), path)
+        _check_ranks(config, {x.shape[1] for _, x, _ in pairs.values()}, path)
         # Each weight is read for the hash, and each of these once more.
         progress.total = len(values.infos) + len(pairs)
         entries = []
@@ -282,11 +315,27 @@ def _scale_of(config: Any, path: str) -> tuple[float, float]:
         for name, allowed in _PLAIN.items()
         if config.get(name) not in allowed
     ]
+    pattern = config.get("rank_pattern")
+    if not isinstance(pattern, dict | None):
+        problems.append(f"rank_pattern={pattern!r}, not an object")
     alpha = config.get("lora_alpha")
     if not checks.is_finite(alpha):
         problems.append(f"lora_alpha={alpha!r}, not a finite number")
     _refuse(_EXPECTED, path, problems)
     return alpha, 0.5 if config.get("use_rslora") else 1.0
+
+
+def _check_ranks(config: Any, ranks: set[int], path: str) -> None:
+    """Raise ValueError for factors of other ranks than the config's."""
+    pattern = config.get("rank_pattern") or {}
+    named = [config.get("r"), *pattern.values()]
+    if other := sorted(rank for rank in ranks if rank not in named):
+        expected = (
+            f"an adapter whose {_CONFIG} and {_WEIGHTS} are of one training, "
+            "with factors of the rank `r`. Write it again"
+        )
+        problems = [f"r={config.get('r')!r}, and factors of rank {other}"]
+        _refuse(expected, path, problems)
 
 
 def _pairs(

@@ -125,6 +125,46 @@ def test_what_else_is_in_peft_s_folder_stays(task, tmp_path):
     assert found == {**ours, "README.md": b"{}", "training_args.bin": b"{}"}
 
 
+def test_a_folder_is_that_of_one_adapter(task, tmp_path, monkeypatch):
+    """Killed between any two renames, it is the old one, the new one or none.
+
+    On Ctrl-C it is the old one.
+    """
+    model, delta, _ = task
+    path = tmp_path / "adapter"
+
+    def content():
+        return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+
+    delta.to_lora(model, path, 2)
+    old = content()
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1
+    delta.to_lora(model, path, 3)
+    new = content()
+    replace, seen = os.replace, []
+
+    def watched(start, end):
+        replace(start, end)
+        seen.append(content())
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", watched)
+    for stop in (1, 2, 3, 4, None):
+        seen.clear()
+        (path / ".kwm-left").mkdir()
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                delta.to_lora(model, path, 2)
+            assert content() == new
+        else:
+            delta.to_lora(model, path, 2)
+            assert content() == old
+        assert len([*path.iterdir()]) == 2
+    for each in seen[:-1]:
+        assert "adapter_config.json" not in each
+
+
 def test_peft_multiplies_by_it(task, tmp_path):
     """The logits of the base and the adapter in transformers."""
     transformers = pytest.importorskip("transformers")
@@ -207,7 +247,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
 
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-PLAIN = {"peft_type": "LORA", "lora_alpha": 8, "bias": "none"}
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "bias": "none"}
 # What a config has beyond its factors, or arrays that are no factors, and the
 # error.
 REFUSED = [
@@ -223,6 +263,11 @@ REFUSED = [
         }.items()
         for value in values
     ),
+    *(
+        ({"r": r}, {}, (f"r={r!r}, and factors of rank [2]", "one training"))
+        for r in (16, None, "2")
+    ),
+    ({"rank_pattern": [2]}, {}, ("rank_pattern=[2], not an object",)),
     ([], {}, ("[]",)),
     ("{", {}, ("JSON",)),
     ({}, {"A": None}, ("None and (2, 16) of factors",)),
@@ -268,3 +313,5 @@ def test_what_is_more_than_its_factors_is_refused(tmp_path):
     for init in (None, True, False, "gaussian", "eva", "orthogonal"):
         write({"init_lora_weights": init}, {})
         kwm.Patch.from_lora(model, tmp_path)
+    write({"r": 8, "rank_pattern": {"q_proj": 2}}, {})
+    kwm.Patch.from_lora(model, tmp_path)
