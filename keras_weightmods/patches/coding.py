@@ -19,6 +19,8 @@ import zlib
 import numpy as np
 
 _LONG = 255
+# Bytes that are unpacked at a time: what the caches hold.
+_PIECE = 1 << 18
 
 
 def pack_places(places, shape):
@@ -119,22 +121,30 @@ def unpack_gaps(packed, count, size):
         size: Int, of the array: all places are below.
 
     Returns:
-        int64 or uint32 array of shape `(count,)`, rising.
+        int64 array of shape `(count,)`, rising.
 
     Raises:
         ValueError: If `packed` does not hold such places.
     """
     # The most bytes that places below `size` can need.
     numbers = decompress(packed, count + size // _LONG)
-    is_place = numbers != _LONG
-    if np.count_nonzero(is_place) != count or not is_place[-1:].all():
-        raise ValueError(f"does not hold {count} places")
-    # No sum of bytes and ones overflows; it takes half the time of int64.
-    dtype = "uint32" if 256 * numbers.size < 2**32 else "int64"
-    places = np.cumsum(numbers, dtype=dtype)
-    if numbers.size > count:
-        places = places[is_place]
-    places += np.arange(count, dtype=dtype)
+    wrong = ValueError(f"does not hold {count} places")
+    places = np.empty(count, "int64")
+    found = before = 0
+    for start in range(0, numbers.size, _PIECE):
+        piece = numbers[start : start + _PIECE]
+        # It does not overflow.
+        sums = np.cumsum(piece, dtype="uint32")
+        here = sums[piece != _LONG]
+        if found + here.size > count:
+            raise wrong
+        there = places[found : found + here.size]
+        there[:] = here
+        there += np.arange(before + found, before + found + here.size)
+        found += here.size
+        before += int(sums[-1])
+    if found < count or _LONG in numbers[-1:]:
+        raise wrong
     if count and places[-1] >= size:
         raise ValueError(f"holds places beyond {size}")
     return places
@@ -191,6 +201,9 @@ def decompress(packed, most):
     Raises:
         ValueError: If it holds more, or is no code.
     """
+    # Without the search no code is shorter than a bit: what unpacks to more was
+    # written to fill the memory.
+    most = min(most, 8 * packed.size)
     decoder = zlib.decompressobj(wbits=-15)
     try:
         # One more, to see that there are no more.

@@ -1,3 +1,6 @@
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -91,6 +94,27 @@ def test_a_code_does_not_unpack_to_more_than_it_must():
     for most in (0, 10, 10**6 - 1):
         with pytest.raises(ValueError, match="does not hold"):
             coding.decompress(packed, most)
+
+
+@pytest.mark.parametrize("number", [0, 255])
+def test_a_small_code_does_not_take_much_memory(number):
+    """By the search of DEFLATE, 20 kB become 20 MB."""
+    coder = zlib.compressobj(wbits=-15)
+    data = coder.compress(bytes([number]) * 20_000_000) + coder.flush()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not hold"):
+        coding.unpack_gaps(np.frombuffer(data, "uint8"), 1, 2**40)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30 * len(data) < 1_000_000
+
+
+def test_places_come_back_over_several_pieces(monkeypatch):
+    monkeypatch.setattr(coding, "_PIECE", 7)
+    places = np.flatnonzero(np.random.default_rng(0).random(5_000) < 0.003)
+    packed = coding.pack_gaps(places)
+    found = coding.unpack_gaps(packed, places.size, 5_000)
+    assert found.tolist() == places.tolist()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
