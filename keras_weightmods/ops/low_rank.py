@@ -88,9 +88,21 @@ def _gram_basis(matrix, rank):
     """
     rows, columns = matrix.shape
     wide = matrix if rows <= columns else ops.transpose(matrix)
-    _, vectors = ops.linalg.eigh(ops.matmul(wide, ops.transpose(wide)))
+    vectors = _eigenvectors(ops.matmul(wide, ops.transpose(wide)))
     basis = ops.transpose(vectors[:, -rank:])
     return basis, ops.matmul(basis, wide)
+
+
+def _eigenvectors(gram):
+    """The eigenvectors as columns, that of the largest eigenvalue last."""
+    try:
+        _, vectors = ops.linalg.eigh(gram)
+    except RuntimeError:
+        # In float32 torch's solver gives up on some matrices of a low rank.
+        found = ops.convert_to_numpy(gram).astype("float64")
+        _, vectors = np.linalg.eigh(found)
+        vectors = ops.cast(ops.convert_to_tensor(vectors), gram.dtype)
+    return vectors
 
 
 def _krylov_basis(matrix, rank, seed, share):
@@ -139,7 +151,7 @@ def _krylov_basis(matrix, rank, seed, share):
         upper = ops.concatenate([gram, border[: gram.shape[0]]], axis=1)
         gram = ops.concatenate([upper, ops.transpose(border)], axis=0)
         found = basis.shape[0]
-        _, vectors = ops.linalg.eigh(gram)
+        vectors = _eigenvectors(gram)
         vectors = ops.transpose(vectors[:, -rank:])
         left_out = round(_LEFT_OUT * found / width)
         left_out = width * max(_BLOCKS_LEFT_OUT, left_out)
