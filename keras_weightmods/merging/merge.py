@@ -128,7 +128,8 @@ def merge(
     does not count. Without a base, and where TIES divides by the weights, they
     are that average, without a base with equal weights where one is negative.
     What is not trained is taken from the base, or from the first model where
-    there is none.
+    there is none. Kernels of `SpectralNormalization` are merged as they are
+    stored: their norm is 1 again after the next steps of training.
 
     Files of `save_model` are merged out of core: an array at a time, by most
     methods in pieces of it, so that no model is in memory; a `.keras` file is

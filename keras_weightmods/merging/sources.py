@@ -19,6 +19,12 @@ from keras_weightmods.saving import states
 from keras_weightmods.saving.file_kinds import kind_of
 from keras_weightmods.utils import checks
 
+_CHANGED = (
+    "weights that are packed, reparameterized, quantized or with LoRA. Call "
+    "`kwm.unpack`, `kwm.fold` or `kwm.merge_lora` first; quantize what is "
+    "merged"
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
@@ -90,11 +96,7 @@ class Source:
         self.layers = [
             (name, type(part).__name__) for name, part in parts.items()
         ]
-        self.changed = bool(reparameterizations(given)) or any(
-            getattr(layer, "quantization_mode", None)
-            or getattr(layer, "lora_enabled", False)
-            for layer in keras_compat.layers_of(given)
-        )
+        self.changed = _is_changed(given)
 
     def _open(self, filepath):
         self.reader = model_file.open_model(filepath)
@@ -134,6 +136,15 @@ class Source:
             self.reader.close()
 
 
+def _is_changed(model: Any) -> bool:
+    """Return whether sums of arrays are not the arrays of a sum of models."""
+    return bool(reparameterizations(model)) or any(
+        getattr(layer, "quantization_mode", None)
+        or getattr(layer, "lora_enabled", False)
+        for layer in keras_compat.layers_of(model)
+    )
+
+
 def variables_of(parts: Any) -> dict[str, Any]:
     """Return {name of an entry: variable} of the parts of a model."""
     return {
@@ -155,10 +166,7 @@ def source_problems(sources: Any, template: Any) -> list[str]:
     for source in sources:
         name = f"`{source.argument}`"
         if source.changed:
-            found.append(
-                f"{name}: weights that are packed, reparameterized, quantized "
-                "or with LoRA. Unpack, fold, dequantize or merge them first"
-            )
+            found.append(f"{name}: {_CHANGED}")
         for entry in {**template.entries, **source.entries}:
             mine, theirs = (
                 each.entries.get(entry) for each in (source, template)
@@ -186,6 +194,9 @@ def source_problems(sources: Any, template: Any) -> list[str]:
 def weights_of(source: Any) -> list[Weight]:
     """Return the `Weight`s of a source, in the order of a file's entries."""
     model = source.built()
+    if _is_changed(model):
+        # The others have the same arrays.
+        raise ValueError(f"`{source.argument}` has {_CHANGED}")
     checkpoint = Checkpoint("model", model)
     roles = checkpoint.roles()
 

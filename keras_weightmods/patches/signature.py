@@ -1,6 +1,7 @@
 """Robust weight signatures, and the arithmetic of weights."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -207,6 +208,15 @@ class WeightSignature(Patch):
                 or not tensors.is_finite(each.read(i))
             ]
         checks.raise_all(_MISMATCH, problems)
+        first, second = checkpoints["robust"], checkpoints["clean"]
+        if all(np.array_equal(first.read(i), second.read(i)) for i in taken):
+            warnings.warn(
+                "The signature is empty: `robust` equals `clean` in all of the "
+                f"{len(taken)} weights that are taken. Pass the checkpoint "
+                "trained on corrupted data, or take more layers by `depth` or "
+                "`targets`.",
+                stacklevel=2,
+            )
         entries = []
         with Progress(len(taken), "weight", verbose) as progress:
             for i in taken:

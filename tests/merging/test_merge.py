@@ -20,6 +20,7 @@ from tests.models import (
     einsum_net,
     make_signature,
     mlp,
+    numpy,
     random_weights,
     sequential,
     weights_of,
@@ -500,6 +501,64 @@ def test_models_that_do_not_fit(tmp_path):
     kwm.merge([a, mlp(activation=None)], mlp(), verbose=0)
     kwm.merge([paths[0], paths[2]], paths[0], verbose=0)
     kwm.load_model(paths[0])
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("mode", ["int8", "int4", "lora"])
+def test_codes_and_factors_are_refused(mode, tmp_path):
+    """The sum of codes, or of factors, is that of no model's kernels."""
+
+    def make():
+        model = mlp(4, 3)
+        for layer in model.layers:
+            if mode == "lora":
+                layer.enable_lora(2)
+            else:
+                layer.quantize(mode)
+        return model
+
+    found = [make() for _ in range(3)]
+    before = weights_of(found[2])
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for model, path in zip(found, paths):
+        kwm.save_model(model, path)
+    for models, output in ((found[:2], found[2]), (paths, tmp_path / "m")):
+        with pytest.raises(ValueError, match="quantized or with LoRA"):
+            kwm.merge(models, output, verbose=0)
+    assert_same_bits(weights_of(found[2]), before)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.one_backend
+def test_spectral_normalization(tmp_path):
+    """Kernels are merged as they are stored, which is what they multiply by."""
+
+    def make():
+        dense = keras.layers.Dense(6, name="dense")
+        return sequential((4,), keras.layers.SpectralNormalization(dense))
+
+    a, b, _ = found = models(make=make)
+    for model in found:
+        model(np.ones((2, 4), "float32"), training=True)
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for model, path in zip(found, paths):
+        kwm.save_model(model, path)
+    report = kwm.merge(paths, tmp_path / "m", weights=[1, 3], verbose=0)
+    (skipped,) = report.skipped
+    assert skipped.path.endswith("vector_u")
+    merged = kwm.load_model(tmp_path / "m")
+    for x, y, z in zip(*map(weights_of, (a, b, merged))):
+        is_vector = x.shape == (1, 6)
+        wide = x if is_vector else (x.astype("float64") + 3.0 * y) / 4
+        np.testing.assert_allclose(z, wide, atol=1e-6)
+    # And so it computes; training brings the norm back to 1.
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype("float32")
+    kernel, bias = (x for x in weights_of(merged) if x.shape != (1, 6))
+    np.testing.assert_allclose(numpy(merged(x)), x @ kernel + bias, rtol=1e-5)
+    for _ in range(30):
+        merged(x, training=True)
+    (kernel,) = (x for x in weights_of(merged) if x.shape == (4, 6))
+    assert abs(np.linalg.norm(kernel, 2) - 1) < 1e-3
 
 
 # Those that draw entries: where all are kept.

@@ -209,6 +209,9 @@ def test_extract_lists_all_that_is_wrong(model, trio):
         "6 problems",
     ):
         assert part in str(error.value)
+    same = [*trio[1][:HEAD], *trio[2][HEAD:]]
+    with pytest.warns(UserWarning, match="is empty.* all of the 6 weights"):
+        extract(*trio[:2], same, depth=1, like=model)
     robust[HEAD] = robust[HEAD][0]
     with pytest.raises(ValueError, match=r"14:dense_\w+/kernel.*2 axes"):
         extract(*trio[:2], robust, depth=1, like=model)
