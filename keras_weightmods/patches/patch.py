@@ -499,16 +499,21 @@ class Patch:
         assert not Patch.on(model)
         ```
         """
-        report = self.apply(model, scale)
+        _, ledger = _of_model(model)
+        is_ours = ledger.name_of(self) is None
         try:
+            report = self.apply(model, scale)
+            is_ours = True
             yield report
+            self.remove(model)
         except BaseException as error:
+            # Ctrl-C may come at the end of `apply`, or in `remove`.
             try:
-                self.remove(model)
+                if is_ours and ledger.name_of(self) is not None:
+                    self.remove(model)
             except ValueError as problem:
                 error.add_note(f"The patch is still on the model. {problem}")
             raise
-        self.remove(model)
 
     def subtract(self, model: Any, scale: float = 1.0) -> PatchReport:
         """Subtract the patch from a model that was saved with it.
