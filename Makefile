@@ -38,8 +38,9 @@ breadth: setup
 	done; exit $$failed
 
 # All wrong calls of all public names; trainings that are killed at random
-# moments, on each backend.
+# moments, and calls that are interrupted, on each backend.
 KILLS ?= 25
+MOMENTS ?= 30
 
 faults: setup
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
@@ -47,6 +48,9 @@ faults: setup
 	@for backend in $(BACKENDS); do \
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m tests.faults.kills --kills $(KILLS) || exit 1; \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m tests.faults.interrupts --moments $(MOMENTS) \
+	    || exit 1; \
 	done
 
 # Several devices, made of this CPU: a mesh of JAX, two processes of JAX and of

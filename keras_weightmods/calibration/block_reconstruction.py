@@ -1,6 +1,5 @@
 """Training a pruned block to give the outputs of the dense one."""
 
-import contextlib
 import dataclasses
 import math
 import warnings
@@ -13,6 +12,7 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.utils.report import Table
 
 
@@ -77,7 +77,10 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
         return None
     steps = epochs * len(calls)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
-    with _alone_trainable(operation, targets), calibration.gradients():
+    # On JAX a step that ends with an error loses all that is in the block.
+    undo = RestoredOnError(operation, values=operation.variables)
+    with undo, calibration.gradients():
+        _train_alone(operation, targets)
         block = _Block(operation, data)
         block.compile(
             keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
@@ -85,13 +88,14 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
         before = block.evaluate(data, verbose=0)
         block.fit(data, epochs=epochs, verbose=0)
         after = block.evaluate(data, verbose=0)
-    if not math.isfinite(after):
-        raise ValueError(
-            "The loss of a block must stay finite while it is trained. "
-            f"Received: {after}, at {targets[0].path}, with a learning rate "
-            f"of {learning_rate}. Give a smaller one, or leave 'blocks' out "
-            "of `refine`."
-        )
+        if not math.isfinite(after):
+            raise ValueError(
+                "The loss of a block must stay finite while it is trained. "
+                f"Received: {after}, at {targets[0].path}, with a learning "
+                f"rate of {learning_rate}. Give a smaller one, or leave "
+                "'blocks' out of `refine`."
+            )
+        undo.structure.restore()
     return ReconstructedBlock(operation.name, len(targets), before, after)
 
 
@@ -169,33 +173,21 @@ def _relative_error(outputs, taught, weights):
     return ops.sum(errors * weights) / total
 
 
-@contextlib.contextmanager
-def _alone_trainable(operation, targets):
-    """Let the nonzero weights of targets be all that is trained in a scope.
+def _train_alone(operation, targets):
+    """Let the nonzero weights of targets be all that is trained.
 
     With the parameters of those that are reparameterized.
     """
-    # From the outside in, since a layer passes it on to those inside.
-    layers, variables = keras_compat.layers_of(operation), operation.variables
-    flags = [(each, each.trainable) for each in (*layers, *variables)]
-    constraints = [target.variable.constraint for target in targets]
     trained = {id(target.variable) for target in targets}
     for target in targets:
         item = slots(target.layer).get(target.attribute)
         trained.update(map(id, item.parameters if item else ()))
-    try:
-        for layer in layers:
-            layer.trainable = True
-        for variable in variables:
-            variable.trainable = id(variable) in trained
-        for target in targets:
-            target.variable.constraint = _Zeros(target.variable)
-        yield
-    finally:
-        for target, constraint in zip(targets, constraints):
-            target.variable.constraint = constraint
-        for each, trainable in flags:
-            each.trainable = trainable
+    for layer in keras_compat.layers_of(operation):
+        layer.trainable = True
+    for variable in operation.variables:
+        variable.trainable = id(variable) in trained
+    for target in targets:
+        target.variable.constraint = _Zeros(target.variable)
 
 
 class _Zeros(keras.constraints.Constraint):

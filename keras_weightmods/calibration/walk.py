@@ -1,16 +1,15 @@
 """Going through a model once, from target to target, on calibration data."""
 
-import contextlib
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.restored import RestoredOnError
 
 _UNREACHED = "the data do not reach it"
 _METRIC = "output error"
@@ -59,25 +58,13 @@ def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
             errors = [] if moment is None else [(_METRIC, row.error)]
             progress.update(len(rows), errors)
 
-    with restored_on_error([target.variable for target in ordered]):
+    changed = [target.variable for target in ordered]
+    with RestoredOnError(model, values=changed):
         if batches is None:
             visit(ordered, None)
         else:
             Walk(model, ordered, batches, visit, rebuild)()
     return rows
-
-
-@contextlib.contextmanager
-def restored_on_error(variables):
-    """Give variables their values back where a scope ends by an error."""
-    # Copies: on torch an array shares the memory of the variable.
-    before = [np.array(ops.convert_to_numpy(each)) for each in variables]
-    try:
-        yield
-    except BaseException:
-        for variable, value in zip(variables, before):
-            variable.assign(value)
-        raise
 
 
 def check_stored(caller, targets):

@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.watched import called_by
 
 
@@ -24,28 +25,36 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     Returns:
         Dict, empty where the model cannot be run on symbols.
     """
-    parts = keras_compat.layers_of(model)
     for size in (4, 64, 256) if layers else ():
         order: dict[int, int] = {}
         # What a model's own code raises on symbols or on this size is not
         # known. Without an order, the declared one remains.
         with (
             contextlib.suppress(Exception),
-            keras_compat.restored_attributes(parts),
-            contextlib.ExitStack() as stack,
+            RestoredOnError(model) as restored,
+            warnings.catch_warnings(),
         ):
-            inputs, named_inputs = _symbolic_inputs(model, size)
-            for layer in layers:
-                # A model keeps its class.
-                if not isinstance(layer, keras.Model):
-                    note = functools.partial(_noted, order, layer)
-                    stack.enter_context(called_by(layer, note))
-            # An operation whose `call` is the model leaves no trace in it.
-            run: Any = keras.Operation("run")
-            run.call = model
-            run.compute_output_spec(*inputs, **named_inputs)
+            warnings.simplefilter("ignore")
+            _note_order(model, layers, size, order)
+            restored.structure.restore_attributes()
             return order
     return {}
+
+
+def _note_order(
+    model: Any, layers: Sequence[Any], size: int, order: dict[int, int]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        inputs, named_inputs = _symbolic_inputs(model, size)
+        for layer in layers:
+            # A model keeps its class.
+            if not isinstance(layer, keras.Model):
+                note = functools.partial(_noted, order, layer)
+                stack.enter_context(called_by(layer, note))
+        # An operation whose `call` is the model leaves no trace in it.
+        run: Any = keras.Operation("run")
+        run.call = model
+        run.compute_output_spec(*inputs, **named_inputs)
 
 
 def _noted(

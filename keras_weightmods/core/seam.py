@@ -20,6 +20,7 @@ from keras_weightmods.core.reparameterized_layer import (
     ReparameterizedLayer,
     set_reparameterizations,
 )
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
@@ -138,22 +139,28 @@ def attach(
             f"model={model.name!r}, optimizer={model.optimizer.name!r} at "
             f"step {int(model.optimizer.iterations)}"
         )
-    stored = [item.start(item.target.variable) for item in items]
-    try:
+    stored = [
+        item.start(target.variable) for item, target in zip(items, targets)
+    ]
+    pairs = list(zip(targets, stored))
+    with RestoredOnError(
+        model,
+        *(target.layer for target in targets),
+        values=[t.variable for t, value in pairs if value is not t.variable],
+        released=[
+            item.target.variable for item in items if not item.keeps_stored
+        ],
+    ):
         for item in items:
             _create_parameters(item)
             see(item)
-    except Exception:
-        for item in items:
-            _drop_parameters(item)
-        raise
-    for item, value in zip(items, stored):
-        if value is not item.target.variable:
-            item.target.variable.assign(value)
-        if not item.keeps_stored:
-            _take_out(item)
-        _put_in(item)
-    forget_variables(model)
+        for item, (target, value) in zip(items, pairs):
+            if value is not target.variable:
+                target.variable.assign(value)
+            if not item.keeps_stored:
+                _take_out(item)
+            _put_in(item)
+        forget_variables(model)
 
 
 def install(item: Reparameterization) -> None:
@@ -182,6 +189,19 @@ def fold(
         The list of the items folded.
     """
     items = reparameterizations(model, kind)
+    variables = [item.target.variable for item in items]
+    stored = [item.target.variable for item in items if item.keeps_stored]
+    with RestoredOnError(model, *variables, values=stored):
+        fold_items(model, items, see)
+    return items
+
+
+def fold_items(
+    model: Any,
+    items: Sequence[Any],
+    see: Callable[[Any], Any] = lambda item: None,
+) -> None:
+    """As `fold`, of some items; on an error the caller restores the model."""
     for layer in (item.target.layer for item in items):
         plain = type(layer).__bases__[-1]
         if issubclass(plain, ReparameterizedLayer):
@@ -197,7 +217,6 @@ def fold(
         see(item)
     if items:
         forget_variables(model)
-    return items
 
 
 def forget_variables(model: Any) -> None:

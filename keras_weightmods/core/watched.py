@@ -1,9 +1,8 @@
 """Other code in place of a layer's `call`, in a scope."""
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from keras_weightmods.core import keras_compat
@@ -13,35 +12,43 @@ _WATCHERS = "_watchers"
 _LOCK = threading.Lock()
 
 
-@contextlib.contextmanager
-def called_by(layer: Any, call: Callable[..., Any]) -> Iterator[None]:
+class called_by:
     """Run `call(plain, *args, **kwargs)` in place of a layer's `call`.
 
     Keras has no hooks on calls; so the layer's class is a generated subclass of
     its own in the scope, as that of a reparameterized layer is. Scopes may be
     nested: the inner one comes first. Calls by another thread are as before.
 
+    Ctrl-C may come as a scope begins or ends, and the layer is then watched
+    still: `RestoredOnError` around the scope gives it back.
+
     Args:
         layer: A layer that is no model.
         call: Callable from the `call` that it stands for, and the arguments, to
             the outputs.
     """
-    watcher = threading.get_ident(), call
-    own = keras_compat.attributes(layer)
-    with _LOCK:
-        cls: Any = type(layer)
-        watchers = own.setdefault(_WATCHERS, [])
-        if not watchers:
-            layer.__class__ = _watched_class(cls)
-        watchers.append(watcher)
-    try:
-        yield
-    finally:
+
+    def __init__(self, layer: Any, call: Callable[..., Any]) -> None:
+        self._layer, self._call = layer, call
+
+    def __enter__(self) -> None:
+        layer: Any = self._layer
+        self._watcher = threading.get_ident(), self._call
         with _LOCK:
-            watchers.remove(watcher)
-            if not watchers:
+            cls: Any = type(layer)
+            own = keras_compat.attributes(layer)
+            self._watchers = own.setdefault(_WATCHERS, [])
+            if not self._watchers:
+                layer.__class__ = _watched_class(cls)
+            self._watchers.append(self._watcher)
+
+    def __exit__(self, *error: Any) -> None:
+        layer: Any = self._layer
+        with _LOCK:
+            self._watchers.remove(self._watcher)
+            if not self._watchers:
                 layer.__class__ = type(layer).__bases__[0]
-                del own[_WATCHERS]
+                del keras_compat.attributes(layer)[_WATCHERS]
 
 
 @functools.cache

@@ -65,13 +65,18 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
     def _apply_wrapped(self, grads: Any, variables: Any) -> None:
         """Have the wrapped optimizer step; constraints apply later, once."""
         constraints = [variable.constraint for variable in variables]
-        for variable in variables:
-            variable.constraint = None
-        try:
-            self.optimizer.apply(grads, variables)
-        finally:
+
+        def set_all(constraints: Any) -> None:
             for variable, constraint in zip(variables, constraints):
                 variable.constraint = constraint
+
+        try:
+            set_all([None] * len(constraints))
+            self.optimizer.apply(grads, variables)
+            set_all(constraints)
+        except BaseException:
+            set_all(constraints)
+            raise
 
     @property
     def variables(self) -> list[keras.Variable]:

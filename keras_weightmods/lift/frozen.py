@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.core import train_step
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 
 # By model: a callback may be gone when its training was interrupted.
@@ -21,7 +22,9 @@ def freeze(model: Any, variables: Any) -> None:
 def unfreeze(model: Any) -> None:
     """Give the flags of all frozen variables of a model back."""
     train_step.take_off(model, "frozen weights")
-    _set_trainable(model, _FROZEN.pop(model, ()), True)
+    with RestoredOnError(*_FROZEN.get(model, ())):
+        _set_trainable(model, _FROZEN.get(model, ()), True)
+        _FROZEN.pop(model, None)
 
 
 def _set_trainable(model: Any, variables: Any, flag: bool) -> None:

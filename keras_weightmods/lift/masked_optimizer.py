@@ -89,7 +89,13 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             grads[i] = self._only_masked(variable, grads[i], zeros)
             before = ops.stop_gradient(ops.convert_to_tensor(variable))
             masked.append((variable, ops.copy(before)))
-        self._apply_wrapped(grads, variables)
-        for variable, before in masked:
-            after = ops.convert_to_tensor(variable)
-            variable.assign(self._only_masked(variable, after, before))
+        try:
+            self._apply_wrapped(grads, variables)
+            for variable, before in masked:
+                after = ops.convert_to_tensor(variable)
+                variable.assign(self._only_masked(variable, after, before))
+        except BaseException:
+            # Run op by op, it has moved what is not in the masks.
+            for variable, before in masked:
+                variable.assign(before)
+            raise

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.lift.frozen import unfreeze_trained_by
 from keras_weightmods.ops.random_places import random_places, seed_of
@@ -116,12 +117,15 @@ class MaskedState(keras.optimizers.Optimizer):
             seed: Int below 2**31, of the choices to come. Defaults to `None`,
                 for the one that is set.
         """
-        for variable, indices in zip(self.masked_variables, all_indices):
-            self._set_places(variable, indices)
-        self._mask_step.assign(step)
-        self._has_masks = step >= 0
-        if seed is not None:
-            self._mask_seed.assign(seed)
+        own = [each for each in self._indices if each is not None]
+        changed = [*own, self._mask_step, self._mask_seed]
+        with RestoredOnError(self, values=changed):
+            for variable, indices in zip(self.masked_variables, all_indices):
+                self._set_places(variable, indices)
+            self._mask_step.assign(step)
+            self._has_masks = step >= 0
+            if seed is not None:
+                self._mask_seed.assign(seed)
 
     def drawn_masks(self):
         """Return the masks that `random_places` draws again from a seed.

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import filters, keras_compat, train_step
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.lift.attach import Plan
 from keras_weightmods.lift.frozen import freeze, unfreeze, unfreeze_on_error
@@ -189,8 +190,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         checks.check_model(model)
         unfreeze(model)
         self._attached = model
+        optimizer: Any = inner_optimizer(getattr(model, "optimizer", None))
+        parts = optimizer, getattr(optimizer, "optimizer", None)
         try:
-            with keras_compat.strategy_scope(model):
+            with (
+                RestoredOnError(model, *filter(None, parts)),
+                keras_compat.strategy_scope(model),
+            ):
                 return self._attach(model)
         except BaseException:
             unfreeze(model)
@@ -219,6 +225,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         began = time.perf_counter() - 1
         model = self.model
         report = self.attach(model)
+        self._unfreezing(model, self._prepare, model, report, began)
+
+    def _prepare(
+        self, model: Any, report: PrincipalMaskReport, began: float
+    ) -> None:
         self._density = report.totals["trained"] / report.totals["entries"]
         keras_compat.list_hidden_parameters(model)
         if model.train_function is None:
@@ -239,7 +250,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             # are not in the count yet.
             self._look()
             if self._is_due():
-                self._refresh()
+                model = self.model
+                self._unfreezing(model, self._refresh, model)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._batches is not None:
@@ -260,6 +272,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         self.detach()
 
+    def _unfreezing(self, model: Any, step: Any, *args: Any) -> None:
+        if keras.backend.backend() == "jax":
+            # The end of `fit` does it, as in `unfreeze_on_error`.
+            step(*args)
+        else:
+            unfreeze_on_error(model, step, *args)
+
     def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
         optimizer = inner_optimizer(self.model.optimizer)
@@ -275,9 +294,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         periods = updates // self.refresh_every
         return not rest and periods > self._mask_step // self.refresh_every
 
-    def _refresh(self) -> None:
+    def _refresh(self, model: Any) -> None:
         began = time.perf_counter()
-        model = self.model
         optimizer = inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
         variables = optimizer.masked_variables

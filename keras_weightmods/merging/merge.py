@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods import backend
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.merging import choices, mergekit
 from keras_weightmods.merging.methods import METHODS, mean, moved_mean
 from keras_weightmods.merging.sources import (
@@ -294,11 +295,13 @@ def merge(
             container.write(output, *form, reader.entries, arrays, overwrite)
         else:
             merged = [np.concatenate([*parts(*w)]) for w in enumerate(found)]
-            for weight, array in zip(found, merged):
-                array = array.reshape(weight.shape)
-                if weight.name not in kept:
-                    array = backend.current().tensor_of(array)
-                target.variables[weight.name].assign(array)
+            variables = [target.variables[weight.name] for weight in found]
+            with RestoredOnError(values=variables):
+                for weight, variable, array in zip(found, variables, merged):
+                    array = array.reshape(weight.shape)
+                    if weight.name not in kept:
+                        array = backend.current().tensor_of(array)
+                    variable.assign(array)
     return MergeReport(
         method=method,
         output=os.fspath(output) if to_file else output.name,

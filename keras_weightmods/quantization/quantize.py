@@ -19,10 +19,10 @@ from keras_weightmods.calibration.walk import (
     change_kernels,
     check_finite,
     check_stored,
-    restored_on_error,
 )
 from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.ops.rounding import Grid, round_kept
@@ -244,7 +244,8 @@ def quantize(
         data = self_generated(model, _ROWS, length, verbose=verbose)
     batches = data_forms.calibration_batches(model, data, batch_size)
     rows: list[QuantizedKernel] = []
-    with restored_on_error([table.variable for table in tables]):
+    tied = [table.variable for table in tables]
+    with RestoredOnError(model, values=tied):
         for table in tables:
             about = quantizer.grid_for(table), damping, verbose
             errors = round_table(found, table, batches, *about)

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import (
     WrappingOptimizer,
     warn_about_16_bits,
@@ -96,6 +97,10 @@ class CompanderOptimizer(WrappingOptimizer):
                 f"{type(self.optimizer).__name__} as it is."
             )
         warn_about_16_bits(self, variables)
+        with RestoredOnError(self, self.optimizer):
+            self._build(variables, items)
+
+    def _build(self, variables: list[keras.Variable], items: Any) -> None:
         super().build(variables)
         inner = self.optimizer
         learnable = {key for key, item in items.items() if item.learnable}
@@ -136,22 +141,30 @@ class CompanderOptimizer(WrappingOptimizer):
             # The slopes are of a and b as they are before this step.
             slopes = [t for _, *three in companded for t in three]
             grads = backend.current().after(grads, slopes)
-        for variable, w, _, _ in companded:
-            variable.assign(w)
         weight_decay = inner.weight_decay
-        # On torch Keras fails to decay no variable at all.
-        if not any(keras_compat.decays(inner, v) for v in trainable_variables):
-            inner.weight_decay = None
         try:
+            for variable, w, _, _ in companded:
+                variable.assign(w)
+            # On torch Keras fails to decay no variable at all.
+            if not any(
+                keras_compat.decays(inner, v) for v in trainable_variables
+            ):
+                inner.weight_decay = None
             self._apply_wrapped(grads, trainable_variables)
-        finally:
             inner.weight_decay = weight_decay
-        for variable, w, v, slope in companded:
-            step = _widened(ops.convert_to_tensor(variable)) - _widened(w)
-            new = v + slope * step
-            if decay is not None and self._is_decayed(self._var_key(variable)):
-                new = new - decay * v
-            variable.assign(ops.cast(new, variable.dtype))
+            for variable, w, v, slope in companded:
+                step = _widened(ops.convert_to_tensor(variable)) - _widened(w)
+                new = v + slope * step
+                is_decayed = self._is_decayed(self._var_key(variable))
+                if decay is not None and is_decayed:
+                    new = new - decay * v
+                variable.assign(ops.cast(new, variable.dtype))
+        except BaseException:
+            # Run op by op, it has put w where v is.
+            inner.weight_decay = weight_decay
+            for variable, _, v, _ in companded:
+                variable.assign(ops.cast(v, variable.dtype))
+            raise
 
     def _decay(self) -> Any:
         """Return the share of v that this step takes off; None for no decay."""

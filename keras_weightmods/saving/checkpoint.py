@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_compat, train_step
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.saving import (
     atomic_file,
     bounded_json,
@@ -342,8 +343,9 @@ def _load(model: Any, reader: Any) -> dict[str, Any]:
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
     pairs += _pairs("optimizer", model, reader)
-    for name, variable in pairs:
-        variable.assign(reader.read(name))
+    with RestoredOnError(values=[variable for _, variable in pairs]):
+        for name, variable in pairs:
+            variable.assign(reader.read(name))
     arrays = {name: _group(name, reader) for name in ("random", "torch")}
     return {**state, **arrays}
 

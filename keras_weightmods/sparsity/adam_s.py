@@ -13,6 +13,7 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.calibration.walk import check_finite
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import warn_about_16_bits
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity import adam_s_build, adam_s_update
@@ -250,9 +251,10 @@ class AdamS(keras.optimizers.Optimizer):
             # On TensorFlow `fit` builds it while it traces a step.
             with backend.current().outside_trace():
                 adam_s_build.warn_about_travel(self, found)
-        super().build(variables)
-        self._axes = axes
-        self._states = list(map(self._new_state, variables, axes))
+        with RestoredOnError(self):
+            super().build(variables)
+            self._axes = axes
+            self._states = list(map(self._new_state, variables, axes))
 
     def _new_state(self, variable: Any, axes: Any) -> dict[str, Any]:
         """What the update keeps of a variable, by name."""
@@ -361,10 +363,11 @@ class AdamS(keras.optimizers.Optimizer):
             "finite data.",
         )
         self._warn_about_a_cut()
-        for variable, _, bits in state:
-            value = ops.convert_to_tensor(variable)
-            mask = nm.unpack_bits(bits.value, variable.shape)
-            variable.assign(ops.where(mask, value, ops.zeros_like(value)))
+        with RestoredOnError(values=self.sparsified):
+            for variable, _, bits in state:
+                value = ops.convert_to_tensor(variable)
+                mask = nm.unpack_bits(bits.value, variable.shape)
+                variable.assign(ops.where(mask, value, ops.zeros_like(value)))
         return ChangeReport.of(
             f"Pruned to {self.pattern}",
             keras_compat.optimizer_variables(self),
@@ -423,8 +426,9 @@ class AdamS(keras.optimizers.Optimizer):
         ):
             expected = f"a list of finite arrays, >= 0, of shapes {shapes}"
             raise checks.error("importance", expected, importance)
-        for variable, array in zip(variables, arrays):
-            variable.assign(array)
+        with RestoredOnError(values=variables):
+            for variable, array in zip(variables, arrays):
+                variable.assign(array)
 
     def load_own_variables(self, store: Any) -> None:
         """Restore the state; check all of it before writing any.

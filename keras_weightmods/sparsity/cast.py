@@ -12,6 +12,8 @@ from keras import ops
 from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
+from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
@@ -165,11 +167,10 @@ class CAST(LogitsDistiller):
             pattern,
             lambda target: None if target.variable.trainable else "frozen",
         )
-        with contextlib.ExitStack() as undo:
+        others = [teacher] if isinstance(teacher, keras.Model) else []
+        with RestoredOnError(model, *others):
             if seam.has_built_optimizer(model):
                 # It would not know the scales, and `compile` brings another.
-                undo.callback(setattr, model, "compiled", True)
-                undo.callback(setattr, model, "optimizer", model.optimizer)
                 model.optimizer, model.compiled = None, False
             # A teacher is frozen once it fits, so that the scales, which
             # change nothing yet, have to come first.
@@ -180,7 +181,6 @@ class CAST(LogitsDistiller):
                     groups=scaling_groups,
                     pattern=pattern,
                 )
-                undo.callback(seam.fold, model, Scaling)
             super().__init__(
                 model,
                 teacher,
@@ -189,23 +189,23 @@ class CAST(LogitsDistiller):
                 teacher_dtype,
                 name,
             )
-            undo.pop_all()
-        self.pattern = f"{n}:{m}"
-        self.init = init
-        self.init_refine = init_refine
-        self.init_rows = init_rows
-        self.scaling_groups = scaling_groups
-        self.targets = usable
-        self.init_report: sparsify.SparsifyReport | None = None
-        self.report: SparsityReport | None = None
-        self._recipe = recipe
-        self._optimizer_is_default = False
-        # What a checkpoint holds beside variables: the length of the run, None
-        # where it is not planned here, and whether the one-shot start is made.
-        self._planned: int | None = None
-        self._is_started = init == "dense"
-        self._verbose: Any = 0
-        self._building = contextlib.ExitStack()
+            self.pattern = f"{n}:{m}"
+            self.init = init
+            self.init_refine = init_refine
+            self.init_rows = init_rows
+            self.scaling_groups = scaling_groups
+            self.targets = usable
+            self.init_report: sparsify.SparsifyReport | None = None
+            self.report: SparsityReport | None = None
+            self._recipe = recipe
+            self._optimizer_is_default = False
+            # What a checkpoint holds beside variables: the length of the run,
+            # None where it is not planned here, and whether the one-shot start
+            # is made.
+            self._planned: int | None = None
+            self._is_started = init == "dense"
+            self._verbose: Any = 0
+            self._building = contextlib.ExitStack()
 
     @property
     def adam_s(self) -> AdamS:
@@ -363,10 +363,10 @@ class CAST(LogitsDistiller):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model` does."""
         optimizer = self.optimizer
-        if self.compiled and self.adam_s.total_steps is None:
-            # Keras builds it here, before `fit` has told the length of the run.
-            self.optimizer = None
         try:
+            if self.compiled and self.adam_s.total_steps is None:
+                # Keras builds it here, before `fit` has told the run's length.
+                self.optimizer = None
             return super().evaluate(*args, **kwargs)
         finally:
             self.optimizer = optimizer
@@ -400,16 +400,21 @@ class CAST(LogitsDistiller):
                 "and `fit()` first."
             )
         cast_run.check_sparsified(self.adam_s, self.targets)
-        with Progress(2, "step", verbose) as progress:
+        scales = reparameterizations(self.student, Scaling)
+        scaled = [item.target.variable for item in scales]
+        with (
+            Progress(2, "step", verbose) as progress,
+            RestoredOnError(self, values=[*self.adam_s.sparsified, *scaled]),
+        ):
             self.adam_s.prune()
             progress.add()
-            if self.scaling_groups:
-                seam.fold(self.student, Scaling)
+            seam.fold_items(self.student, scales)
             self.report = sparsity_report(
                 self.student, self.pattern, targets=self.targets, verbose=0
             )
-        # As TensorFlow traced them, they hold the scales of that time.
-        self.train_function = self.test_function = self.predict_function = None
+            # As TensorFlow traced them, they hold the scales of that time.
+            for name in ("train", "test", "predict"):
+                setattr(self, f"{name}_function", None)
         return self.student
 
     def _check_not_finalized(self, what: str) -> None:

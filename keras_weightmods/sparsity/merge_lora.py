@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.report import ChangeReport
@@ -96,28 +97,36 @@ def merge_lora(
             f"them {', '.join(bad[:5])}. Merge without a pattern, and call "
             "`kwm.sparsify` to choose anew."
         )
-    for layer, base, names in adapted:
-        # Not `layer.kernel`, which is rounded to the compute dtype.
-        value, a, b = (
-            ops.cast(each.value, "float32")
-            for each in (base, *(getattr(layer, name) for name in names))
-        )
-        share = layer.lora_alpha / layer.lora_rank
-        value = ops.add(value, ops.multiply(share, ops.matmul(a, b)))
-        value = ops.cast(value, base.dtype)
-        if id(base) in axes:
-            kept = ops.not_equal(base, 0)
-            value = ops.where(kept, value, ops.zeros_like(value))
-        base.assign(value)
-        for name in names:
-            keras_compat.remove_variable(layer, getattr(layer, name), name)
-        layer.lora_enabled = False
-        layer.lora_rank = layer.lora_alpha = None
-        # LoRA froze it.
-        base.trainable = True
-    seam.forget_variables(model)
     bases = [base for _, base, _ in adapted]
+    with RestoredOnError(model, values=bases):
+        for layer, base, names in adapted:
+            _merge(layer, base, names, id(base) in axes)
+        seam.forget_variables(model)
     return ChangeReport.of("LoRA merged", model.weights, bases)
+
+
+def _merge(
+    layer: Any, base: Any, names: tuple[str, str], has_pattern: bool
+) -> None:
+    """Add LoRA's product to one kernel, and take LoRA off its layer."""
+    # Not `layer.kernel`, which is rounded to the compute dtype.
+    value, a, b = (
+        ops.cast(each.value, "float32")
+        for each in (base, *(getattr(layer, name) for name in names))
+    )
+    share = layer.lora_alpha / layer.lora_rank
+    value = ops.add(value, ops.multiply(share, ops.matmul(a, b)))
+    value = ops.cast(value, base.dtype)
+    if has_pattern:
+        kept = ops.not_equal(base, 0)
+        value = ops.where(kept, value, ops.zeros_like(value))
+    base.assign(value)
+    for name in names:
+        keras_compat.remove_variable(layer, getattr(layer, name), name)
+    layer.lora_enabled = False
+    layer.lora_rank = layer.lora_alpha = None
+    # LoRA froze it.
+    base.trainable = True
 
 
 def _adapter(layer: Any) -> tuple[Any, tuple[str, str]]:

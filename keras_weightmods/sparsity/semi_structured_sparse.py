@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_weightmods.calibration.walk import check_finite
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
@@ -205,7 +206,10 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         )
         variables = [target.variable for target in found]
         check_finite(variables)
-        with Progress(len(found), "kernel", verbose) as progress:
+        with (
+            Progress(len(found), "kernel", verbose) as progress,
+            RestoredOnError(model, values=variables),
+        ):
             for target in found:
                 axes, variable = target.contraction_axes, target.variable
                 constraint = cls(pattern, axes, frozen)
@@ -217,7 +221,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                     constraint._mask = nm.pack_bits(mask), target.shape
                 variable.constraint = constraint
                 progress.add()
-        _forget_train_step(model)
+            _forget_train_step(model)
         inner = inner_optimizer(getattr(model, "optimizer", None))
         optimizers = getattr(inner, "optimizers", [inner])
         if any(getattr(each, "use_ema", False) for each in optimizers):
@@ -261,15 +265,16 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         """
         checks.check_model(model)
         constrained = [v for v in model.weights if _is_ours(v)]
-        for variable in constrained:
-            variable.constraint = None
-        for layer in keras_compat.layers_of(model):
-            # Attention layers keep theirs under a private name, recurrent
-            # ones under several.
-            for name, value in list(keras_compat.attributes(layer).items()):
-                if isinstance(value, SemiStructuredSparse):
-                    setattr(layer, name, None)
-        _forget_train_step(model)
+        with RestoredOnError(model):
+            for variable in constrained:
+                variable.constraint = None
+            for layer in keras_compat.layers_of(model):
+                # Attention layers keep theirs under a private name, recurrent
+                # ones under several.
+                for name, value in list(keras_compat.attributes(layer).items()):
+                    if isinstance(value, SemiStructuredSparse):
+                        setattr(layer, name, None)
+            _forget_train_step(model)
         return ChangeReport.of("Freed of a pattern", model.weights, constrained)
 
     def axes_of(self, shape: Any) -> Any:

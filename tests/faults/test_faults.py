@@ -9,7 +9,7 @@ import sys
 import keras
 import pytest
 
-from tests.faults import mutants, raised, wrong_calls
+from tests.faults import interrupts, mutants, raised, wrong_calls
 
 pytestmark = [
     pytest.mark.one_backend,
@@ -37,6 +37,21 @@ def test_killed_trainings_end_as_if_nothing_had_happened(method):
     result = json.loads(done.stdout)
     assert result["kills"] == 2
     assert result["equal"]
+
+
+@pytest.mark.parametrize("name", interrupts.SOME)
+def test_interrupted_calls_leave_the_old_state_or_the_new(name):
+    wrong, found = interrupts.run(name, 4)
+    assert wrong == []
+    assert sum(found.values()) == 4
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "name", [x for x in interrupts.CASES if x not in interrupts.SOME]
+)
+def test_all_interrupted_calls_do(name):
+    assert interrupts.run(name, 4)[0] == []
 
 
 @pytest.mark.parametrize("kind", mutants.KINDS)

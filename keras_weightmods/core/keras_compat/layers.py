@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import random
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,26 +84,6 @@ def view(obj: Any, cls: Any = None, /, **attributes: Any) -> Any:
     other = object.__new__(cls or type(obj))
     vars(other).update(vars(obj), **attributes)
     return other
-
-
-@contextlib.contextmanager
-def restored_attributes(layers: list[Any]) -> Iterator[None]:
-    """Restore the attributes of `layers` after a scope without warnings.
-
-    Keras notes in layers that they were called, and a model's own code may
-    keep symbols.
-    """
-    saved = [(vars(layer), dict(vars(layer))) for layer in layers]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        # Another thread may be using them: no attribute is gone meanwhile.
-        for own, before in saved:
-            own.update(before)
-            for name in own.keys() - before.keys():
-                del own[name]
 
 
 @contextlib.contextmanager

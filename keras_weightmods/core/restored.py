@@ -1,0 +1,64 @@
+"""Calls that change models: as a whole, or not at all."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from keras import ops
+
+from keras_weightmods.core import keras_compat
+
+
+class RestoredOnError:
+    """Give objects their state back where a scope ends by an error or Ctrl-C.
+
+    Ctrl-C may come between any two bytecodes. Before the scope nothing has
+    changed, within it all is given back, and once it ends all has changed. (A
+    generator would not do: interrupted when it ends, it would give the state
+    back when it is collected.)
+
+    What is new in the objects is dropped. The rest is the same objects again.
+
+    Args:
+        *objects: Layers, optimizers and variables, of which all is given back
+            but values, as `keras_compat.Structure` says.
+        values: Iterable of the variables that get other values. Copies of
+            these are held meanwhile.
+        released: As in `keras_compat.Structure`.
+    """
+
+    def __init__(
+        self,
+        *objects: Any,
+        values: Iterable[Any] = (),
+        released: Iterable[Any] = (),
+    ) -> None:
+        self.structure = keras_compat.Structure(objects, released)
+        once = {id(variable): variable for variable in values}.values()
+        # Copies: on torch an array shares the memory of the variable.
+        self._values = [
+            (each, np.array(ops.convert_to_numpy(each))) for each in once
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while kind is not None:
+            try:
+                self._restore()
+                return
+            except KeyboardInterrupt:
+                # Another one. The first is raised once all is given back.
+                pass
+
+    def _restore(self) -> None:
+        self.structure.restore()
+        for variable, value in self._values:
+            variable.assign(value)

@@ -1,0 +1,75 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
+from tests import models
+from tests.faults.interrupts import model_state
+
+
+def changed(model):
+    """Change all that a method may change in a model."""
+    first, last = model.layers
+    last.enable_lora(2)
+    first.kernel.assign(keras.ops.ones(first.kernel.shape))
+    first.kernel.constraint = keras.constraints.NonNeg()
+    first.trainable = False
+    keras_compat.attributes(first)["noted"] = []
+    keras_compat.attributes(first)["_build_shapes_dict"].clear()
+    kernel = first.kernel
+    name = keras_compat.stored_name(first, "kernel")
+    keras_compat.remove_variable(first, kernel, name)
+    keras_compat.release_value(kernel, "It is gone.")
+    keras_compat.track_torch_parameters(model)
+    first.__class__ = type("Other", (keras.layers.Dense,), {})
+    keras.name_scope("inside").__enter__()
+    keras.StatelessScope().__enter__()
+    model.optimizer = None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_all_is_as_it_was(error):
+    model = models.mlp()
+    model.compile("sgd", "mse")
+    model_state(model)  # On torch it lists the parameters once.
+    before, kernel = model_state(model), model.layers[0].kernel
+    value = np.array(kernel)
+
+    with pytest.raises(error):
+        with RestoredOnError(model, values=[kernel], released=[kernel]):
+            changed(model)
+            raise error
+
+    assert model_state(model) == before
+    assert model.layers[0].kernel is kernel
+    models.assert_same_bits([np.array(kernel)], [value])
+    assert keras.Variable(0.0, name="probe").path == "probe"
+
+
+def test_without_an_error_nothing_is_given_back():
+    model = models.mlp()
+    with RestoredOnError(model):
+        model.layers[0].enable_lora(2)
+    assert len(model.weights) == 6
+
+
+@pytest.mark.one_backend
+def test_a_second_interrupt_does_not_stop_it():
+    class Interrupted:
+        interrupts = 2
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros(2)
+
+        def assign(self, value):
+            self.interrupts -= 1
+            if self.interrupts >= 0:
+                raise KeyboardInterrupt
+            self.value = value
+
+    variable = Interrupted()
+    with pytest.raises(RuntimeError):
+        with RestoredOnError(values=[variable]):
+            raise RuntimeError
+    assert variable.value.tolist() == [0, 0]
