@@ -24,7 +24,12 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table
+from keras_weightmods.utils.report import (
+    Report,
+    Skipped,
+    Table,
+    skipped_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +86,7 @@ def attach_to_targets(
     if not items:
         raise ValueError(
             f"The model has no kernel that can be {participle}. Received: "
-            f"model={model.name!r}, skipped: "
-            + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
+            f"model={model.name!r}, skipped: {skipped_text(skipped)}"
         )
     with Progress(len(items), "kernel", verbose, began) as progress:
         attach(model, items, see=progress.add)

@@ -100,7 +100,7 @@ def register_export_format(
 def export(
     model: keras.Model,
     filepath: Any,
-    format: str = "tf_saved_model",
+    format: str | None = None,
     *,
     keep_packed: bool = False,
     overwrite: bool = True,
@@ -135,7 +135,9 @@ def export(
         model: A built `keras.Model`.
         filepath: String or path of the file or folder to write, with the
             ending above.
-        format: String, one of the above. Defaults to `"tf_saved_model"`.
+        format: String, one of the above. Defaults to `None`, for the first
+            one with the ending of `filepath`, and for `"tf_saved_model"` where
+            it has none.
         keep_packed: Bool, whether packed kernels stay packed in the file, for
             `"tf_saved_model"` on TensorFlow and `"torch"` alone. The process
             that runs the file must `import keras_weightmods.runtime` after
@@ -183,7 +185,7 @@ def export(
         assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
     ```
     """
-    checks.check_choice("format", format, tuple(FORMATS))
+    format = format_of(filepath, format)
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
     checks.check_verbose(verbose)
@@ -220,6 +222,23 @@ def export(
                 os.replace(made, place)
 
 
+def format_of(filepath: Any, format: str | None) -> str:
+    """Return the format of a file: the one that is given, or by its ending."""
+    if format is not None:
+        checked: str = checks.check_choice("format", format, tuple(FORMATS))
+        return checked
+    ending = pathlib.Path(checks.check_path("filepath", filepath)).suffix
+    if not ending:
+        return "tf_saved_model"
+    for name, each in FORMATS.items():
+        if each.ending == ending:
+            return name
+    endings = ", ".join(x.ending for x in FORMATS.values() if x.ending)
+    expected = f"a file with one of the endings {endings}, or a folder without "
+    expected += "an ending; or pass `format`"
+    raise checks.error("filepath", expected, os.fspath(filepath))
+
+
 def _dense_copy(model: Any, progress: Progress) -> Any:
     """Return a copy of a model with its packed weights dense.
 
@@ -243,10 +262,14 @@ def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:
         os.path.abspath(checks.check_path("filepath", filepath))
     )
     received = os.fspath(filepath)
+    others = [each.ending for each in FORMATS.values() if each.ending]
     is_other = path.exists() and path.is_dir() is bool(ending)
-    has_ending = not ending or path.suffix == ending
+    # No folder has the name of a file of another format.
+    has_ending = path.suffix == ending if ending else path.suffix not in others
     if not path.parent.is_dir() or not has_ending or is_other:
-        kind = f"a file with the ending {ending!r}" if ending else "a folder"
+        kind = f"a file with the ending {ending!r}"
+        if not ending:
+            kind = f"a folder, with none of the endings {', '.join(others)}"
         expected = f"{kind}, in a folder that exists"
         raise checks.error("filepath", expected, received)
     _check_overwrite(path, overwrite)

@@ -28,7 +28,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Skipped, skipped_text
 
 
 def pack(
@@ -181,8 +181,7 @@ def pack(
         missing = "head of an embedding" if items else "kernel"
         raise ValueError(
             f"The model has no {missing} that can be packed. Received: "
-            f"model={model.name!r}, skipped: "
-            + "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
+            f"model={model.name!r}, skipped: {skipped_text(skipped)}"
         )
     items += tables
     why_dense = reason_for_dense()
@@ -336,7 +335,8 @@ def _check_weight(item: Any, has_products: Any) -> None:
         raise ValueError(
             "The values of a packed kernel cannot be trained under a "
             f"constraint of the kernel. Received: {variable.path!r} with "
-            f"the constraint {constraint!r}. Set its `constraint` to None."
+            f"the constraint {checks.shown(constraint)}. Set its `constraint` "
+            "to None."
         )
 
 

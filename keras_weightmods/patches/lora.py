@@ -30,7 +30,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Skipped, skipped_text
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kernels are filled up to it with zeros.
@@ -123,10 +123,9 @@ def write(
         rows.append(LoraKernel(target.key, target.shape, (rest / size) ** 0.5))
         lost += rest
     if not rows:
-        reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
         raise ValueError(
             "The patch must have changes that an adapter can hold. Left out: "
-            f"{reasons}. Received: {patch!r}"
+            f"{skipped_text(skipped)}. Received: {patch!r}"
         )
     is_causal = "CausalLM" in type(values.model).__name__
     config = {

@@ -28,7 +28,7 @@ def check_filepath(filepath, overwrite=True):
     if not checks.check_bool("overwrite", overwrite) and os.path.exists(path):
         raise FileExistsError(
             "The file exists. Pass `overwrite=True` to replace it. Received: "
-            f"filepath={os.fspath(filepath)!r}, overwrite=False"
+            f"filepath={checks.shown(os.fspath(filepath))}, overwrite=False"
         )
     return path
 

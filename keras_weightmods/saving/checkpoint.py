@@ -328,8 +328,8 @@ def _load(model: Any, reader: Any) -> dict[str, Any]:
     if state["backend"] != backend:
         raise ValueError(
             "A checkpoint goes on with the backend that it began with. "
-            f"Received: one of {state['backend']!r}, on {backend!r}, in "
-            f"{reader.filepath!r}"
+            f"Received: one of {checks.shown(state['backend'])}, on "
+            f"{backend!r}, in {reader.filepath!r}"
         )
     if not model.built:
         expected = "built before `fit`. Call it on a batch of data"

@@ -275,6 +275,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for match, given, name, format, options in (
         ("`format` must be one of", model, "model", "h5", {}),
         ("ending '.onnx'", model, "model", "onnx", {}),
+        # A folder of such a name would be taken for the file.
+        ("a folder, with none of the endings .*.gguf", model, "a.pt2", hub, {}),
+        ("one of the endings .*'.*a.h5'", model, "a.h5", None, {}),
+        ("one of the endings .*'.*a.keras'", model, "a.keras", None, {}),
+        ("pip install gguf", model, "a.gguf", None, {}),
         ("a folder that exists", model, "x/y", hub, {}),
         ("a built", unbuilt, "model", hub, {}),
         ("KerasHub model", model, "model", hub, {}),
@@ -331,7 +336,7 @@ def test_a_format_from_outside(tmp_path, monkeypatch):
     sizes = [len(each) for each in json.loads(path.read_text())]
     assert sizes == [64, 32, 32, 8]
     kwm.save_model(model, tmp_path / "model.safetensors")
-    line = "export model.safetensors --format json --set digits=2 -o a.json"
+    line = "export model.safetensors --set digits=2 -o a.json"
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="dense form"):
         assert cli.main(line.split()) == 0
