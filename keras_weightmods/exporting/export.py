@@ -1,12 +1,11 @@
 """A model as a file for other runtimes."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,10 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
+from keras_weightmods.saving.atomic_file import move_all, unfinished
 from keras_weightmods.saving.model import copied
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 
 # What writes a file, once all is checked.
@@ -206,20 +207,22 @@ def export(
                 "`kwm.save_model` keeps them packed.",
                 stacklevel=2,
             )
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            target = str(pathlib.Path(folder) / path.name)
-            write(target, progress)
-            # More than one is there for OpenVINO, or a large ONNX model.
-            places = {
-                each: path.parent / each.name
-                for each in pathlib.Path(folder).iterdir()
-            }
-            for place in places.values():
+        with unfinished(path.parent) as folder:
+            write(os.path.join(folder, path.name), progress)
+            # More than one is there for OpenVINO, or a large ONNX model: that
+            # of the name goes first and comes last, so that a kill leaves no
+            # file beside those of another export.
+            made = sorted(os.listdir(folder), key=path.name.__eq__)
+            places = [path.parent / each for each in made]
+            new = [os.path.join(folder, each) for each in made]
+            old = [f"{each}.replaced" for each in new]
+            for place in places:
                 _check_overwrite(place, overwrite)
-            for made, place in places.items():
-                if place.is_dir():
-                    shutil.rmtree(place)
-                os.replace(made, place)
+            moves = [*zip(new, places)]
+            if len(made) > 1 or path.is_dir():
+                away = [x for x in zip(places, old) if x[0].exists()]
+                moves = away[::-1] + moves
+            move_all(moves)
 
 
 def format_of(filepath: Any, format: str | None) -> str:
@@ -342,6 +345,28 @@ def _by_keras(format: str) -> Callable[..., Write]:
     return writer
 
 
+def _torch_writer(model: Any, **kwargs: Any) -> Write:
+    by_keras = _by_keras("torch")(model, **kwargs)
+
+    def write(path: str, progress: Progress) -> None:
+        # torch ends the process where the disk is full. It writes each weight
+        # twice, and its graph.
+        reserve = getattr(os, "posix_fallocate", None)
+        if reserve is not None:
+            size = 2 * bytes_of(model.weights)
+            try:
+                with open(path, "wb") as file:
+                    reserve(file.fileno(), 0, size + size // 20 + 2**24)
+            except OSError as error:
+                # Some file systems reserve nothing.
+                if error.errno in (errno.EDQUOT, errno.EFBIG, errno.ENOSPC):
+                    raise OSError(error.errno, error.strerror, path) from error
+            os.remove(path)
+        by_keras(path, progress)
+
+    return write
+
+
 def _gguf_writer(model: Any, **kwargs: Any) -> Write:
     _check_plain(model, "gguf")
     return gguf_file.writer(model, **kwargs)
@@ -409,7 +434,7 @@ FORMATS: dict[str, ExportFormat] = {
         {"tensorflow": (), "torch": ("litert_torch",)},
     ),
     "torch": ExportFormat(
-        _by_keras("torch"), ".pt2", {"torch": ()}, keeps_packed="torch"
+        _torch_writer, ".pt2", {"torch": ()}, keeps_packed="torch"
     ),
     "transformers": ExportFormat(
         _transformers_writer, needs={"": ("keras_hub",)}

@@ -16,7 +16,6 @@ from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_compat, train_step
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.saving import (
-    atomic_file,
     bounded_json,
     container,
     shared,
@@ -268,10 +267,6 @@ class Checkpoint(keras.callbacks.Callback):
         entries, values = _contents(self.model, state)
         if shared.is_first():
             os.makedirs(self.path, exist_ok=True)
-            for each in os.listdir(self.path):
-                # Left by a process that was killed; the folder is this run's.
-                if each.startswith(atomic_file.BEGINNING):
-                    os.remove(os.path.join(self.path, each))
         name = f"step-{self._taken:010d}.safetensors"
         file = os.path.join(self.path, name)
         shared.write(file, _FORMAT, _VERSION, entries, values)

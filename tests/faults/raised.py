@@ -28,11 +28,9 @@ def why_obscure(error, argument=None):
         return summary(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     is_raised = _raises(frame.filename, frame.lineno)
-    # What Keras and the system say is not ours.
-    if frame.filename.startswith(_OURS) and len(str(error)) > _MOST:
-        return f"{len(str(error))} characters: {summary(error)}"
     if is_raised and frame.filename.startswith(_OURS):
-        return None
+        is_long = len(str(error)) > _MOST
+        return f"{len(str(error))} characters" if is_long else None
     text = str(error).lower()
     # Keras leaves its own frames out of what is raised in a layer's call.
     of_keras = "exception encountered when calling" in text

@@ -135,7 +135,9 @@ def fit(folder, epochs=1, units=4, model=None):
 @pytest.mark.one_backend
 def test_the_last_two_are_kept_and_the_older_one_is_used(tmp_path):
     # Of a process that was killed.
-    (tmp_path / ".kwm-0123456789abcdef.safetensors").write_bytes(b"half")
+    (left := tmp_path / ".kwm-0123456789abcdef").mkdir()
+    (left / "new.safetensors").write_bytes(b"half")
+    os.utime(left, (0, 0))
     fit(tmp_path, 2)
     names = ["step-0000000003.safetensors", "step-0000000004.safetensors"]
     assert sorted(os.listdir(tmp_path)) == names
