@@ -139,7 +139,7 @@ def _in_keras(path):
                 raise ValueError(f"{name} has {size} bytes, more than {most}")
             return archive.read(name)
 
-        about = {}
+        about: dict[str, Any] = {}
         for name in ("config.json", "metadata.json"):
             about |= _facts(_object(read(name, file_kinds.MAX_HEADER)))
         name = "model.weights.h5"
@@ -196,7 +196,7 @@ def _in_preset(files):
 
 def _facts(described):
     """Return what is short in a JSON object, two levels deep."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in described.items():
         inside = value if isinstance(value, dict) else {"": value}
         for inner, each in inside.items():
