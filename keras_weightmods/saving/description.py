@@ -3,6 +3,7 @@
 import collections
 import copy
 import inspect
+import json
 import re
 import sys
 import warnings
@@ -105,6 +106,26 @@ def _objects(config):
             values.extend(value.values())
         elif isinstance(value, (list, tuple)):
             values.extend(value)
+
+
+def _check_count(description):
+    """Raise ValueError for a config of many more layers than were saved.
+
+    To make a thousand takes Keras minutes.
+    """
+    found = set()
+    for each in _objects(description["config"]):
+        inner = each.get("config")
+        layers = inner.get("layers") if isinstance(inner, dict) else None
+        for layer in layers if isinstance(layers, list) else ():
+            # One that two models share is written twice.
+            config = layer.get("config") if isinstance(layer, dict) else None
+            found.add(json.dumps(config, default=str))
+    if len(found) > 99 + 2 * len(description["parts"]):
+        raise ValueError(
+            f"Expected the config of the {len(description['parts'])} layers "
+            f"that were saved. It has {len(found)}"
+        )
 
 
 def build(description, entries, custom_objects=None):
@@ -253,6 +274,7 @@ def made(config, custom_objects):
 
 
 def _build(description, custom_objects):
+    _check_count(description)
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
