@@ -16,7 +16,7 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
-from keras_weightmods.saving.atomic_file import move_all, unfinished
+from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.model import copied
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
@@ -209,20 +209,11 @@ def export(
             )
         with unfinished(path.parent) as folder:
             write(os.path.join(folder, path.name), progress)
-            # More than one is there for OpenVINO, or a large ONNX model: that
-            # of the name goes first and comes last, so that a kill leaves no
-            # file beside those of another export.
+            # More than one is there for OpenVINO, or a large ONNX model.
             made = sorted(os.listdir(folder), key=path.name.__eq__)
-            places = [path.parent / each for each in made]
-            new = [os.path.join(folder, each) for each in made]
-            old = [f"{each}.replaced" for each in new]
-            for place in places:
-                _check_overwrite(place, overwrite)
-            moves = [*zip(new, places)]
-            if len(made) > 1 or path.is_dir():
-                away = [x for x in zip(places, old) if x[0].exists()]
-                moves = away[::-1] + moves
-            move_all(moves)
+            for each in made:
+                _check_overwrite(path.parent / each, overwrite)
+            replace_all(folder, made)
 
 
 def format_of(filepath: Any, format: str | None) -> str:

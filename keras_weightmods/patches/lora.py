@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import pathlib
 import re
-import shutil
 import tempfile
 import warnings
 from typing import Any
@@ -24,7 +22,7 @@ from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.report import LoraKernel, LoraReport
 from keras_weightmods.patches.tensors import rebuilt_pieces
-from keras_weightmods.saving.atomic_file import BEGINNING
+from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
@@ -142,13 +140,17 @@ def write(
         "target_modules": modules,
     }
     os.makedirs(path, exist_ok=True)
-    _replace(
-        path,
-        {
-            _WEIGHTS: safetensors.numpy.save(arrays, {"format": "pt"}),
-            _CONFIG: json.dumps(config, indent=2).encode(),
-        },
-    )
+    with unfinished(path) as folder:
+        # The config last: without it there is no adapter.
+        for name, content in (
+            (_WEIGHTS, safetensors.numpy.save(arrays, {"format": "pt"})),
+            (_CONFIG, json.dumps(config, indent=2).encode()),
+        ):
+            with open(os.path.join(folder, name), "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        replace_all(folder, [_WEIGHTS, _CONFIG])
     error = (lost / whole) ** 0.5
     if skipped:
         warnings.warn(
@@ -158,36 +160,6 @@ def write(
             stacklevel=3,
         )
     return LoraReport(path, rank, tuple(rows), error, tuple(skipped))
-
-
-def _replace(path: str, contents: dict[str, bytes]) -> None:
-    """Write files of a folder; what else is there stays.
-
-    The config, the last one, goes first and comes last: a kill may leave no
-    adapter, but never the factors of one with the config of another.
-    """
-    for each in pathlib.Path(path).glob(f"{BEGINNING}*"):
-        shutil.rmtree(each, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=BEGINNING) as folder:
-        places = {name: os.path.join(path, name) for name in contents}
-        old = {name: os.path.join(folder, f"old_{name}") for name in contents}
-        moves = [(places[name], old[name]) for name in reversed(contents)]
-        moves = [move for move in moves if os.path.exists(move[0])]
-        for name, content in contents.items():
-            new = os.path.join(folder, name)
-            with open(new, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            moves.append((new, places[name]))
-        try:
-            for move in moves:
-                os.replace(*move)
-        except BaseException:
-            for start, end in reversed(moves):
-                if os.path.exists(end) and not os.path.exists(start):
-                    os.replace(end, start)
-            raise
 
 
 def changes(

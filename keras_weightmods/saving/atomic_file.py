@@ -65,12 +65,22 @@ def unfinished(folder):
         shutil.rmtree(made, ignore_errors=True)
 
 
-def move_all(moves):
-    """Rename files and folders in turn; on an error all are as before.
+def replace_all(made, names):
+    """Move what is in a folder of `unfinished` beside it, in place of others.
+
+    On an error all are as before. The last file is the one without which the
+    others are not read: it goes first and comes last, so that a kill leaves no
+    file beside those of another time.
 
     Args:
-        moves: List of pairs of paths, from and to.
+        made: String, the folder.
+        names: List of strings, the files and folders in it.
     """
+    folder = os.path.dirname(made)
+    moves = [(os.path.join(made, n), os.path.join(folder, n)) for n in names]
+    if len(moves) > 1 or any(os.path.isdir(end) for _, end in moves):
+        old = [(end, f"{start}.replaced") for start, end in reversed(moves)]
+        moves = [each for each in old if os.path.lexists(each[0])] + moves
     try:
         for start, end in moves:
             os.replace(start, end)

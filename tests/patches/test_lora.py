@@ -153,6 +153,7 @@ def test_a_folder_is_that_of_one_adapter(task, tmp_path, monkeypatch):
     for stop in (1, 2, 3, 4, None):
         seen.clear()
         (path / ".kwm-left").mkdir()
+        os.utime(path / ".kwm-left", (0, 0))
         if stop:
             with pytest.raises(KeyboardInterrupt):
                 delta.to_lora(model, path, 2)
