@@ -394,7 +394,13 @@ def _named(group: str, model: Any) -> dict[str, Any]:
     """Return the variables of the model or its optimizer by their entries."""
     owner = model if group == "model" else model.optimizer
     found = [] if owner is None else owner.variables
-    return {f"{group}/{i}/{each.path}": each for i, each in enumerate(found)}
+    # An optimizer that TensorFlow's `fit` builds puts its name before those of
+    # the optimizer inside, as `LossScaleOptimizer` does.
+    scope = f"{owner.name}/" if group == "optimizer" and found else ""
+    return {
+        f"{group}/{i}/{each.path.removeprefix(scope)}": each
+        for i, each in enumerate(found)
+    }
 
 
 def _entry(value: Any) -> container.Entry:
