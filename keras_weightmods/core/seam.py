@@ -7,6 +7,7 @@ w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -146,6 +147,8 @@ def attach(
     stored = [
         item.start(target.variable) for item, target in zip(items, targets)
     ]
+    for item in items:
+        item.get_model = weakref.ref(model)
     pairs = list(zip(targets, stored))
     with RestoredOnError(
         model,
