@@ -17,11 +17,16 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
 from keras_weightmods.patches.checkpoint import Checkpoint, bytes_of
-from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
+from keras_weightmods.patches.entry import (
+    FLOATS,
+    PatchEntry,
+    Replacing,
+    Sparse,
+)
 from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.report import LoraKernel, LoraReport
-from keras_weightmods.patches.tensors import rebuilt_pieces
+from keras_weightmods.patches.tensors import is_finite, rebuilt_pieces
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
@@ -268,7 +273,11 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
         with open(os.path.join(path, _CONFIG), "rb") as file:
             config = parse_json(file.read())
         arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    # Of dtypes that NumPy lacks it has no errors of its own.
+    except (
+        *(AttributeError, KeyError, OSError, TypeError, ValueError),
+        safetensors.SafetensorError,
+    ) as error:
         expected = (
             f"a folder of peft, with JSON in {_CONFIG} and tensors in "
             f"{_WEIGHTS} ({error})"
@@ -325,6 +334,8 @@ def _pairs(
         ]
         if match is None or len(fitting) != 1:
             unknown.append(key)
+        elif array.dtype.name not in FLOATS or not is_finite(array):
+            problems.append(f"{key}: {array.dtype}, and not finite floats")
         else:
             pair = pairs.setdefault(fitting[0], {})
             pair[match[2]] = array.astype("float32").T
