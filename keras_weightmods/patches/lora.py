@@ -30,6 +30,7 @@ from keras_weightmods.patches.tensors import is_finite, rebuilt_pieces
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.checks import shown
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.utils.progress import Progress
@@ -289,18 +290,18 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
 def _scale_of(config: Any, path: str) -> tuple[float, float]:
     """Return a and p of the scale a / rank**p of an adapter, checked."""
     if not isinstance(config, dict):
-        _refuse(_EXPECTED, path, [f"{_CONFIG} holds {config!r}"])
+        _refuse(_EXPECTED, path, [f"{_CONFIG} holds {shown(config)}"])
     problems = [
-        f"{name}={config.get(name)!r}"
+        f"{name}={shown(config.get(name))}"
         for name, allowed in _PLAIN.items()
         if config.get(name) not in allowed
     ]
     pattern = config.get("rank_pattern")
     if not isinstance(pattern, dict | None):
-        problems.append(f"rank_pattern={pattern!r}, not an object")
+        problems.append(f"rank_pattern={shown(pattern)}, not an object")
     alpha = config.get("lora_alpha")
     if not checks.is_finite(alpha):
-        problems.append(f"lora_alpha={alpha!r}, not a finite number")
+        problems.append(f"lora_alpha={shown(alpha)}, not a finite number")
     _refuse(_EXPECTED, path, problems)
     return alpha, 0.5 if config.get("use_rslora") else 1.0
 
@@ -314,7 +315,7 @@ def _check_ranks(config: Any, ranks: set[int], path: str) -> None:
             f"an adapter whose {_CONFIG} and {_WEIGHTS} are of one training, "
             "with factors of the rank `r`. Write it again"
         )
-        problems = [f"r={config.get('r')!r}, and factors of rank {other}"]
+        problems = [f"r={shown(config.get('r'))}, and factors of rank {other}"]
         _refuse(expected, path, problems)
 
 

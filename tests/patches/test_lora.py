@@ -270,6 +270,8 @@ REFUSED = [
     ),
     ({"rank_pattern": [2]}, {}, ("rank_pattern=[2], not an object",)),
     ([], {}, ("[]",)),
+    ([1] * 9999, {}, ("holds [1, 1",)),
+    ({"bias": "x" * 9999}, {}, ("bias='xx",)),
     ("{", {}, ("JSON",)),
     ({}, {"A": None}, ("None and (2, 16) of factors",)),
     *(
@@ -324,6 +326,7 @@ def test_what_is_more_than_its_factors_is_refused(tmp_path):
             kwm.Patch.from_lora(model, tmp_path)
         for part in (str(tmp_path), *parts):
             assert part in str(error.value)
+        assert len(str(error.value)) < 2000
 
     for config, factors, parts in REFUSED:
         write(config, factors)
