@@ -107,11 +107,10 @@ def save_model(
     ```
     """
     if not isinstance(model, keras.Model) or not model.built:
-        expected = (
-            "a built Keras model. Call it on data once, or "
-            "`model.build(input_shape)`"
+        raise ValueError(
+            "`model` must be a built Keras model. Call it on data once, or "
+            f"`model.build(input_shape)`. Received: model={model!r}"
         )
-        raise checks.error("model", expected, model)
     checks.check_verbose(verbose)
     filepath = checks.check_path("filepath", filepath)
     ending = os.path.splitext(filepath)[1].lower()
@@ -237,7 +236,7 @@ def load_model(
     ```
     """
     checks.check_verbose(verbose)
-    with Progress(1, "weight", verbose) as progress:
+    with Progress(1, "read", verbose) as progress:
 
         def see(name: str, count: int) -> None:
             # Each is checked first, and loaded later.
@@ -339,7 +338,7 @@ def _as_described(reader: Any) -> Iterator[None]:
         raise ValueError(
             f"The model cannot be built as entry `{_MODEL}` describes it. "
             f"{description.message(error)}. Received: "
-            f"filepath={checks.shown(reader.filepath)}"
+            f"filepath={reader.filepath!r}"
         ) from error
 
 

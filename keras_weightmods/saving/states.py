@@ -9,6 +9,7 @@ backend, where the order of `model.weights` is not.
 import collections
 import os
 import pathlib
+import re
 from typing import Any
 
 import keras
@@ -22,7 +23,6 @@ from keras_weightmods.core.reparameterized_layer import (
 )
 from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
-from keras_weightmods.utils.checks import cut
 
 _WEIGHTS = "weights/"
 _ASSETS = "assets/"
@@ -35,10 +35,17 @@ _OF_TRAINING = (
 )
 
 
-def walk(model, left_out=()):
+def walk(model, left_out=(), like=()):
     """Find the parts of a model that may keep something.
 
     Optimizers, losses and metrics are not among them.
+
+    Args:
+        model: The model.
+        left_out: List of parts to pass over.
+        like: Rows [name, class, own name, ...] of the same model on another
+            backend, where Keras may list its layers in another order. Parts
+            get the names that they have there.
 
     Returns:
         Dict from name to part, a layer mostly; a part comes before its own.
@@ -46,6 +53,7 @@ def walk(model, left_out=()):
     found = {}
     # The objects, and not only their ids, which are free again after them.
     visited = {id(each): each for each in left_out}
+    own_names = {name: own for name, _, own, *_ in like}
 
     def visit(name, part):
         is_part = isinstance(part, keras_compat.KerasSaveable)
@@ -60,7 +68,10 @@ def walk(model, left_out=()):
             for key, child in keras_compat.walk_saveable(plain_view(part)):
                 visit(_join(name, key), child)
             return
+        # By kind, the names in a file and the parts that they may stand for.
+        named: dict[str, dict[str, Any]] = collections.defaultdict(dict)
         used: collections.Counter[str] = collections.Counter()
+        order = []
         for child in part.values() if isinstance(part, dict) else part:
             if isinstance(child, keras_compat.KerasSaveable):
                 kind = keras_compat.to_snake_case(type(child).__name__)
@@ -70,10 +81,53 @@ def walk(model, left_out=()):
                 continue
             number = f"_{used[kind]}" if used[kind] else ""
             used[kind] += 1
-            visit(_join(name, kind + number), child)
+            order.append((kind, _join(name, kind + number)))
+            if id(child) not in visited:
+                named[kind][order[-1][1]] = child
+        for kind, children in named.items():
+            keys = [key for other, key in order if other == kind]
+            saved = {key: own_names[key] for key in keys if key in own_names}
+            named[kind] = _as_saved(children, saved)
+        for kind, key in order:
+            if key in named[kind]:
+                visit(key, named[kind][key])
 
     visit("", model)
     return found
+
+
+def _as_saved(children, saved):
+    """Return {name: part} with the names under which the parts were saved.
+
+    Args:
+        children: Dict from name to part, all of one class.
+        saved: Dict from name to what the part of that name was called.
+    """
+    ranks = [
+        dict(zip(_ranked(names.values()), keys))
+        for names, keys in (
+            (saved, saved),
+            (
+                {k: getattr(x, "name", "") for k, x in children.items()},
+                children,
+            ),
+        )
+    ]
+    if ranks[0].keys() != ranks[1].keys() or len(ranks[0]) != len(children):
+        return children
+    return {key: children[ranks[1][rank]] for rank, key in ranks[0].items()}
+
+
+def _ranked(names):
+    """Return names with their numbers as ranks, for Keras counts on."""
+    split = [
+        (re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))])
+        for name in map(str, names)
+    ]
+    return [
+        (base, sum(other < (base, numbers) for other in split))
+        for base, numbers in split
+    ]
 
 
 def weight_entries(parts):
@@ -160,7 +214,7 @@ def load(parts, reader, folder, prepare, see):
         except Exception as error:
             raise reader.error(
                 weight_name(part_name, ""),
-                f"or its assets cannot be loaded into {part!r} ({cut(error)})",
+                f"or its assets cannot be loaded into {part!r} ({error})",
             ) from error
         for name in names.values():
             see(name)

@@ -1,6 +1,9 @@
 """save_model and load_model with KerasHub's language models."""
 
+import json
 import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -10,7 +13,9 @@ import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
 from tests import models
 from tests.backends import breadth
+from tests.matrix.families import families
 from tests.matrix.hub import make
+from tests.saving import across as across_backends
 from tests.saving.test_model import randomize_lora, states_of
 
 hub = pytest.importorskip("keras_hub")
@@ -145,3 +150,43 @@ def test_layers_named_by_the_name_of_the_model(tmp_path):
     assert states_of(loaded) == states_of(model)
     paths = [weight.path for weight in model.weights]
     assert [weight.path for weight in loaded.weights] == paths
+
+
+def across(folder, names, order):
+    """Save on each backend what the next ones load; return what failed."""
+    wrong = []
+    for backend in order:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.saving.across", folder, *names],
+            env={
+                **os.environ,
+                "KERAS_BACKEND": backend,
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        wrong += json.loads(done.stdout.splitlines()[-1])
+    return wrong
+
+
+@pytest.mark.one_backend
+def test_a_file_of_one_backend_is_loaded_by_another(tmp_path):
+    """Where Keras lists the layers of the two in another order."""
+    names = "two branches", "gemma3"
+    for name in names:
+        across_backends.save(tmp_path, name)
+    # It loads torch's, and saves what is loaded here.
+    assert not across(tmp_path, names, ["jax"])
+    for name in names:
+        across_backends.load(tmp_path / f"{name}.jax")
+
+
+@pytest.mark.heavy
+@pytest.mark.one_backend
+def test_files_of_every_family_on_every_backend(tmp_path):
+    """In both directions: the first loads again what the last saved."""
+    names = [name for name, each in families().items() if each.kind != "pair"]
+    backends = ["jax", "tensorflow", "torch"]
+    assert across(tmp_path, names, backends + backends[:2]) == []
