@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_compat, seam
-from keras_weightmods.core.head import reversible_embeddings
+from keras_weightmods.core.head import find_head, reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.layout import ACTIVATIONS
@@ -28,7 +28,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped, skipped_text
+from keras_weightmods.utils.report import Skipped
 
 
 def pack(
@@ -89,9 +89,10 @@ def pack(
             2:4 kernels only. By default, `None`, nothing is rounded: weights on
             the grid of int4 are packed in int4, other 2:4 kernels in bfloat16
             if that is their type, else in float32.
-        head: String, type of the head of a `keras.layers.ReversibleEmbedding`,
-            as in KerasHub's language models: `"int8"`, with a scale for each
-            token, or `"int4"`, with one for each token and 64 inputs. With tied
+        head: String, type of the head of a language model, a `Dense` or a
+            `keras.layers.ReversibleEmbedding` as in KerasHub's: `"int8"`, with
+            a scale for each token, or `"int4"`, with one for each token and 64
+            inputs, whatever the type of the kernels. With tied
             weights one such table serves both the look-up and the logits;
             otherwise the look-up keeps its dense table. `None` leaves the head
             as it is. By default, `"auto"`, it is packed like the kernels,
@@ -157,13 +158,17 @@ def pack(
     if head == "auto" and (targets is not None or trainable):
         is_left = True
     heads = [] if is_left else reversible_embeddings(model)
+    end = find_head(model)
+    if head not in ("auto", None) and end is not None:
+        heads += [target for target in found if target.layer in end.layers]
     own = {target.path for target in heads}
     skipped = [skip for skip in found.skipped if skip.path not in own]
+    kernels = [target for target in found if target not in heads]
     reasons = _shared_variables(model)
     items: list[Any] = []
     tables: list[Any] = []
     inexact: list[Any] = []
-    for target in [*found, *heads]:
+    for target in [*kernels, *heads]:
         is_head = target in heads
         made = reasons.get(id(target.variable)) or reason_to_skip(target)
         made = made or _item(
@@ -178,10 +183,13 @@ def pack(
     if inexact:
         raise _not_exact(inexact, len(inexact) + len(items), dtype)
     if not tables and (head not in ("auto", None) or not items):
-        missing = "head of an embedding" if items else "kernel"
+        missing = "head" if items else "kernel"
+        reasons_left = [f"{skip.path}: {skip.reason}" for skip in skipped[:5]]
         raise ValueError(
-            f"The model has no {missing} that can be packed. Received: "
-            f"model={model.name!r}, skipped: {skipped_text(skipped)}"
+            f"The model has no {missing} that can be packed: a head is a "
+            "`ReversibleEmbedding`, or a `Dense` at the end of a language "
+            f"model. Received: model={model.name!r}, skipped: "
+            + ("; ".join(reasons_left) or "none")
         )
     items += tables
     why_dense = reason_for_dense()
@@ -335,8 +343,7 @@ def _check_weight(item: Any, has_products: Any) -> None:
         raise ValueError(
             "The values of a packed kernel cannot be trained under a "
             f"constraint of the kernel. Received: {variable.path!r} with "
-            f"the constraint {checks.shown(constraint)}. Set its `constraint` "
-            "to None."
+            f"the constraint {constraint!r}. Set its `constraint` to None."
         )
 
 
@@ -351,8 +358,9 @@ def _warn(items: Any) -> None:
         warnings.warn(
             f"`pack` rounded {len(errors)} weights to int4, which changed "
             f"them by {sum(errors) / len(errors):.1%} on the mean and costs "
-            "quality. `kwm.quantize(model, data)` before `kwm.pack(model)` "
-            "costs less, and `kwm.pack(model, 'int8')` next to nothing.",
+            "quality. `kwm.quantize(model, data)`, without `group_size`, "
+            "before `kwm.pack(model)` costs less, and `kwm.pack(model, "
+            "'int8')` next to nothing.",
             stacklevel=3,
         )
     whole = [item for item in items if item.unused_axes]

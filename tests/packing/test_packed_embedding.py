@@ -108,7 +108,6 @@ def test_mixed_precision_keeps_its_types():
 
 
 @one_backend
-@pytest.mark.filterwarnings("ignore:The model .* packed weights")
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_flow_through_the_head(head):
     inputs = keras.Input((4,))
@@ -234,3 +233,23 @@ def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
     assert state(model)[:2] == before
     models.assert_same(model.get_weights(), weights)
     models.assert_same(loaded.get_weights(), weights)
+
+
+@pytest.mark.one_backend
+def test_a_dense_head_has_a_type_of_its_own():
+    """Though it is not 2:4, where the kernels are."""
+    model = models.make_sparse(models.token_net(width=16))
+    kernel = model.layers[-1].kernel
+    kernel.assign(models.normal(*kernel.shape))
+    tokens = np.arange(10).reshape(2, 5)
+    before = models.outputs(model, tokens)
+    with pytest.raises(ValueError, match="must be exactly 2:4"):
+        pack(model)
+    found = pack(model, head="int8").weights
+    assert [(w.dtype, w.pattern) for w in found] == [
+        ("float32", "2:4"),
+        ("int8", None),
+    ]
+    assert found[-1].path == kernel.path
+    after = models.outputs(model, tokens)
+    np.testing.assert_allclose(after, before, atol=0.03 * np.abs(before).max())
