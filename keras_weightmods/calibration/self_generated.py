@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
 from keras_weightmods.generation.compile_generate import compile_generate
@@ -112,7 +113,8 @@ def self_generated(
         starts = np.pad(starts, ((0, 0), (1, 0)), constant_values=start)
     given = np.arange(length) < starts.shape[1]
     texts: list[np.ndarray] = []
-    writer = _writer(model, sampler)
+    # `generate` itself joins all outputs, and some models have one of None.
+    write = _writer(model, sampler).make_generate_function()
     firsts = range(0, written, batch_size)
     with Progress(len(firsts), "batch", verbose) as progress:
         for first in progress.each(firsts):
@@ -121,11 +123,12 @@ def self_generated(
             tokens = np.zeros((batch_size, length), "int32")
             tokens[:, given] = starts[chosen]
             mask = np.tile(given, (batch_size, 1))
-            outputs = writer.generate(
+            outputs = write(
                 {"token_ids": tokens, "padding_mask": mask},
                 stop_token_ids=None,
             )
-            texts.append(np.asarray(outputs["token_ids"], "int32"))
+            written_now = ops.convert_to_numpy(outputs["token_ids"])
+            texts.append(written_now.astype("int32"))
     result = np.concatenate(texts)[:written]
     if written > rows:
         measure = Perplexity(model, length=length, batch_size=8)

@@ -171,8 +171,13 @@ def test_texts_and_windows_begin_with_the_start_token():
     parts = value([[1, 3, 5, 2], [1, 4, 6, 3]])
     assert value([[1, 3, 5, 2, 4, 6, 3]], 3) == pytest.approx(parts, 1e-5)
     # Without the start token at its begin a text is cut as it is.
-    parts = value([[3, 5, 2, 4], [4, 6, 3]])
-    assert value([[3, 5, 2, 4, 6, 3]], 3) == pytest.approx(parts, 1e-5)
+    match = r"begins with the token 3, .* start token, 1"
+    with pytest.warns(UserWarning, match=match) as caught:
+        parts = value([[3, 5, 2, 4], [4, 6, 3]])
+    assert __file__ in {warning.filename for warning in caught}
+    with pytest.warns(UserWarning, match=match):
+        whole = value([[3, 5, 2, 4, 6, 3]], 3)
+    assert whole == pytest.approx(parts, 1e-5)
     preprocessor.add_start_token = False
     assert value(["one three a"]) == value([[3, 5, 1]])
 
