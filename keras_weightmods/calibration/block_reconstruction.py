@@ -24,8 +24,9 @@ class ReconstructedBlock:
         name: String, of the layer.
         kernels: Int, how many of its kernels were trained.
         before, after: Floats, `|Y' - Y|^2 / |Y|^2`, the mean over the
-            positions: Y are the outputs of the model as given there, Y' those
-            of the changed one.
+            positions of the rows held out: Y are the outputs of the model as
+            given there, Y' those of the changed one. What did not get better
+            there is left as it was.
     """
 
     name: str
@@ -40,7 +41,7 @@ def blocks_table(blocks):
     return Table("Blocks, reconstructed", blocks, columns)
 
 
-def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
+def train_block(operation, targets, fit, held, epochs, learning_rate):
     """Train the nonzero weights of one block after the other.
 
     A block gets what the changed blocks before it give, and is trained by Adam
@@ -55,10 +56,11 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
     Args:
         operation: Keras operation, the block.
         targets: List of `Target` in it, changed.
-        calls: List of pairs (args, kwargs) for it, one for each batch.
-        taught: List of the outputs wanted.
-        used: List of boolean arrays over leading axes of the outputs, or
-            None: the positions that count.
+        fit: Triple of lists with an entry for each batch: pairs (args,
+            kwargs) for it; the outputs wanted; boolean arrays over leading
+            axes of the outputs, or None: the positions that count.
+        held: The same for the rows held out. What is worse on these after the
+            training is undone. Where there are none, `fit` decides.
         epochs: Int, passes over the calibration data.
         learning_rate: Float > 0, the peak; it rises over a tenth of the steps
             and falls to zero.
@@ -67,7 +69,7 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
         A `ReconstructedBlock`; None, with a warning, for a block without a
         float in its outputs.
     """
-    data = _Batches(calls, taught, used)
+    data = _Batches(*fit)
     if not data.places:
         warnings.warn(
             f"The block {operation.name!r} gives no float, so that its "
@@ -75,7 +77,8 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
             stacklevel=2,
         )
         return None
-    steps = epochs * len(calls)
+    measured = _Batches(*held) if held[0] else data
+    steps = epochs * len(data)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
     # On JAX a step that ends with an error loses all that is in the block.
     undo = RestoredOnError(operation, values=operation.variables)
@@ -85,9 +88,9 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
         block.compile(
             keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
         )
-        before = block.evaluate(data, verbose=0)
+        before = block.evaluate(measured, verbose=0)
         block.fit(data, epochs=epochs, verbose=0)
-        after = block.evaluate(data, verbose=0)
+        after = block.evaluate(measured, verbose=0)
         if not math.isfinite(after):
             raise ValueError(
                 "The loss of a block must stay finite while it is trained. "
@@ -95,6 +98,9 @@ def train_block(operation, targets, calls, taught, used, epochs, learning_rate):
                 f"rate of {learning_rate}. Give a smaller one, or leave "
                 "'blocks' out of `refine`."
             )
+        if after > before:
+            undo.give_values_back()
+            after = before
         undo.structure.restore()
     return ReconstructedBlock(operation.name, len(targets), before, after)
 
@@ -107,7 +113,7 @@ class _Batches(keras.utils.PyDataset):
         self.example = calls[0]
         outputs = list(map(keras.tree.flatten, taught))
         # Of several outputs each float counts.
-        self.places = [i for i, x in enumerate(outputs[0]) if _is_float(x)]
+        self.places = [i for i, x in enumerate(outputs[0]) if is_float(x)]
         self.inputs = []
         for call, flat, mask in zip(calls, outputs, used):
             # A flat dict, for tf.data.
@@ -201,6 +207,7 @@ class _Zeros(keras.constraints.Constraint):
         return ops.where(self.kept, value, ops.zeros_like(value))
 
 
-def _is_float(x):
+def is_float(x):
+    """Return whether a tensor holds a vector of floats at each position."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     return "float" in dtype and len(x.shape) > 1

@@ -206,10 +206,10 @@ def see_calls(
     Args:
         model, targets: As in `rows_seen`.
         call: Callable, a part of the model.
-        calls: Iterable of triples: which positions count, as `used_positions`
-            returns, and the arguments of a call, a tuple and a dict.
+        calls: Iterable of triples: what `see` gets of a call, such as which
+            positions count, and its arguments, a tuple and a dict.
         see: Callable from the place of a target in the list, its `Rows`, and
-            the positions that count.
+            the first of the triple.
         needed: Callable to the places of targets to be seen in all calls but
             the first; by default, `None`, all.
     """

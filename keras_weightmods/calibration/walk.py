@@ -1,5 +1,7 @@
 """Going through a model once, from target to target, on calibration data."""
 
+import collections
+import dataclasses
 from typing import Any
 
 import keras
@@ -9,33 +11,51 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.restored import RestoredOnError
+from keras_weightmods.utils.warning import warn
 
 _UNREACHED = "the data do not reach it"
 _METRIC = "output error"
 
 
-def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
-    """Change each of `targets`, in the order of execution, or none.
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The second moments of what enters a product, of shape (S, K, K).
+
+    Attributes:
+        fit: Tensor, over the rows that a kernel is fitted to.
+        held: Tensor, over the rows held out; `fit` where there are none.
+        rows: Int, the number of the former.
+    """
+
+    fit: Any
+    held: Any
+    rows: int
+
+
+def change_kernels(
+    model, targets, batches, change, rebuild=None, verbose=1, held=None
+):
+    """Change each of `targets`, in the order of execution.
 
     Args:
         model: A built Keras model or layer.
         targets: Iterable of `Target`.
         batches: List of pairs (inputs, sample weights or None) to walk on, or
-            None: all targets are changed at once then, without a moment.
+            None: all targets are changed at once then, without moments.
         change: Callable from a list of targets that share their inputs, the
-            second moment of these, or None, and a note, as `visit` of `Walk`.
+            `Moments` of these, or None, and a note, as `visit` of `Walk`.
             It changes them and returns or yields a row for each, with an
             attribute `error`.
         rebuild: As in `Walk`. Defaults to `None`.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
+        held: List of pairs as `batches`, to measure on alone, where something
+            is fitted. Defaults to `None`.
 
     Returns:
         List of the rows.
 
     Raises:
-        ValueError: If inputs are not finite. All targets are as they were
-            then, as they are after any other error.
+        ValueError: If inputs are not finite.
     """
     ordered = sorted(targets, key=lambda target: target.depth)
     progress = keras.utils.Progbar(
@@ -46,24 +66,34 @@ def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
     )
     progress.update(0)
     rows: list[Any] = []
+    few: list[str] = []
 
-    def visit(group, moment, note=""):
-        if moment is not None and not bool(ops.all(ops.isfinite(moment))):
-            raise ValueError(
-                "The calibration data must give finite activations. Received: "
-                f"NaN or infinite ones at the input of {group[0].path}"
-            )
-        for row in change(group, moment, note):
+    def visit(group, moments, note=""):
+        for each in () if moments is None else (moments.fit, moments.held):
+            if not bool(ops.all(ops.isfinite(each))):
+                raise ValueError(
+                    "The calibration data must give finite activations. "
+                    "Received: NaN or infinite ones at the input of "
+                    f"{group[0].path}"
+                )
+        for row, target in zip(change(group, moments, note), group):
             rows.append(row)
-            errors = [] if moment is None else [(_METRIC, row.error)]
+            errors = [] if moments is None else [(_METRIC, row.error)]
             progress.update(len(rows), errors)
+            size = target.contraction_size
+            if moments is not None and moments.rows < size:
+                few.append(f"{target.path} ({moments.rows} for {size} inputs)")
 
-    changed = [target.variable for target in ordered]
-    with RestoredOnError(model, values=changed):
-        if batches is None:
-            visit(ordered, None)
-        else:
-            Walk(model, ordered, batches, visit, rebuild)()
+    if batches is None:
+        visit(ordered, None)
+    else:
+        Walk(model, ordered, batches, visit, rebuild, held or ())()
+    if few and held is not None:
+        warn(
+            f"{len(few)} of {len(rows)} kernels were fitted to fewer rows than "
+            f"they have inputs, the first being {few[0]}: on other rows they "
+            "may be far off. Pass more `data`, some 100 rows of text.",
+        )
     return rows
 
 
@@ -104,19 +134,25 @@ class Walk:
         targets: List of `Target`, in the order of execution.
         batches: List of pairs (inputs, sample weights or None).
         visit: Callable from a list of targets that share their inputs, the
-            second moment of these, of shape (S, K, K), and a note. Where
-            there is no moment, `None`, the note says why.
+            `Moments` of these, and a note. Where there are no moments,
+            `None`, the note says why.
         rebuild: Callable for each operation (layer or block) once its
-            targets have been visited, from the operation, these targets, its
-            calls, the outputs that it would have in the unchanged model, and
-            the positions that count. Its changes are in the inputs of the
-            later ones, too. Defaults to `None`.
+            targets have been visited, from the operation, these targets, and
+            for `batches` and for `held` a triple of lists: its calls, the
+            outputs that it would have in the unchanged model, and the
+            positions that count. Its changes are in the inputs of the
+            later ones, too. A model that cannot be entered is no block, if
+            it is the only one of its class: a warning says why. Defaults to
+            `None`.
+        held: List of pairs as `batches`, on which nothing is fitted.
+            Defaults to none.
     """
 
-    def __init__(self, model, targets, batches, visit, rebuild=None):
-        self.model, self.batches = model, batches
+    def __init__(self, model, targets, batches, visit, rebuild=None, held=()):
+        self.model, self.fitted = model, len(batches)
+        self.batches = [*batches, *held]
         self.pending = list(targets)
-        self.used = [calibration.used_positions(w) for _, w in batches]
+        self.used = [calibration.used_positions(w) for _, w in self.batches]
         self.visit, self.rebuild = visit, rebuild
 
     def __call__(self):
@@ -139,13 +175,15 @@ class Walk:
         for target in self.pending:
             self.visit([target], None, _UNREACHED)
 
-    def run(self, operation, calls):
+    def run(self, operation, calls, is_repeated=False):
         """Visit what is pending in an operation, then run it.
 
         Args:
             operation: Keras operation, such as a layer or a model.
             calls: List of pairs (args, kwargs), one for each batch; with
                 `rebuild` the same again for the unchanged model.
+            is_repeated: Bool, whether the graph that it is in calls others of
+                its class.
 
         Returns:
             List of outputs, one for each call; None once nothing is pending.
@@ -153,13 +191,16 @@ class Walk:
         inside = _layers_inside(operation)
         targets = [t for t in self.pending if id(t.layer) in inside]
         graph = keras_compat.graph_of(operation)
-        if (
-            targets
-            and graph is not None
-            and all(map(_has_inputs_alone, calls))
-            and _each_once(graph, targets)
-        ):
-            return self._run_graph(graph, [args[0] for args, _ in calls])
+        inputs = [_inputs_alone(*call) for call in calls]
+        reason = ""
+        if graph is None:
+            reason = "it is no functional model"
+        elif any(each is None for each in inputs):
+            reason = "it is called on more than its inputs"
+        elif not _each_once(graph, targets):
+            reason = "one of its layers is called several times"
+        elif targets:
+            return self._run_graph(graph, inputs)
         call = keras_compat.graph_call(operation)
 
         def outputs_of(calls):
@@ -170,7 +211,20 @@ class Walk:
         while here := [t for t in self.pending if id(t.layer) in inside]:
             self._visit_next(call, own, here)
         if targets and self.rebuild is not None:
-            self.rebuild(operation, targets, own, taught, self.used)
+            if isinstance(operation, keras.Model) and not is_repeated:
+                warn(
+                    f"The blocks of {operation.name!r} were not trained, with "
+                    f"{len(targets)} kernels: they are not found, since "
+                    f"{reason}.",
+                )
+            else:
+                lists = own, taught, self.used
+                place = self.fitted
+                fit, held = (
+                    [each[part] for each in lists]
+                    for part in (slice(place), slice(place, None))
+                )
+                self.rebuild(operation, targets, fit, held)
         if not self.pending:
             return None
         return outputs_of(own) + taught
@@ -187,9 +241,11 @@ class Walk:
             dict(zip(map(id, graph.inputs), flat))
             for flat in (keras_compat.graph_inputs(graph, x) for x in inputs)
         ]
+        classes = collections.Counter(type(node.operation) for node in nodes)
         for place, node in enumerate(nodes):
             calls = [node.arguments.fill_in(known) for known in values]
-            outputs = self.run(node.operation, calls)
+            is_repeated = classes[type(node.operation)] > 1
+            outputs = self.run(node.operation, calls, is_repeated)
             if outputs is None:
                 return None
             for known, output in zip(values, outputs):
@@ -208,45 +264,53 @@ class Walk:
     def _visit_next(self, call, calls, here):
         """Visit the first of `here`, with all that have the same inputs."""
         leader = here[0]
-        group, moment = [leader], None
+        group, moments = [leader], None
         note = reason_unread(leader.layer, leader.attribute)
         if note is None:
             here = [t for t in here if not reason_unread(t.layer, t.attribute)]
-            group, moment = self._shared_inputs(call, calls, here)
-            note = _UNREACHED if moment is None else _idle_note(moment)
+            group, moments = self._shared_inputs(call, calls, here)
+            note = _UNREACHED if moments is None else _idle_note(moments.fit)
         else:
             note = f"its inputs cannot be read: {note}"
         self.pending = [t for t in self.pending if t not in group]
         with calibration.compiled():
-            self.visit(group, moment, note)
+            self.visit(group, moments, note)
 
     def _shared_inputs(self, call, calls, targets):
         """Return the first of `targets`, with those that have its inputs.
 
-        And the second moment of these, of shape (S, K, K); None if there was
-        no call.
+        And their `Moments`; None if there was no call.
         """
-        total, rows_seen, first = 0.0, 0, None
+        # Of the rows to fit to, and of those held out.
+        totals: list[Any] = [0.0, 0.0]
+        rows_seen, first = [0, 0], None
         # By the place of a target: its calls, and those with the same inputs.
         count, same = [0] * len(targets), [0] * len(targets)
 
-        def see(place, rows, used):
-            nonlocal total, rows_seen, first
+        def see(place, rows, batch):
+            nonlocal first
             if place == 0:
                 first = rows
-                moment, number = rows.moment(used)
-                total += moment
-                rows_seen += number
+                moment, number = rows.moment(self.used[batch])
+                totals[batch >= self.fitted] += moment
+                rows_seen[batch >= self.fitted] += number
             count[place] += 1
             same[place] += first is not None and rows.same(first)
 
         def places():
             return [i for i, n in enumerate(count) if same[i] == n == count[0]]
 
-        calls = [(used, *each) for used, each in zip(self.used, calls)]
+        calls = [(batch, *each) for batch, each in enumerate(calls)]
         calibration.see_calls(self.model, targets, call, calls, see, places)
         group = [targets[place] for place in places()]
-        return group, total / rows_seen if rows_seen else None
+        if not rows_seen[0]:
+            return group, None
+        fit, held = (
+            total / rows if rows else None
+            for total, rows in zip(totals, rows_seen)
+        )
+        held = fit if held is None else held
+        return group, Moments(fit, held, rows_seen[0])
 
 
 def _idle_note(moment):
@@ -263,11 +327,17 @@ def _idle_note(moment):
     )
 
 
-def _has_inputs_alone(call):
-    """Whether a call has one argument, but for masks that are not there."""
-    args, kwargs = call
-    rest = keras.tree.flatten(kwargs)
-    return len(args) == 1 and all(value is None for value in rest)
+def _inputs_alone(args, kwargs):
+    """Return the only argument of a call, by its place or as `inputs`.
+
+    Masks that are not there do not count. None where there is more.
+    """
+    rest = dict(kwargs)
+    given = args or (rest.pop("inputs", None),)
+    is_alone = len(given) == 1 and not any(
+        value is not None for value in keras.tree.flatten(rest)
+    )
+    return given[0] if is_alone else None
 
 
 def _each_once(graph, targets):

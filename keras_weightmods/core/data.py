@@ -6,6 +6,7 @@ sample_weight)`; and a `keras.utils.PyDataset`, a `tf.data.Dataset`, a torch
 `DataLoader` or a generator of batches in any of these forms.
 """
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -18,6 +19,9 @@ from keras import ops
 from keras_weightmods.backend import processes
 from keras_weightmods.core.head import input_of
 from keras_weightmods.utils import checks
+
+# Of so many rows one is held out.
+_SHARE_HELD = 8
 
 FORMS = (
     "strings, rows of token ids, arrays of rows, a tuple (x, y, "
@@ -49,6 +53,62 @@ def calibration_batches(model, data, batch_size):
     if not found:
         raise checks.error("data", "one batch at least", type(x))
     return found
+
+
+def held_out(batches):
+    """Split batches into rows to fit to, and rows to measure on: an eighth.
+
+    Args:
+        batches: List of pairs (inputs, sample weights or None).
+
+    Returns:
+        Pair of such lists. Of eight rows the last is held out, or of all where
+        these are fewer; rows whose weights are all 0 do not count. A single
+        row stays in the first list.
+    """
+    used = []
+    for x, weights in batches:
+        rows = np.ones(_row_count(x), bool)
+        if weights is not None and not keras.tree.is_nested(weights):
+            rows = _to_numpy(weights).reshape(len(rows), -1).any(axis=1)
+        used.append(rows)
+    total = sum(int(rows.sum()) for rows in used)
+    step = min(_SHARE_HELD, total)
+    if step < 2:
+        return batches, []
+    fit: list[tuple] = []
+    held: list[tuple] = []
+    first = 0
+    for batch, rows in zip(batches, used):
+        count = first + np.cumsum(rows)
+        first = count[-1]
+        is_held = rows & (count % step == 0)
+        for part, own in ((fit, ~is_held), (held, is_held)):
+            if own.any():
+                part.append(
+                    keras.tree.map_structure(
+                        lambda a, own=own: None if a is None else a[own],
+                        keras.tree.map_structure(_to_numpy, batch),
+                    )
+                )
+    return fit, _joined(held, _row_count(batches[0][0]))
+
+
+def _joined(batches, size):
+    """Return batches of up to `size` rows, where their shapes allow it."""
+    joined: list[tuple] = []
+    for batch in batches:
+        if joined and _row_count(joined[-1][0]) < size:
+            last = joined[-1]
+            pairs = list(zip(*map(keras.tree.flatten, (last, batch))))
+            if all(np.shape(x)[1:] == np.shape(y)[1:] for x, y in pairs):
+                flat = [
+                    x if x is None else np.append(x, y, 0) for x, y in pairs
+                ]
+                joined[-1] = keras.tree.pack_sequence_as(last, flat)
+                continue
+        joined.append(batch)
+    return joined
 
 
 def rows(data):
@@ -119,14 +179,36 @@ def preprocess(model, x, y=None, sample_weight=None):
         lambda a: a.tolist() if isinstance(a, np.ndarray) else a,
         [x] if isinstance(x, str) else x,
     )
+    if not isinstance(strings, dict) and _takes_prompts(model):
+        strings = {"prompts": [""] * len(strings), "responses": strings}
     # A list of numbers is an array, and one of arrays several outputs.
     labels = (
         np.asarray(a) if isinstance(a, list) and all(map(np.isscalar, a)) else a
         for a in (y, sample_weight)
     )
-    outputs = model.preprocess_samples(strings, *labels)
+    try:
+        outputs = model.preprocess_samples(strings, *labels)
+    except Exception as error:
+        # Its own may hold all of the texts.
+        raise ValueError(
+            f"The preprocessor of {model.name!r} does not take these strings. "
+            "Pass what it takes, or what it gives. Received: "
+            f"{type(error).__name__}: {str(error)[:500]}"
+        ) from None
     outputs = keras.tree.map_structure(_to_numpy, outputs)
     return keras.utils.unpack_x_y_sample_weight(outputs)
+
+
+def _takes_prompts(model):
+    """Return whether a preprocessor takes prompts and responses alone.
+
+    That of Gemma 3 does. What others raise on a string is not known.
+    """
+    for strings in ([""], {"prompts": [""], "responses": [""]}):
+        with contextlib.suppress(Exception):
+            model.preprocess_samples(strings)
+            return isinstance(strings, dict)
+    return False
 
 
 def _token_inputs(model, x):

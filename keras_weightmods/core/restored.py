@@ -60,5 +60,9 @@ class RestoredOnError:
 
     def _restore(self) -> None:
         self.structure.restore()
+        self.give_values_back()
+
+    def give_values_back(self) -> None:
+        """Give the variables their values back, within the scope too."""
         for variable, value in self._values:
             variable.assign(value)

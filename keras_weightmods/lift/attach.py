@@ -16,7 +16,7 @@ from keras_weightmods.lift.report import MaskedKernel, PrincipalMaskReport
 from keras_weightmods.ops.principal_mask import Selection
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import stack_shape
-from keras_weightmods.utils.report import Skipped, skipped_text
+from keras_weightmods.utils.report import Skipped
 
 
 class Plan:
@@ -88,9 +88,10 @@ class Plan:
             problems,
         )
         if not sizes:
+            reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
                 "`PrincipalMaskCallback` found no kernel to train. Received: "
-                f"model={model.name!r}, skipped: {skipped_text(skipped)}"
+                f"model={model.name!r}, skipped: {'; '.join(reasons)}"
             )
         self.specs = [
             MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)

@@ -49,8 +49,7 @@ class Selection:
             raise ValueError(
                 "Give one of `rank`, for as many entries as a LoRA of that "
                 "rank has numbers, and `density`, for a share of the entries. "
-                f"Received: rank={checks.shown(self.rank)}, "
-                f"density={checks.shown(self.density)}"
+                f"Received: rank={self.rank}, density={self.density}"
             )
         checks.check_int("rank", self.rank, 1, optional=True)
         checks.check_int("filter_rank", self.filter_rank, 1, optional=True)

@@ -459,9 +459,8 @@ class Patch:
             if name is None:
                 raise ValueError(
                     f"{self!r} must be on this model object: on it are "
-                    f"{checks.shown([*ledger.patches])}. "
-                    "`patch.subtract(model)` takes one off that was put on "
-                    "before the model was saved. Received: "
+                    f"{[*ledger.patches]}. `patch.subtract(model)` takes one "
+                    "off that was put on before the model was saved. Received: "
                     f"model={model.name!r}"
                 )
             after = dict(ledger.patches)
@@ -602,7 +601,7 @@ class Patch:
         return iter(self.entries)
 
     def __repr__(self) -> str:
-        name = "" if self.name is None else f"{checks.shown(self.name)}, "
+        name = "" if self.name is None else f"{self.name!r}, "
         kind = type(self).__name__
         return f"<{kind} {name}{self.method}, {len(self)} weights>"
 

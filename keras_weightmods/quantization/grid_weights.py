@@ -47,12 +47,6 @@ class GridWeights(Reparameterization):
         stored = ops.where(weights == 0, 0.0, self.values + change)
         return ops.cast(self._as_kernel(stored), self.dtype)
 
-    def reset(self) -> None:
-        """Undo the training."""
-        (factor,) = self.parameters
-        factor.assign(ops.ones(factor.shape))
-        self.target.variable.assign(self.start(None))
-
     def create_parameters(self, add_weight: Callable[..., Any]) -> None:
         # Near 1, so that one learning rate fits all of them.
         add_weight(

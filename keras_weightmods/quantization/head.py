@@ -17,7 +17,7 @@ from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
 # Units of the head that are rounded at a time.
-_UNITS = 4096
+UNITS = 4096
 
 
 def find_table(
@@ -54,6 +54,7 @@ def round_table(
     head: Head,
     target: Target,
     batches: Any,
+    held: Any,
     grid: Grid,
     damping: float,
     verbose: Any,
@@ -61,29 +62,38 @@ def round_table(
     """Round a head so that the logits change least; return two errors.
 
     GPTQ and a descent over integers and scales (`ops.rounding`), for the
-    hidden states that enter the head.
+    hidden states that enter the head; a part that is worse on the rows held
+    out is rounded to nearest.
 
     Returns:
-        `|X W' - X W|^2 / |X W|^2` to nearest, and as it was rounded.
+        `|X W' - X W|^2 / |X W|^2` to nearest, and as it was rounded, on the
+        rows held out.
     """
     began = time.perf_counter()
-    moment = ops.convert_to_tensor(_second_moment(head, batches, verbose))
+    fit, measured = (
+        ops.convert_to_tensor(_second_moment(head, each, verbose))
+        for each in (batches, held or batches)
+    )
     axes = target.contraction_axes
     table = ops.cast(to_matrix(target.variable.value, axes), "float32")
     parts, sums = [], np.zeros(3)
-    starts = range(0, table.shape[1], _UNITS)
+    starts = range(0, table.shape[1], UNITS)
     with (
         Progress(len(starts), "part of the head", verbose, began) as progress,
         inputs.eager_forward(),
         inputs.compiled(),
     ):
         for start in progress.each(starts):
-            units = table[:, start : start + _UNITS]
-            after, _, nearest = round_kept(units, moment, grid, damping)
-            for i, values in enumerate((nearest, after)):
-                change, whole = reconstruction_error(units, values, moment)
-                sums[i] += change
-            sums[2] += whole
+            units = table[:, start : start + UNITS]
+            after, *_ = round_kept(units, fit, grid, damping)
+            nearest, *_ = round_kept(units, None, grid)
+            errors = []
+            for values in (nearest, after):
+                change, whole = reconstruction_error(units, values, measured)
+                errors.append(change)
+            if errors[1] > errors[0]:
+                after, errors[1] = nearest, errors[0]
+            sums += (*errors, whole)
             parts.append(ops.convert_to_numpy(after))
     rounded = np.concatenate(parts, axis=1)
     target.variable.assign(from_matrix(rounded, target.shape, axes))

@@ -1,7 +1,9 @@
 """Rounding the weights of a model to four bits, on calibration data."""
 
 import dataclasses
+import math
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from keras_weightmods.calibration.block_reconstruction import (
     blocks_table,
     train_block,
 )
+from keras_weightmods.calibration.held_out import HeldOut
 from keras_weightmods.calibration.self_generated import self_generated
 from keras_weightmods.calibration.walk import (
     change_kernels,
@@ -25,19 +28,14 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
+from keras_weightmods.native.layout import GROUP
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.quantization.grid_weights import GridWeights
-from keras_weightmods.quantization.head import find_table, round_table
+from keras_weightmods.quantization.head import UNITS, find_table, round_table
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.matrix import to_stack
-from keras_weightmods.utils.report import (
-    Report,
-    Row,
-    Skipped,
-    Table,
-    skipped_text,
-)
+from keras_weightmods.utils.matrix import from_stack, to_stack
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
@@ -52,8 +50,8 @@ class QuantizedKernel(Row):
     Attributes:
         key, path, shape: As of `Row`.
         nearest: Float, what rounding each weight to nearest would change of
-            the layer's outputs on the calibration data,
-            `|X W' - X W|^2 / |X W|^2`; None where data do not reach it.
+            the layer's outputs, `|X W' - X W|^2 / |X W|^2`, on rows held out
+            of the calibration data; None where data do not reach it.
         error: Float, what was changed instead; None as above.
         note: String, why it was rounded to nearest, if it was.
     """
@@ -74,7 +72,11 @@ class QuantizeReport(Report):
             Their errors are those before blocks were reconstructed.
         skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
         blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
-        note: String, why no blocks were trained, where `refine` asked for it.
+        note: String, what was not done as it was asked for, and why.
+        held_out: Pair of floats, what rounding changes of the model's outputs
+            on the rows held out (for a language model of what enters its
+            head), `|Y' - Y|^2 / |Y|^2`: each weight to nearest, and as it was
+            done. None where nothing was held out.
     """
 
     bits: int
@@ -83,6 +85,7 @@ class QuantizeReport(Report):
     skipped: tuple[Skipped, ...]
     blocks: tuple[ReconstructedBlock, ...] = ()
     note: str = ""
+    held_out: tuple[float, float] | None = None
 
     def tables(self) -> Iterator[Table]:
         caption = f"{len(self.kernels)} kernels"
@@ -92,6 +95,10 @@ class QuantizeReport(Report):
         if known:
             means = np.mean(known, axis=0)
             caption += "; mean error {:.2%}, to nearest {:.2%}".format(*means)
+        if self.held_out:
+            nearest, after = self.held_out
+            caption += f"; of the model on rows held out {after:.2%}, "
+            caption += f"to nearest {nearest:.2%}"
         yield Table(
             f"{self.bits} bits, a scale for each {self.group_size} inputs",
             self.kernels,
@@ -138,6 +145,11 @@ def quantize(
     weights, through their rounding, and scales. This takes most of the time,
     and gains most: about as long as `epochs + 3` epochs of training on the
     data. The progress bar shows the time that is left.
+
+    Every eighth row of the data is held out. What is worse on these rows than
+    rounding to nearest is rounded to nearest: a kernel, or the whole model,
+    of which a warning tells. A block that training makes worse there is left
+    as it was rounded. The errors in the report are those on these rows.
 
     For int8, `pack(model, "int8")` rounds by itself, and loses next to
     nothing.
@@ -194,7 +206,7 @@ def quantize(
             keras.layers.Dense(4),
         ]
     )
-    x = np.random.normal(size=(64, 16))
+    x = np.random.normal(size=(512, 16))
     report = kwm.quantize(model, x, verbose=0)
     assert all(k.error <= k.nearest for k in report.kernels)
     print(report)
@@ -230,10 +242,19 @@ def quantize(
     if not kernels and not tables:
         raise ValueError(
             "`quantize` found no kernel. Received: targets that are all "
-            f"skipped, {skipped_text(skipped)}"
+            f"skipped, {skipped}"
         )
     check_stored("quantize", kernels)
     check_finite(target.variable for target in (*kernels, *tables))
+    if group_size % GROUP and any(
+        target.contraction_size > group_size for target in (*kernels, *tables)
+    ):
+        warnings.warn(
+            f"`pack` has a scale for each {GROUP} inputs, and would round "
+            f"these weights again, with `group_size={group_size}`. Leave it "
+            "out for a model that will be packed.",
+            stacklevel=2,
+        )
     note = ""
     if refine and keras_compat.graph_of(model) is None:
         refine = None
@@ -248,23 +269,53 @@ def quantize(
             raise checks.error("data", expected, None)
         length = longest_input(model, _LENGTH)
         data = self_generated(model, _ROWS, length, verbose=verbose)
-    batches = data_forms.calibration_batches(model, data, batch_size)
+    batches, held = data_forms.held_out(
+        data_forms.calibration_batches(model, data, batch_size)
+    )
     rows: list[QuantizedKernel] = []
-    tied = [table.variable for table in tables]
-    with RestoredOnError(model, values=tied):
+    both: Any = None
+    changed = [*tables, *kernels]
+    undo = RestoredOnError(model, values=[each.variable for each in changed])
+    with undo:
+        if held:
+            measure = HeldOut(model, held)
+            quantizer.to_nearest(changed)
+            nearest = measure()
+            undo.give_values_back()
         for table in tables:
             about = quantizer.grid_for(table), damping, verbose
-            errors = round_table(found, table, batches, *about)
+            errors = round_table(found, table, batches, held, *about)
             rows.append(
                 QuantizedKernel(table.key, table.path, table.shape, *errors)
             )
         if kernels:
             train = quantizer.train if refine else None
             rows += change_kernels(
-                model, kernels, batches, quantizer.round, train, verbose
+                model, kernels, batches, quantizer.round, train, verbose, held
             )
+        if held:
+            after = measure()
+            if after > nearest or math.isnan(after) > math.isnan(nearest):
+                undo.give_values_back()
+                quantizer.to_nearest(changed)
+                why = (
+                    "All was rounded to nearest: on rows held out that changes "
+                    f"the outputs by {nearest:.2%}, where what was fitted to "
+                    f"the data changes them by {after:.2%}"
+                )
+                warnings.warn(
+                    f"{why}. Pass more `data`, or data like those that the "
+                    "model was trained on.",
+                    stacklevel=2,
+                )
+                note = f"{note}. {why}".removeprefix(". ")
+                rows = [dataclasses.replace(k, error=k.nearest) for k in rows]
+                quantizer.blocks.clear()
+                after = nearest
+            both = nearest, after
     blocks = tuple(quantizer.blocks)
-    return QuantizeReport(bits, group_size, tuple(rows), skipped, blocks, note)
+    done = tuple(rows), skipped, blocks, note, both
+    return QuantizeReport(bits, group_size, *done)
 
 
 @dataclasses.dataclass
@@ -282,34 +333,57 @@ class _Quantizer:
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
     blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
 
+    def to_nearest(self, targets: list[Target]) -> None:
+        """Round each weight to nearest."""
+        for target in targets:
+            axes = target.contraction_axes, target.stack_axes
+            grid = self.grid_for(target)
+            (matrix,) = to_stack(target.variable.value, *axes, 1)
+            parts = [
+                round_kept(matrix[:, i : i + UNITS], None, grid).values
+                for i in range(0, matrix.shape[1], UNITS)
+            ]
+            stack = ops.concatenate(parts, axis=1)[None]
+            target.variable.assign(from_stack(stack, target.shape, *axes))
+
     def round(
-        self, group: list[Target], moment: Any, note: str
+        self, group: list[Target], moments: Any, note: str
     ) -> Iterator[QuantizedKernel]:
         """Round kernels that share their inputs; yield what was done."""
-        moments = [None] if moment is None else moment
+        fit = [None] if moments is None else moments.fit
         for target in group:
             grid = self.grid_for(target)
             axes = target.contraction_axes, target.stack_axes
             # A copy: on torch it would share the memory of the variable.
-            before = ops.copy(
-                to_stack(target.variable.value, *axes, len(moments))
-            )
+            before = ops.copy(to_stack(target.variable.value, *axes, len(fit)))
             rounded = [
                 round_kept(w, h, grid, self.damping)
-                for w, h in zip(before, moments)
+                for w, h in zip(before, fit)
             ]
-            after, scales, nearest = map(ops.stack, zip(*rounded))
+            plain = [round_kept(w, None, grid) for w in before]
+            (after, scales, _), (nearest, nearest_scales, _) = (
+                map(ops.stack, zip(*each)) for each in (rounded, plain)
+            )
+            errors: list[Any] = [None, None]
+            own = note
+            if moments is not None:
+                errors = [
+                    relative_error(before, values, moments.held)
+                    for values in (nearest, after)
+                ]
+                if errors[1] > errors[0]:
+                    after, scales = nearest, nearest_scales
+                    errors[1] = errors[0]
+                    own = f"{own}; to nearest, better on rows held out"
             item = GridWeights(target, before, after, scales, grid)
             target.variable.assign(item.rounded())
             self.items[target.key] = item
-            errors: list[Any] = [None, None]
-            if moment is not None:
-                errors = [
-                    relative_error(before, values, moment)
-                    for values in (nearest, after)
-                ]
             yield QuantizedKernel(
-                target.key, target.path, target.shape, *errors, note=note
+                target.key,
+                target.path,
+                target.shape,
+                *errors,
+                note=own.removeprefix("; "),
             )
 
     def train(self, operation: Any, group: list[Target], *calls: Any) -> None:
@@ -318,11 +392,6 @@ class _Quantizer:
         seam.attach(operation, items)
         try:
             block = train_block(operation, group, *calls, **self.fit)
-            if block is not None and block.after > block.before:
-                # Nothing was gained: as it was rounded.
-                for item in items:
-                    item.reset()
-                block = dataclasses.replace(block, after=block.before)
         finally:
             seam.fold(operation, GridWeights)
         if block is not None:

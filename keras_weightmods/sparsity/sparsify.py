@@ -18,21 +18,17 @@ from keras_weightmods.calibration.walk import (
     check_finite,
     check_stored,
 )
-from keras_weightmods.core.data import calibration_batches
+from keras_weightmods.core.data import calibration_batches, held_out
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
-from keras_weightmods.ops.nm import Pattern, parse_pattern
+from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.refine import refined
 from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
-from keras_weightmods.utils.report import (
-    Report,
-    Row,
-    Skipped,
-    Table,
-    skipped_text,
-)
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
+from keras_weightmods.utils.warning import warn
 
 _REFINEMENTS = ("swaps", "blocks")
 
@@ -44,9 +40,11 @@ class SparsifiedKernel(Row):
     Attributes:
         key, path, shape: As of `Row`.
         criterion: String, the one by which it was pruned.
-        error: Float, what that changes of the layer's outputs on the
-            calibration data, `|X W' - X W|^2 / |X W|^2`; None without data.
-        note: String, why another criterion than the one asked for was taken.
+        error: Float, what that changes of the layer's outputs,
+            `|X W' - X W|^2 / |X W|^2`, on rows held out of the calibration
+            data; None without data.
+        note: String, why something else was done than was asked for, or that
+            magnitude would have changed less.
     """
 
     criterion: str
@@ -129,8 +127,11 @@ def sparsify(
 
     For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes
     while it is worked on. A copy of all targets is held to the end, for the
-    case of an error. With `"blocks"` the inputs and outputs of a block are
-    held for all data, of the dense and of the pruned model.
+    case of an error. Every eighth row of the data is held out: the errors in
+    the report are those on these rows, and a refinement that is worse there is
+    left out, kernel by kernel and block by block. With `"blocks"` the inputs
+    and outputs of a block are held for all data, of the dense and of the pruned
+    model.
 
     Args:
         model: A built `keras.Model` or layer.
@@ -185,7 +186,7 @@ def sparsify(
             keras.layers.Dense(4),
         ]
     )
-    x = np.random.normal(size=(64, 16))
+    x = np.random.normal(size=(512, 16))
     report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
     kwm.assert_sparse(model, "2:4")
     print(report)
@@ -241,29 +242,49 @@ def prune(
     """
     check_finite([t.variable for t in targets])
     blocks: list[ReconstructedBlock] = []
+    # Of each kernel: its error, and that by magnitude.
+    errors: list[Any] = []
+    held = None
+    if batches and (CRITERIA[criterion].needs_data or refinements):
+        batches, held = held_out(batches)
 
-    def change(group: list[Target], moment: Any, note: str) -> Any:
+    def change(group: list[Target], moments: Any, note: str) -> Any:
         """Prune kernels that share their inputs; yield what was done."""
-        is_known = moment is not None or not CRITERIA[criterion].needs_data
+        is_known = moments is not None or not CRITERIA[criterion].needs_data
         used = criterion if is_known else "magnitude"
         rule = CRITERIA[used].prune
-        moments = [None] if moment is None else moment
-        inputs = [m if m is None else Inputs(m, damping) for m in moments]
+        inputs = [
+            m if m is None else Inputs(m, damping)
+            for m in ([None] if moments is None else moments.fit)
+        ]
         for target in group:
             axes = target.contraction_axes, target.stack_axes
             before = to_stack(target.variable.value, *axes, len(inputs))
             pairs = zip(before, inputs)
             after = ops.stack([rule(*each, pattern) for each in pairs])
-            error = None
-            if moment is not None:
+            error, own = None, note
+            if moments is not None:
+                error = relative_error(before, after, moments.held)
                 if "swaps" in refinements:
-                    parts = zip(before, after, moment)
-                    after = [refined(*each, pattern, damping) for each in parts]
-                    after = ops.stack(after)
-                error = relative_error(before, after, moment)
+                    parts = zip(before, after, moments.fit)
+                    swapped = ops.stack(
+                        [refined(*each, pattern, damping) for each in parts]
+                    )
+                    other = relative_error(before, swapped, moments.held)
+                    if other <= error:
+                        after, error = swapped, other
+                    else:
+                        own = f"{own}; no swaps, worse on rows held out"
+                if held is not None:
+                    plain = ops.stack([nm_project(w, pattern) for w in before])
+                    plain = relative_error(before, plain, moments.held)
+                    errors.append((error, plain))
+                    if error > plain:
+                        own = f"{own}; {plain:.1%} by magnitude"
             target.variable.assign(from_stack(after, target.shape, *axes))
+            own = own.removeprefix("; ")
             yield SparsifiedKernel(
-                target.key, target.path, target.shape, used, error, note
+                target.key, target.path, target.shape, used, error, own
             )
 
     def rebuild(*block: Any) -> None:
@@ -271,14 +292,20 @@ def prune(
         if done:
             blocks.append(done)
 
-    kernels = change_kernels(
-        model,
-        targets,
-        batches,
-        change,
-        rebuild if "blocks" in refinements else None,
-        verbose,
-    )
+    train = rebuild if "blocks" in refinements else None
+    changed = [target.variable for target in targets]
+    with RestoredOnError(model, values=changed):
+        kernels = change_kernels(
+            model, targets, batches, change, train, verbose, held
+        )
+    error, plain = np.mean(errors, axis=0) if errors else (0.0, 0.0)
+    # By more than what differs from one choice of rows to another.
+    if error > 1.1 * plain:
+        warn(
+            "On rows held out of the data the outputs of the kernels have a "
+            f"mean error of {error:.1%}, where criterion='magnitude' has "
+            f"{plain:.1%}. Pass more `data`, or use that.",
+        )
     name = "{}:{}".format(*parse_pattern(pattern))
     found = tuple(kernels), targets.skipped, tuple(blocks)
     return SparsifyReport(name, criterion, *found)
@@ -306,8 +333,8 @@ def fitting_targets(
     if not fitting:
         raise ValueError(
             f"`{caller}` found no kernel that fits pattern {n}:{m}. "
-            f"Received: {len(targets)} targets, skipped: "
-            f"{skipped_text(fitting.skipped)}"
+            f"Received: targets {[(t.path, t.shape) for t in targets]}, "
+            f"skipped {fitting.skipped}"
         )
     return fitting
 

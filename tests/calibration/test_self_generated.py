@@ -61,6 +61,15 @@ def test_a_cold_model_writes_what_generate_does():
 
 
 @one_backend
+def test_a_model_that_gives_none_for_images():
+    model = models.causal_lm("gemma3", models.gemma3_preprocessor())
+    with pytest.warns(UserWarning, match="without `compile_generate`"):
+        tokens = written(model, keep=1.0, batch_size=2)
+    assert tokens.shape == (5, 8)
+    assert (tokens[:, 0] == model.preprocessor.tokenizer.start_token_id).all()
+
+
+@one_backend
 def test_wrong_arguments(model):
     for name, value in (("length", 2), ("keep", 0.0), ("temperature", -1.0)):
         with pytest.raises(ValueError, match=f"`{name}`"):

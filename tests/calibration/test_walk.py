@@ -77,6 +77,63 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_of_a_backbone_that_is_called_by_keyword(recwarn):
+    """Whatever the order of its inputs, which never change places."""
+    found = []
+    for order in (list, reversed):
+        model = models.causal_lm("gemma3", num_layers=3)
+        assert list(model.input) != sorted(model.input)
+        x = make_tokens(16, 8)
+        # Rows of several lengths: a mask that is taken for tokens shows.
+        x["padding_mask"] = np.tril(np.ones((16, 8), "int32"), 2)
+        report = kwm.sparsify(
+            model,
+            "2:4",
+            {key: x[key] for key in order(list(x))},
+            criterion="wanda",
+            refine="blocks",
+            epochs=1,
+            verbose=0,
+        )
+        assert [block.kernels for block in report.blocks] == [7, 7, 7]
+        found.append(weights_of(model))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert not [w for w in recwarn if "structure" in str(w.message)]
+
+
+class Whole(keras.Model):
+    """A model with blocks of its own, which nothing can look into."""
+
+    def __init__(self, name="whole"):
+        super().__init__(name=name)
+        self.blocks = [keras.layers.Dense(8, "relu") for _ in range(3)]
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@one_backend
+def test_a_model_that_cannot_be_entered_is_no_block():
+    x = normal(256, 8) @ normal(8, 8, seed=1)
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, keras.layers.Dense(4)(Whole()(inputs)))
+    for make, name, reason, count in (
+        (lambda: model, "whole", "no functional model", 1),
+        (lambda: models.shared_net(8), "functional", "called several times", 0),
+    ):
+        match = rf"blocks of '{name}.* not trained.*{reason}"
+        with pytest.warns(UserWarning, match=match):
+            report = kwm.quantize(make(), x, epochs=1, verbose=0)
+        assert len(report.blocks) == count
+    # Where the graph repeats it, it is one.
+    outputs = keras.layers.Dense(4)(Whole("other")(Whole()(inputs)))
+    report = kwm.quantize(keras.Model(inputs, outputs), x, epochs=1, verbose=0)
+    assert [block.kernels for block in report.blocks] == [3, 3, 1]
+
+
 @one_backend
 def test_blocks_are_run_as_often_as_they_must():
     model = llm(depth=3)
@@ -96,7 +153,7 @@ def test_blocks_are_run_as_often_as_they_must():
         )
     # Query, key and value share their inputs, and gate and value: 4 passes,
     # and one for the outputs, which nothing after the last block needs.
-    batches = 3
+    batches = 4  # one of them of the row held out
     assert list(calls.values()) == [n * batches for n in (5, 5, 4, 1)]
 
 
@@ -106,8 +163,8 @@ def test_only_what_is_needed_is_kept(monkeypatch):
     outputs, alive = [], []
     run = walk.Walk.run
 
-    def watched(self, operation, calls):
-        result = run(self, operation, calls)
+    def watched(self, *arguments):
+        result = run(self, *arguments)
         alive.append(sum(ref() is not None for ref in outputs))
         outputs.extend(map(weakref.ref, result or []))
         return result

@@ -147,6 +147,36 @@ def test_strings_in_every_form(make, language_model):
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("make", [list, np.array, iter, "\n".join])
+def test_strings_where_a_preprocessor_takes_prompts(make):
+    """Each is a response to none, all of which counts."""
+    model = models.causal_lm("gemma3", models.gemma3_preprocessor())
+    texts = ["abc dab", "cab"]
+    given = make(texts)
+    found = data.calibration_batches(model, given, 1)
+    texts = [given] if isinstance(given, str) else texts
+    strings = {"prompts": [""] * len(texts), "responses": texts}
+    expected, _, weights = model.preprocessor(strings)
+    tokens = np.concatenate([numpy(x["token_ids"]) for x, _ in found])
+    np.testing.assert_array_equal(tokens, numpy(expected["token_ids"]))
+    used = np.concatenate([numpy(weight) for _, weight in found])
+    np.testing.assert_array_equal(used, numpy(weights))
+
+
+@pytest.mark.one_backend
+def test_strings_that_a_preprocessor_does_not_take(language_model):
+    def refuses(samples, **kwargs):
+        raise TypeError(f"Received: {samples}")
+
+    model = models.causal_lm("gpt2", language_model.preprocessor)
+    model.preprocess_samples = refuses
+    with pytest.raises(ValueError, match="does not take these") as caught:
+        data.calibration_batches(model, ["long"] * 999, 4)
+    assert len(str(caught.value)) < 800
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.one_backend
 def test_rows_of_several_lengths_are_padded(language_model):
     texts = [[3, 4, 5], [6]]
     ((x, weights),) = data.calibration_batches(language_model, texts, 2)
@@ -169,3 +199,26 @@ def test_labels_of_strings_may_be_a_list():
     x, y, weights = data.preprocess(Task(), ["a", "b"], [0, 1], [1.0, 0.5])
     assert data.batch_count((x, y)) == 1
     assert [each.shape for each in (y, weights)] == [(2,), (2,)]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("size", [1, 3, 8, 64])
+def test_every_eighth_row_is_held_out(size):
+    """Whatever the batches; rows of weight 0 do not count."""
+    x, weights = np.arange(40), np.ones((40, 3))
+    weights[30:] = 0
+    pairs = [
+        ({"x": x[i : i + size]}, weights[i : i + size])
+        for i in range(0, 40, size)
+    ]
+    fit, held = (
+        np.concatenate([each["x"] for each, _ in part])
+        for part in data.held_out(pairs)
+    )
+    assert held.tolist() == [7, 15, 23]
+    assert sorted([*fit, *held]) == x.tolist()
+    few = [({"x": x[:3]}, None)]
+    fit, held = data.held_out(few)
+    assert held[0][0]["x"].tolist() == [2]
+    one = [({"x": x[:1]}, None)]
+    assert data.held_out(one) == (one, [])

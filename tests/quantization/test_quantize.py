@@ -33,7 +33,7 @@ def make_mlp(dtype=None):
     return make_sparse(models.randomize(models.sequential((72,), *layers)))
 
 
-def data(rows=64, size=72):
+def data(rows=256, size=72):
     mix = normal(size, size, seed=2) * np.linspace(0.1, 2, size)
     return (normal(rows, size, seed=1) @ mix).astype("float32")
 
@@ -53,6 +53,7 @@ def test_each_kernel_for_the_inputs_that_the_rounded_ones_give():
     before = kernels_of(model)
     report = quantize(model, x, batch_size=16)
     after = kernels_of(model)
+    _, x = models.split(x)
     inputs = [x, numpy(model.layers[1](model.layers[0](x)))]
     for w, new, x, row in zip(before, after, inputs, report.kernels):
         assert references.is_on_grid(new, 4, 64)
@@ -62,6 +63,8 @@ def test_each_kernel_for_the_inputs_that_the_rounded_ones_give():
         change = new - w
         error = np.sum(change * (h @ change)) / np.sum(w * (h @ w))
         assert row.error == pytest.approx(error, rel=1e-2)
+    with pytest.warns(UserWarning, match="scale for each 64 inputs.*=32"):
+        quantize(make_mlp(), data(), group_size=32)
     saved = json.loads(json.dumps(report.to_dict()))
     assert (saved["bits"], saved["kernels"][0]["shape"]) == (4, [72, 24])
     for text in ("4 bits, a scale for each 64 inputs", "to nearest"):
@@ -88,6 +91,51 @@ def test_a_dense_model_and_one_of_another_pattern():
     kwm.assert_sparse(model, "1:4", targets=kwm.find_targets(model)[:1])
 
 
+def nearest(w):
+    """Each group of 64 inputs by its best scale, each weight to nearest."""
+    shares = np.linspace(0.5, 1.0, 16)
+    scales = references.search_scales(w, np.ones(len(w)), 4, 64, shares)
+    rounded = np.zeros(w.shape)
+    for i, unit in np.ndindex(w.shape):
+        scale = scales[i // 64, unit]
+        rounded[i, unit] = references.round_group(w[i, unit], scale, 4)
+    return rounded
+
+
+@one_backend
+def test_never_worse_than_rounding_to_nearest_on_rows_held_out(monkeypatch):
+    """A kernel that too few rows are fitted to, and a model that is spoilt."""
+    x = normal(40, 72)
+    model = models.randomize(models.mlp(72, 8, 4))
+    before = kernels_of(model)
+    with pytest.warns(UserWarning, match="35 for 72 inputs"):
+        report = quantize(model, x)
+    kernel = report.kernels[0]
+    assert kernel.error == kernel.nearest
+    assert "to nearest" in kernel.note
+    expected = nearest(before[0])
+    np.testing.assert_allclose(kernels_of(model)[0], expected, atol=1e-6)
+    _, held = models.split(x.astype("float64"))
+    change = held @ (expected - before[0])
+    error = np.sum(change**2) / np.sum((held @ before[0]) ** 2)
+    assert kernel.error == pytest.approx(error, rel=1e-3)
+
+    def spoil(operation, targets, *args, **kwargs):
+        for target in targets:
+            target.variable.assign(-target.variable.value)
+
+    monkeypatch.setattr(module, "train_block", spoil)
+    model = models.randomize(models.mlp(72, 8, 4))
+    with pytest.warns(UserWarning, match="All was rounded to nearest"):
+        report = quantize(model, data(), refine="blocks")
+    for w, after in zip(before, kernels_of(model)):
+        np.testing.assert_allclose(after, nearest(w), atol=1e-6)
+    assert report.held_out[0] == report.held_out[1]
+    assert "All was rounded to nearest" in str(report)
+    assert not report.blocks
+    assert [w.rounding_error for w in kwm.pack(model).weights] == [0, 0]
+
+
 @breadth(
     ("equation", "output", "shape"),
     [
@@ -101,7 +149,8 @@ def test_kernels_of_any_shape_and_their_blocks(equation, output, shape):
     layer = keras.layers.EinsumDense(equation, output)
     model = make_sparse(models.randomize(models.sequential(shape, layer)))
     (before,) = kernels_of(model)
-    report = quantize(model, normal(40, *shape), refine="blocks", epochs=1)
+    x = data(256, int(np.prod(shape))).reshape(-1, *shape)
+    report = quantize(model, x, refine="blocks", epochs=1)
     (after,), (target,) = kernels_of(model), kwm.find_targets(model)
     np.testing.assert_array_equal(after[before == 0], 0)
     order = [*target.stack_axes, *target.contraction_axes, *target.output_axes]
@@ -204,7 +253,7 @@ def test_a_model_without_a_graph_and_what_no_data_reach():
     model = Unused()
     model(normal(2, 16))
     make_sparse(model)
-    report = kwm.quantize(model, normal(32, 16), verbose=0)
+    report = kwm.quantize(model, data(128, 16), verbose=0)
     assert not report.blocks
     assert "Blocks were not trained" in str(report)
     (spare,) = [k for k in report.kernels if k.note]

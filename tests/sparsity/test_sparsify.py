@@ -6,7 +6,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.layer_kinds import GENERATED
-from keras_weightmods.sparsity import criteria
+from keras_weightmods.sparsity import criteria, sparsify
 from keras_weightmods.sparsity.criteria import Criterion
 from tests import models, references
 from tests.backends import breadth
@@ -42,17 +42,21 @@ def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
     report = kwm.sparsify(
         model, pattern, x, criterion=method, batch_size=16, verbose=0
     )
-    hidden = x.astype("float64")
+    hidden, held = models.split(x.astype("float64"))
+    if method == "magnitude":  # which fits nothing
+        hidden = held = x.astype("float64")
     activations = [lambda z: np.maximum(z, 0), np.tanh, lambda z: z]
     for i, activation in enumerate(activations):
         w, bias = weights[2 * i : 2 * i + 2]
         sparse = by_method(method, w, hidden, n, m)
         found = weights_of(model)[2 * i]
         np.testing.assert_allclose(found, sparse, rtol=5e-3, atol=5e-4)
-        change = np.sum((hidden @ (sparse - w)) ** 2)
-        error = change / np.sum((hidden @ w) ** 2)
+        change = np.sum((held @ (sparse - w)) ** 2)
+        error = change / np.sum((held @ w) ** 2)
         assert report.kernels[i].error == pytest.approx(error, rel=1e-2)
-        hidden = activation(hidden @ sparse + bias)
+        hidden, held = (
+            activation(rows @ sparse + bias) for rows in (hidden, held)
+        )
     kwm.assert_sparse(model, pattern)
     assert [k.criterion for k in report.kernels] == [method] * 3
     keys = [target.key for target in kwm.find_targets(model)]
@@ -82,7 +86,7 @@ def test_einsum_dense(equation, output, shape, rows):
     order = [*target.stack_axes, *target.contraction_axes, *target.output_axes]
     stacks = int(np.prod([target.shape[i] for i in target.stack_axes]))
     size = (stacks, target.contraction_size, -1)
-    rows = np.einsum(rows, x).reshape(stacks, -1, size[1])
+    rows = np.einsum(rows, models.split(x)[0]).reshape(stacks, -1, size[1])
     kernels = np.transpose(kernel, order).reshape(size)
     expected = [
         by_method("sparsegpt", w, r, 2, 4) for w, r in zip(kernels, rows)
@@ -105,13 +109,55 @@ def test_a_criterion_is_one_entry_in_a_table(monkeypatch):
     before = weights_of(model)[0]
     report = kwm.sparsify(model, data=x, criterion="smallest", verbose=0)
     assert "2:4 by smallest" in str(report)
-    scores = np.sqrt(np.mean(x**2, 0))[:, None] / np.abs(before)
+    x_fit, _ = models.split(x)
+    scores = np.sqrt(np.mean(x_fit**2, 0))[:, None] / np.abs(before)
     kept = np.where(references.nm_mask(scores, 2, 4, 0), before, 0.0)
     np.testing.assert_array_equal(weights_of(model)[0], kept)
     options = {"criterion": "smallest", "refine": "swaps", "verbose": 0}
     kwm.sparsify(model := make_mlp(), data=x, **options)
     kwm.assert_sparse(model)
     assert kwm.CAST(make_mlp(), init="smallest").init == "smallest"
+
+
+@one_backend
+def test_errors_are_those_on_rows_that_nothing_was_fitted_to():
+    x = normal(512, 64, seed=1)
+    for rows, least, match in (
+        (1, 0.0, r"1 of 1 kernels .*fewer rows .* \(1 for 64 inputs\)"),
+        (32, 0.3, r"1 of 1 kernels .*fewer rows .* \(28 for 64 inputs\)"),
+        (32, 0.3, r"magnitude"),
+    ):
+        model = randomize(models.sequential((64,), keras.layers.Dense(32)))
+        w = weights_of(model)[0]
+        with pytest.warns(UserWarning, match=match):
+            report = kwm.sparsify(
+                model, "2:4", x[:rows], criterion="sparsegpt", verbose=0
+            )
+        others = x[rows:].astype("float64")
+        change = np.sum((others @ (weights_of(model)[0] - w)) ** 2)
+        (kernel,) = report.kernels
+        assert kernel.error >= least
+        if least:
+            expected = change / np.sum((others @ w) ** 2)
+            assert kernel.error == pytest.approx(expected, rel=0.2)
+            assert "by magnitude" in kernel.note
+
+
+@one_backend
+def test_swaps_that_are_worse_on_rows_held_out_are_left_out(monkeypatch):
+    def spoilt(dense, pruned, *args):
+        return keras.ops.negative(pruned)
+
+    x, found = normal(128, 16), []
+    for refine in (None, "swaps"):
+        monkeypatch.setattr(sparsify, "refined", spoilt)
+        model = make_mlp()
+        report = kwm.sparsify(
+            model, data=x, criterion="wanda", refine=refine, verbose=0
+        )
+        found.append(weights_of(model))
+    assert_same(*found)
+    assert all("no swaps" in kernel.note for kernel in report.kernels)
 
 
 @one_backend

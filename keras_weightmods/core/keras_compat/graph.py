@@ -47,6 +47,10 @@ def constants_of(graph: Any) -> list[Any]:
 
 def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
     """Return `inputs` as the flat list that `graph.inputs` stand for."""
+    own = graph._inputs_struct
+    if isinstance(own, dict) and isinstance(inputs, dict):
+        # On torch Keras sorts the keys of dicts, and warns of another order.
+        inputs = {key: inputs[key] for key in own if key in inputs}
     return graph._standardize_inputs(inputs)
 
 
