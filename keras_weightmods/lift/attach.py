@@ -13,6 +13,7 @@ from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.lift.report import MaskedKernel, PrincipalMaskReport
+from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.principal_mask import Selection
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import stack_shape
@@ -33,6 +34,7 @@ class Plan:
         targets: List of the `Target`s to mask, in the order of `variables`.
         tiny: List of the paths of kernels without an entry to train.
         variables: List of the variables that are trained, in part or whole.
+        sparse: List of the paths of those of `targets` that are 2:4.
         specs: List of `MaskSpec`, one for each of `variables`.
         known: List of all variables that the model would train.
         report: The `PrincipalMaskReport`.
@@ -55,6 +57,11 @@ class Plan:
         self.tiny: list[str] = []
         self.targets: list[Target] = []
         problems = []
+        rewritten = {
+            id(layer.kernel)
+            for layer in keras_compat.layers_of(model)
+            if isinstance(layer, keras.layers.SpectralNormalization)
+        }
         # In a model with constraints, kernels without one may be dense.
         is_sparse = keep_pattern and not any(map(_has_pattern, found))
         for target in found:
@@ -80,6 +87,11 @@ class Plan:
                 else:
                     self.targets.append(target)
                     problem = _problem(target, keep_pattern, is_sparse)
+                    if id(variable) in rewritten:
+                        problem = (
+                            "is written whole in each step, mask or not, by "
+                            "its `SpectralNormalization`"
+                        )
             if problem is not None:
                 problems.append(f"{target.path!r} {problem}")
         checks.raise_all(
@@ -100,6 +112,7 @@ class Plan:
         ]
         self.variables = [self.known[spec.place] for spec in self.specs]
         order = {id(v): place for place, v in enumerate(self.variables)}
+        self.sparse = [t.path for t in self.targets if _is_24(t)]
         self.targets.sort(key=lambda target: order[id(target.variable)])
         keys = weight_keys(model)
 
@@ -167,6 +180,17 @@ def _problem(target: Target, keep_pattern: bool, is_sparse: bool) -> str | None:
             "is not in its pattern; call `SemiStructuredSparse.attach(model)`"
         )
     return None
+
+
+def _is_24(target: Target) -> bool:
+    """Return whether a kernel is 2:4, half of it zero or more and not all."""
+    weight, axes = target.variable.value, target.contraction_axes
+    zeros = ops.mean(ops.cast(weight == 0, "float32"))
+    return (
+        0.5 <= float(zeros) < 1
+        and target.reason_not_nm(4) is None
+        and not int(nm_violations(weight, "2:4", axes))
+    )
 
 
 def _has_pattern(target: Target) -> bool:

@@ -53,7 +53,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     At the end of each epoch this callback adds to the logs: `mask_density`,
     the share of the entries of the kernels that is trained; `mask_changed`,
     the mean share of it that was new at the refreshes of the epoch, 0 without
-    any; and `mask_seconds`, the time that these took. History and the progress
+    any; and `mask_seconds`, the time that these took, and at first that of the
+    choice before the first step. History and the progress
     bar always show them. `CSVLogger`, `TensorBoard` and other callbacks see
     them where they come after this one in the list. The attribute `refreshes`
     lists all refreshes, with `step`, `changed` and `seconds`.
@@ -169,6 +170,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._accumulated = 1
         self.refreshes: list[Refresh] = []
         self._before_epoch = 0
+        self._first_seconds = 0.0
 
     def attach(self, model: keras.Model) -> PrincipalMaskReport:
         """Make a compiled model ready to train the masked entries alone.
@@ -267,7 +269,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         changed = sum(each.changed for each in found)
         logs["mask_density"] = self._density
         logs["mask_changed"] = changed / max(1, len(found))
-        logs["mask_seconds"] = sum(each.seconds for each in found)
+        seconds = sum(each.seconds for each in found)
+        logs["mask_seconds"] = seconds + self._first_seconds
+        self._first_seconds = 0.0
 
     def on_train_end(self, logs: Any = None) -> None:
         self.detach()
@@ -338,15 +342,24 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 "to train these too.",
                 stacklevel=2,
             )
+        if plan.sparse and not self.keep_pattern:
+            warnings.warn(
+                f"`PrincipalMaskCallback` trains zeros of {len(plan.sparse)} "
+                f"kernels that are 2:4: {plan.sparse[:5]}. They lose that "
+                "pattern. Pass `keep_pattern=True` to keep it.",
+                stacklevel=2,
+            )
         optimizer = inner_optimizer(model.optimizer)
         plan.check_optimizer(optimizer)
         is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
         chosen = None
         if is_new or optimizer.mask_step < 0:
+            began = time.perf_counter()
             verbose = (self.params or {}).get("verbose", 1)
             with Progress(len(plan.targets), "mask", verbose) as progress:
                 found = self._choose(model, plan.targets, 0, None)
                 chosen = list(progress.each(found))
+            self._first_seconds = time.perf_counter() - began
         if is_new:
             optimizer = plan.install(model, optimizer)
         trained = {id(v) for v in plan.variables}

@@ -174,6 +174,9 @@ def test_figures_of_the_masks_are_in_the_logs(kind):
     means = [a, b, c, (d + e) / 2]
     assert history["mask_changed"] == pytest.approx(means)
     assert history["mask_density"] == [sum(COUNTS) / 144] * 4
+    # The choice before the first step is in it, the refreshes are besides.
+    first, *_ = history["mask_seconds"]
+    assert first > found[0].seconds
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
@@ -440,6 +443,9 @@ def test_sparse_model_stays_sparse():
         assert changed.sum() >= before[i].size * DENSITY
         assert np.all(before[i][changed] != 0)
     model.compile(kwm.SparseAdamW(), "mse")
+    with pytest.warns(UserWarning, match="zeros of 2 kernels that are 2:4"):
+        callback().attach(model)
+    model.compile(kwm.SparseAdamW(), "mse")
     with pytest.raises(ValueError, match="as many candidates"):
         callback(keep_pattern=True, density=0.6).attach(model)
     with pytest.raises(ValueError, match="is for a sparse model"):
@@ -537,6 +543,18 @@ def test_errors_leave_the_model_as_it_was():
     ):
         with pytest.raises(ValueError, match=match):
             kwm.PrincipalMaskCallback(**arguments)
+
+
+@pytest.mark.one_backend
+def test_a_kernel_that_its_layer_rewrites_is_refused():
+    normalized = keras.layers.SpectralNormalization(keras.layers.Dense(8))
+    model = sequential((8,), normalized, keras.layers.Dense(4, name="last"))
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"whole.*`SpectralNormalization`"):
+        fit(model, callback())
+    assert_same(weights_of(model), before)
+    fit(model, callback(targets="last"))
 
 
 @pytest.mark.one_backend
