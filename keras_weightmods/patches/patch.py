@@ -53,6 +53,7 @@ class Patch:
     patched weights and no memory of the clean ones. Weights that something
     else has changed since, such as training, are found by comparing every
     bit, and reported as an error. Threads change a model one after the other.
+    An error or Ctrl-C leaves a model as before the call or as after it.
 
     Attributes:
         entries: Tuple of `PatchEntry`, one for each weight that it changes, in
@@ -204,9 +205,10 @@ class Patch:
             A `Patch`.
 
         Raises:
-            ValueError: If `lora` is no adapter of this model, or one of peft
-                that is more than `alpha / rank * B A` over its base, as DoRA,
-                PiSSA or OLoRA.
+            ValueError: If `lora` is no adapter of this model, has factors of
+                another rank than its config says, or is one of peft that is
+                more than `alpha / rank * B A` over its base, as DoRA, PiSSA or
+                OLoRA.
 
         Example:
 

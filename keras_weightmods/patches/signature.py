@@ -90,7 +90,8 @@ class WeightSignature(Patch):
         d_c. Weight and bias of a layer are two tensors, and so are gamma and
         beta of a normalization. Of models with companders it is what these
         store, and goes onto models with the same ones alone. Models with
-        LoRA are refused: call `merge_lora` first.
+        LoRA are refused: call `merge_lora` first. So are models that Keras has
+        quantized.
 
         Args:
             init: The checkpoint from which both trainings started. `None`
@@ -160,14 +161,21 @@ class WeightSignature(Patch):
         if init is not None:
             sources["init"] = init
         checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
-        with_lora = [
-            f"{argument}, {layer.path}: call `kwm.merge_lora(model)` first"
+        # Their kernels are held in several variables, which are not added.
+        reasons = {
+            "lora_enabled": "call `kwm.merge_lora(model)` first",
+            "quantization_mode": "take it before Keras' `quantize`",
+        }
+        split = [
+            f"{argument}, {layer.path}: {reason}"
             for argument, each in checkpoints.items()
             if each.model is not None
             for layer in keras_compat.layers_of(each.model)
-            if getattr(layer, "lora_enabled", False)
+            for attribute, reason in reasons.items()
+            if getattr(layer, attribute, None)
         ]
-        checks.raise_all("Signatures are of models without LoRA:", with_lora)
+        summary = "Signatures are of models without LoRA and quantized layers:"
+        checks.raise_all(summary, split)
         layout = _layout(checkpoints, like)
         problems = [
             problem

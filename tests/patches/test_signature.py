@@ -235,7 +235,7 @@ def test_defaults(model, trio):
 
 
 @pytest.mark.one_backend
-def test_models_with_lora_are_refused():
+def test_models_with_lora_and_quantized_ones_are_refused():
     plain, adapted = conv_net(), conv_net()
     adapted.layers[-1].enable_lora(2)
     for pair in ((plain, adapted), (adapted, adapted)):
@@ -243,6 +243,10 @@ def test_models_with_lora_are_refused():
             extract(None, *pair, depth=1)
     kwm.merge_lora(adapted)
     extract(None, plain, adapted, depth=1)
+    for model in (plain, adapted):
+        model.layers[-1].quantize("int8")
+    with pytest.raises(ValueError, match=r"robust, .*before Keras' `quantize"):
+        extract(None, plain, adapted, depth=1)
 
 
 @pytest.mark.one_backend
