@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test smoke lint docs notebooks wheel sdist walk setup bench \
+.PHONY: demo test smoke lint docs notebooks wheel sdist extras walk setup bench \
     bench-runtimes breadth faults mutants matrix versions devices gpu \
     gpu-libraries clean
 
@@ -153,6 +153,25 @@ sdist: setup
 	  "$$(ls $(RELEASE)/*.tar.gz)[hub,jax]" hypothesis pytest
 	$(call IN_CLEAN,jax) -m tests.releases.installed
 	$(call IN_CLEAN,jax) -m pytest tests/packing/test_pack.py
+
+# Each extra of EXTRAS alone in an environment of its own, and there the code of
+# README.md.
+EXTRAS ?= jax tensorflow torch
+
+extras:
+	rm -rf build/extras
+	$(PYTHON) -m venv build/extras/build
+	build/extras/build/bin/python -m pip wheel --quiet --no-deps \
+	  --wheel-dir build/extras .
+	@for extra in $(EXTRAS); do \
+	  echo "== $$extra"; \
+	  folder=$(abspath build/extras)/$$extra; \
+	  $(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install \
+	    --quiet "$$(ls build/extras/*.whl)[$$extra]" && \
+	  env -i HOME=$$folder PATH=$$folder/bin OMP_NUM_THREADS=1 \
+	    TF_CPP_MIN_LOG_LEVEL=3 $$folder/bin/python -m tests.releases.readme \
+	    $$extra || exit 1; \
+	done
 
 # SmolLM2 in one shot, packed, saved, and loaded on another backend, by the page
 # docs/walks.md in the environment of the wheel.

@@ -8,6 +8,8 @@ import tomllib
 
 import pytest
 
+from tests.releases import readme
+
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 README = ROOT / "README.md"
 
@@ -45,6 +47,12 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 120
+
+
+def test_the_readme_says_how_to_choose_a_backend():
+    # `make extras` follows it with each of them installed alone.
+    for line in readme.commands():
+        assert all(backend in line for backend in readme.BACKENDS), line
 
 
 def test_the_first_page_takes_parts_that_are_there():

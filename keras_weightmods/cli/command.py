@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from keras_weightmods.utils.checks import shown
+
 # What a command returns: text to print, and the same for `--json`.
 Result = tuple[str, dict[str, Any]]
 # A model without one of these, and in no folder, may be a preset's name.
@@ -32,10 +34,12 @@ def _option(text):
     """Return the pair of `NAME=VALUE`, a value in JSON or else a string."""
     name, sign, value = text.partition("=")
     if not sign:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE, got {shown(text)}"
+        )
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (RecursionError, ValueError):
         return name, value
 
 
@@ -89,7 +93,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "gives the model bit for bit",
     },
     "--force": {**SET, "help": "also on a model that is another one"},
-    "--format": {"default": "tf_saved_model", "help": "one of `kwm.export`"},
+    "--format": {
+        "help": "one of `kwm.export`; default: by the ending of the output, "
+        "tf_saved_model without one"
+    },
     "--init": {"type": file, "help": "of a signature: their common start"},
     "--keep-packed": SET,
     "--length": {"type": int, "default": 256, "help": "tokens in a row"},

@@ -1,16 +1,18 @@
 """Models and data in files, of any kind that the library reads."""
 
-import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import Result, reported
 from keras_weightmods.saving.atomic_file import replacing
+from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.saving.file_kinds import kind_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.checks import cut
 
 
 def load_model(path):
@@ -34,7 +36,7 @@ def load_model(path):
         return keras.saving.load_model(path, compile=False)
     # A damaged file fails in many ways.
     except Exception as error:
-        raise ValueError(f"Keras cannot load {path}: {error}") from error
+        raise ValueError(f"Keras cannot load {path}: {cut(error)}") from error
 
 
 def _load_preset(path):
@@ -46,10 +48,24 @@ def _load_preset(path):
             f"install keras-hub ({error})"
         ) from error
     task = pathlib.Path(path, "task.json")
-    name = "CausalLM"
-    if task.is_file():
-        name = json.loads(task.read_text())["class_name"]
-    return getattr(models, name).from_preset(path)
+    cls: Any = models.CausalLM
+    try:
+        if task.is_file():
+            name = parse_json(task.read_bytes())["class_name"]
+            cls = vars(models)[name]
+            if not issubclass(cls, models.Task):
+                raise TypeError
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{task} must be JSON with the `class_name` of a task of KerasHub"
+        ) from error
+    try:
+        return cls.from_preset(path)
+    # A damaged file fails in many ways.
+    except Exception as error:
+        raise ValueError(
+            f"KerasHub cannot load {path}: {cut(error)}"
+        ) from error
 
 
 def written(model, report, output) -> Result:

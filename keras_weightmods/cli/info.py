@@ -1,16 +1,22 @@
 """What a file holds, without Keras."""
 
+import contextlib
 import dataclasses
-import json
+import io
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import command, reported
-from keras_weightmods.saving import container, file_kinds
+from keras_weightmods.saving import bounded_json, container, file_kinds
+from keras_weightmods.utils.checks import cut
 from keras_weightmods.utils.report import Report, Table, size_text
+
+# Bytes of compressed weights that are inflated in memory. Keras' are not.
+_MAX_INFLATED = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +81,11 @@ def file_report(path) -> FileReport:
             parts = sorted(file.path for file in files if file.is_file())
         about, arrays = _in_preset(parts)
     elif kind == "an HDF5 file":
-        about, arrays = {}, _in_hdf5(path)
+        with _named(path):
+            about, arrays = {}, _in_hdf5(path)
     elif kind == "a .keras file" or path.endswith(".keras"):
-        try:
+        with _named(path):
             about, arrays = _in_keras(path)
-        except (zipfile.BadZipFile, KeyError, OSError) as error:
-            raise ValueError(f"Keras cannot load {path}: {error}") from error
     elif kind and "keras_weightmods" not in kind:
         read = f", which {reader} reads" if reader else ""
         raise ValueError(f"{path} is {kind}{read}: there is no more to say")
@@ -90,17 +95,29 @@ def file_report(path) -> FileReport:
     return FileReport(path, kind, reader, about, tuple(arrays), size)
 
 
+@contextlib.contextmanager
+def _named(path):
+    try:
+        yield
+    # A damaged file fails in many ways.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {cut(error)}") from error
+
+
 def _in_container(path):
     """Read a file of this library, all of it checked."""
     metadata = file_kinds.metadata_of(path)
     format = metadata.get("format", "keras_weightmods.model")
     version = metadata.get("version", "1")
-    versions = (int(version),) if version.isdigit() else (1,)
-    with container.Reader(path, format, versions) as reader:
-        about = {"version": int(version)}
+    number = int(version) if re.fullmatch("[0-9]{1,9}", version) else 1
+    with container.Reader(path, format, (number,)) as reader:
+        about = {"version": number}
         for name in reader.entries:
             if name.endswith(".json") or name == "description":
-                about.update(_facts(reader.read_json(name)))
+                described = reader.read_json(name)
+                if not isinstance(described, dict):
+                    raise reader.error(name, "must be an object of JSON")
+                about.update(_facts(described))
         return about, [(n, e.shape, e.dtype) for n, e in reader.entries.items()]
 
 
@@ -115,23 +132,50 @@ def _in_safetensors(path):
 
 def _in_keras(path):
     with zipfile.ZipFile(path) as archive:
-        about = json.loads(archive.read("metadata.json"))
-        about = {**_facts(json.loads(archive.read("config.json"))), **about}
-        with archive.open("model.weights.h5") as file:
-            return about, _in_hdf5(file)
+
+        def read(name, most):
+            size = archive.getinfo(name).file_size
+            if size > most:
+                raise ValueError(f"{name} has {size} bytes, more than {most}")
+            return archive.read(name)
+
+        about: dict[str, Any] = {}
+        for name in ("config.json", "metadata.json"):
+            about |= _facts(_object(read(name, file_kinds.MAX_HEADER)))
+        name = "model.weights.h5"
+        if archive.getinfo(name).compress_type == zipfile.ZIP_STORED:
+            with archive.open(name) as file:
+                return about, _in_hdf5(file)
+        # Each step back in such a file would inflate all before it again.
+        return about, _in_hdf5(io.BytesIO(read(name, _MAX_INFLATED)))
+
+
+def _object(text):
+    found = bounded_json.parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("it has JSON that is no object")
+    return found
 
 
 def _in_hdf5(file):
     import h5py
 
-    found = []
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            found.append((name, item.shape, item.dtype.name))
-
+    found, seen = [], set()
     with h5py.File(file) as opened:
-        opened.visititems(visit)
+        # Not by `visititems`, which walks from the root to each of its items.
+        left = [(key, opened, key) for key in reversed([*opened])]
+        while left:
+            path, group, key = left.pop()
+            # No link to another file is followed.
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                continue
+            item = group[key]
+            place = h5py.h5o.get_info(item.id).addr
+            if isinstance(item, h5py.Dataset):
+                found.append((path, item.shape, item.dtype.name))
+            elif isinstance(item, h5py.Group) and place not in seen:
+                seen.add(place)
+                left += [(f"{path}/{k}", item, k) for k in reversed([*item])]
     return found
 
 
@@ -139,22 +183,26 @@ def _in_preset(files):
     about, arrays = {}, []
     for path in files:
         name = os.path.basename(path)
-        if name in ("metadata.json", "config.json", "task.json"):
-            with open(path) as file:
-                about.update(_facts(json.load(file)))
-        elif name.endswith(".h5"):
-            arrays += _in_hdf5(path)
-        elif name.endswith(".safetensors"):
-            arrays += _in_safetensors(path)
+        with _named(path):
+            if name in ("metadata.json", "config.json", "task.json"):
+                with open(path, "rb") as file:
+                    about.update(_facts(_object(file.read())))
+            elif name.endswith(".h5"):
+                arrays += _in_hdf5(path)
+            elif name.endswith(".safetensors"):
+                arrays += _in_safetensors(path)
     return about, arrays
 
 
 def _facts(described):
     """Return what is short in a JSON object, two levels deep."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in described.items():
         inside = value if isinstance(value, dict) else {"": value}
         for inner, each in inside.items():
-            if isinstance(each, (str, int, float)):
-                found[f"{key}.{inner}".rstrip(".")] = each
+            name = cut(f"{key}.{inner}".rstrip("."), 200)
+            if isinstance(each, str):
+                found[name] = cut(each)
+            elif isinstance(each, (int, float)):
+                found[name] = each
     return found

@@ -153,16 +153,18 @@ def _export(args):
 
     examples:
       keras-weightmods export packed.safetensors -o saved
-      keras-weightmods export llm.safetensors --format gguf \\
-          --set dtype=q8_0 -o llm.gguf
+      keras-weightmods export llm.safetensors --set dtype=q8_0 -o llm.gguf
     """
+    from keras_weightmods.exporting.export import format_of
+
+    format = format_of(args.output, args.format)
     kwm.export(
         load_model(args.model),
         args.output,
-        args.format,
+        format,
         keep_packed=args.keep_packed,
         overwrite=args.overwrite,
         **dict(args.set),
     )
-    found = {"format": args.format, "output": args.output}
-    return f"Wrote {args.output}, {args.format}", found
+    found = {"format": format, "output": args.output}
+    return f"Wrote {args.output}, {format}", found

@@ -84,8 +84,9 @@ def included(
             paths = ", ".join(repr(each.path) for each in found[:5])
             message = (
                 f"Each element of `{name}` must match a {kind}. Received: "
-                f"{name}={pattern!r}, which matches none of {len(found)} "
-                f"{kind}s" + (f", among them {paths}" if paths else "")
+                f"{name}={checks.shown(pattern)}, which matches none of "
+                f"{len(found)} {kind}s"
+                + (f", among them {paths}" if paths else "")
             )
             if skipped is not None:
                 message += ". `find_targets(model)` lists them all."

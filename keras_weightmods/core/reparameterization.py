@@ -35,6 +35,7 @@ class Reparameterization:
         mixin: A class to put in front of the layer's, with another `call`.
         is_empty: Bool, whether it was made from a file, see `from_config`.
         is_own: Bool, whether the layer's own class made it, and not `attach`.
+        get_model: Callable that returns the model that `attach` was given.
 
     Args:
         target: The `Target` to reparameterize; None if `bind` is to give it,
@@ -55,6 +56,7 @@ class Reparameterization:
     def __init__(self, target: Any = None) -> None:
         self.parameters: tuple[Any, ...] = ()
         self.is_empty = self.is_own = False
+        self.get_model: Any = lambda: None
         # What `seam` replaced in the variable, and where that was.
         self.replaced: dict[str, Any] = {}
         self.place: Any = None

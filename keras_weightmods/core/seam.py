@@ -7,6 +7,7 @@ w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table
+from keras_weightmods.utils.report import (
+    Report,
+    Skipped,
+    Table,
+    skipped_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +87,7 @@ def attach_to_targets(
     if not items:
         raise ValueError(
             f"The model has no kernel that can be {participle}. Received: "
-            f"model={model.name!r}, skipped: "
-            + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
+            f"model={model.name!r}, skipped: {skipped_text(skipped)}"
         )
     with Progress(len(items), "kernel", verbose, began) as progress:
         attach(model, items, see=progress.add)
@@ -142,6 +147,8 @@ def attach(
     stored = [
         item.start(target.variable) for item, target in zip(items, targets)
     ]
+    for item in items:
+        item.get_model = weakref.ref(model)
     pairs = list(zip(targets, stored))
     with RestoredOnError(
         model,

@@ -9,7 +9,7 @@ import numpy as np
 from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
 from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
-from keras_weightmods.utils.checks import check_int
+from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 # Lengths that generation is compiled for are multiples of this.
@@ -77,13 +77,11 @@ def lm_eval_model(
         and hasattr(model, "generate")
         and getattr(model, "preprocessor", None) is not None
     ):
-        raise ValueError(
-            "`model` must be a `keras_hub.models.CausalLM` with a "
-            f"`preprocessor`. Received: model={model!r}"
-        )
-    check_int("length", length, least=1)
-    check_int("batch_size", batch_size, 1, 2**31 - 1)
-    check_int("chunk_size", chunk_size, least=1)
+        expected = "a `keras_hub.models.CausalLM` with a `preprocessor`"
+        raise checks.error("model", expected, model)
+    checks.check_int("length", length, least=1)
+    checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
+    checks.check_int("chunk_size", chunk_size, least=1)
     # lm-eval is imported where it is used.
     cls: Any = type("KerasLM", (_KerasLM, TemplateLM), {})
     return cls(model, length, batch_size, chunk_size)
@@ -177,7 +175,8 @@ class _KerasLM:
         if options.get("do_sample"):
             raise ValueError(
                 "`generate_until` decodes greedily. Set `do_sample: false` in "
-                f"the task's `generation_kwargs`. Received: {options}"
+                f"the task's `generation_kwargs`. Received: "
+                f"{checks.shown(options)}"
             )
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)

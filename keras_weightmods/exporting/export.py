@@ -1,12 +1,11 @@
 """A model as a file for other runtimes."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,10 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
+from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.model import copied
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 
 # What writes a file, once all is checked.
@@ -100,7 +101,7 @@ def register_export_format(
 def export(
     model: keras.Model,
     filepath: Any,
-    format: str = "tf_saved_model",
+    format: str | None = None,
     *,
     keep_packed: bool = False,
     overwrite: bool = True,
@@ -135,7 +136,9 @@ def export(
         model: A built `keras.Model`.
         filepath: String or path of the file or folder to write, with the
             ending above.
-        format: String, one of the above. Defaults to `"tf_saved_model"`.
+        format: String, one of the above. Defaults to `None`, for the first
+            one with the ending of `filepath`, and for `"tf_saved_model"` where
+            it has none.
         keep_packed: Bool, whether packed kernels stay packed in the file, for
             `"tf_saved_model"` on TensorFlow and `"torch"` alone. The process
             that runs the file must `import keras_weightmods.runtime` after
@@ -183,7 +186,7 @@ def export(
         assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
     ```
     """
-    checks.check_choice("format", format, tuple(FORMATS))
+    format = format_of(filepath, format)
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
     checks.check_verbose(verbose)
@@ -204,20 +207,30 @@ def export(
                 "`kwm.save_model` keeps them packed.",
                 stacklevel=2,
             )
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            target = str(pathlib.Path(folder) / path.name)
-            write(target, progress)
+        with unfinished(path.parent) as folder:
+            write(os.path.join(folder, path.name), progress)
             # More than one is there for OpenVINO, or a large ONNX model.
-            places = {
-                each: path.parent / each.name
-                for each in pathlib.Path(folder).iterdir()
-            }
-            for place in places.values():
-                _check_overwrite(place, overwrite)
-            for made, place in places.items():
-                if place.is_dir():
-                    shutil.rmtree(place)
-                os.replace(made, place)
+            made = sorted(os.listdir(folder), key=path.name.__eq__)
+            for each in made:
+                _check_overwrite(path.parent / each, overwrite)
+            replace_all(folder, made)
+
+
+def format_of(filepath: Any, format: str | None) -> str:
+    """Return the format of a file: the one that is given, or by its ending."""
+    if format is not None:
+        checked: str = checks.check_choice("format", format, tuple(FORMATS))
+        return checked
+    ending = pathlib.Path(checks.check_path("filepath", filepath)).suffix
+    if not ending:
+        return "tf_saved_model"
+    for name, each in FORMATS.items():
+        if each.ending == ending:
+            return name
+    endings = ", ".join(x.ending for x in FORMATS.values() if x.ending)
+    expected = f"a file with one of the endings {endings}, or a folder without "
+    expected += "an ending; or pass `format`"
+    raise checks.error("filepath", expected, os.fspath(filepath))
 
 
 def _dense_copy(model: Any, progress: Progress) -> Any:
@@ -243,10 +256,14 @@ def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:
         os.path.abspath(checks.check_path("filepath", filepath))
     )
     received = os.fspath(filepath)
+    others = [each.ending for each in FORMATS.values() if each.ending]
     is_other = path.exists() and path.is_dir() is bool(ending)
-    has_ending = not ending or path.suffix == ending
+    # No folder has the name of a file of another format.
+    has_ending = path.suffix == ending if ending else path.suffix not in others
     if not path.parent.is_dir() or not has_ending or is_other:
-        kind = f"a file with the ending {ending!r}" if ending else "a folder"
+        kind = f"a file with the ending {ending!r}"
+        if not ending:
+            kind = f"a folder, with none of the endings {', '.join(others)}"
         expected = f"{kind}, in a folder that exists"
         raise checks.error("filepath", expected, received)
     _check_overwrite(path, overwrite)
@@ -319,6 +336,28 @@ def _by_keras(format: str) -> Callable[..., Write]:
     return writer
 
 
+def _torch_writer(model: Any, **kwargs: Any) -> Write:
+    by_keras = _by_keras("torch")(model, **kwargs)
+
+    def write(path: str, progress: Progress) -> None:
+        # torch ends the process where the disk is full. It writes each weight
+        # twice, and its graph.
+        reserve = getattr(os, "posix_fallocate", None)
+        if reserve is not None:
+            size = 2 * bytes_of(model.weights)
+            try:
+                with open(path, "wb") as file:
+                    reserve(file.fileno(), 0, size + size // 20 + 2**24)
+            except OSError as error:
+                # Some file systems reserve nothing.
+                if error.errno in (errno.EDQUOT, errno.EFBIG, errno.ENOSPC):
+                    raise OSError(error.errno, error.strerror, path) from error
+            os.remove(path)
+        by_keras(path, progress)
+
+    return write
+
+
 def _gguf_writer(model: Any, **kwargs: Any) -> Write:
     _check_plain(model, "gguf")
     return gguf_file.writer(model, **kwargs)
@@ -386,7 +425,7 @@ FORMATS: dict[str, ExportFormat] = {
         {"tensorflow": (), "torch": ("litert_torch",)},
     ),
     "torch": ExportFormat(
-        _by_keras("torch"), ".pt2", {"torch": ()}, keeps_packed="torch"
+        _torch_writer, ".pt2", {"torch": ()}, keeps_packed="torch"
     ),
     "transformers": ExportFormat(
         _transformers_writer, needs={"": ("keras_hub",)}

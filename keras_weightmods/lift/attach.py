@@ -17,7 +17,7 @@ from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.principal_mask import Selection
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import stack_shape
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Skipped, skipped_text
 
 
 class Plan:
@@ -100,10 +100,9 @@ class Plan:
             problems,
         )
         if not sizes:
-            reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
                 "`PrincipalMaskCallback` found no kernel to train. Received: "
-                f"model={model.name!r}, skipped: {'; '.join(reasons)}"
+                f"model={model.name!r}, skipped: {skipped_text(skipped)}"
             )
         self.specs = [
             MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)

@@ -23,8 +23,8 @@ def kept(found: list[Weight], include: Any, exclude: Any) -> dict[str, str]:
     if len(reasons) == len(found):
         raise ValueError(
             "At least one weight must be merged. Received: "
-            f"include={include!r}, exclude={exclude!r}, which leave none of "
-            f"{len(found)}"
+            f"include={checks.shown(include)}, "
+            f"exclude={checks.shown(exclude)}, which leave none of {len(found)}"
         )
     return reasons
 

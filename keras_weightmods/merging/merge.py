@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import container, states
 from keras_weightmods.saving import model as model_file
-from keras_weightmods.saving.atomic_file import check_filepath
+from keras_weightmods.saving.atomic_file import check_filepath, unfinished
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
@@ -282,8 +281,8 @@ def merge(
             if reader is None:
                 # The file of a model in memory gets its config and assets.
                 folder = os.path.dirname(os.path.abspath(output))
-                made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
-                path = os.path.join(stack.enter_context(made), "model")
+                made = stack.enter_context(unfinished(folder))
+                path = os.path.join(made, "model")
                 model_file.save_model(template.model, path, verbose=0)
                 reader = opened("base", path).reader
             form = model_file.FORMAT, model_file.VERSION

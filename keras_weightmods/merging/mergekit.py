@@ -15,6 +15,7 @@ _PASSED_OVER = {
 _KEYS = {"base_model", "merge_method", "models", "parameters"}
 # Methods that divide by the sum of the weights there unless they are told.
 _DIVIDE = ("linear", "ties", "della")
+_MOST_VALUES, _MOST_LEVELS = 100_000, 20
 
 
 def arguments_of(config: Any) -> dict[str, Any]:
@@ -27,8 +28,17 @@ def arguments_of(config: Any) -> dict[str, Any]:
     Raises:
         ValueError: If it is no such config, or says what `merge` cannot do.
     """
-    if not isinstance(config, dict):
-        config = _read(config)
+    if isinstance(config, dict):
+        return _arguments_of(config)
+    path = checks.check_path("config", config)
+    try:
+        return _arguments_of(_read(path))
+    except ValueError as error:
+        raise ValueError(f"{checks.cut(path)}: {error}") from error
+
+
+def _arguments_of(config: dict[Any, Any]) -> dict[str, Any]:
+    _check_size(config)
     unknown = {*config} - _KEYS - _PASSED_OVER
     names = {each.mergekit or name: name for name, each in METHODS.items()}
     given = config.get("merge_method")
@@ -104,9 +114,28 @@ def _spec(value: Any, change: Any = lambda number: number) -> Any:
     }
 
 
-def _read(path: Any) -> Any:
+def _check_size(config: Any) -> None:
+    """Raise ValueError for what is too large to be a config, or nested so.
+
+    An alias of YAML stands for a value as large as one likes, or for itself.
+    """
+    left, count = [(config, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _MOST_LEVELS:
+            expected = (
+                f"of at most {_MOST_VALUES} values in {_MOST_LEVELS} levels"
+            )
+            raise checks.error("config", expected, config)
+        if isinstance(value, dict):
+            left += [(each, depth + 1) for each in value.values()]
+        elif isinstance(value, (list, tuple)):
+            left += [(each, depth + 1) for each in value]
+
+
+def _read(path: str) -> Any:
     """Return what a file of YAML or JSON holds, a dict."""
-    path = checks.check_path("config", path)
     if not path.endswith((".yml", ".yaml", ".json")):
         expected = "a list of models, or mergekit's .yml, .yaml or .json file"
         raise checks.error("models", expected, path)
@@ -126,7 +155,7 @@ def _read(path: Any) -> Any:
         ) from error
     # The errors of YAML are none of Python's.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"It cannot be read: {checks.cut(error)}") from error
     if not isinstance(found, dict):
         raise checks.error("config", "an object", found)
     return found

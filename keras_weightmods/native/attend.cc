@@ -9,7 +9,8 @@
 namespace {
 
 // The places up to the last one that the mask shows beyond `least`; `least` where
-// none is there, but all places where it shows none at all.
+// none is there, but all places where it shows none at all: each then has the
+// same weight.
 int64_t places_seen(const uint8_t* mask, int64_t places, int64_t least) {
   int64_t last = places;
   // Mostly in steps of eight.

@@ -49,7 +49,8 @@ class Selection:
             raise ValueError(
                 "Give one of `rank`, for as many entries as a LoRA of that "
                 "rank has numbers, and `density`, for a share of the entries. "
-                f"Received: rank={self.rank}, density={self.density}"
+                f"Received: rank={checks.shown(self.rank)}, "
+                f"density={checks.shown(self.density)}"
             )
         checks.check_int("rank", self.rank, 1, optional=True)
         checks.check_int("filter_rank", self.filter_rank, 1, optional=True)

@@ -28,7 +28,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Skipped, skipped_text
 
 
 def pack(
@@ -184,12 +184,11 @@ def pack(
         raise _not_exact(inexact, len(inexact) + len(items), dtype)
     if not tables and (head not in ("auto", None) or not items):
         missing = "head" if items else "kernel"
-        reasons_left = [f"{skip.path}: {skip.reason}" for skip in skipped[:5]]
         raise ValueError(
             f"The model has no {missing} that can be packed: a head is a "
             "`ReversibleEmbedding`, or a `Dense` at the end of a language "
             f"model. Received: model={model.name!r}, skipped: "
-            + ("; ".join(reasons_left) or "none")
+            f"{skipped_text(skipped)}"
         )
     items += tables
     why_dense = reason_for_dense()
@@ -343,7 +342,8 @@ def _check_weight(item: Any, has_products: Any) -> None:
         raise ValueError(
             "The values of a packed kernel cannot be trained under a "
             f"constraint of the kernel. Received: {variable.path!r} with "
-            f"the constraint {constraint!r}. Set its `constraint` to None."
+            f"the constraint {checks.shown(constraint)}. Set its `constraint` "
+            "to None."
         )
 
 

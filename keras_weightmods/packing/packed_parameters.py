@@ -1,6 +1,9 @@
 """A weight of a layer as the arrays of a format."""
 
+import math
 import string
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +25,10 @@ from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
 # What files tell of a packed weight.
 _SETTINGS = "format", "trainable", "activations"
+
+
+# The models of which a warning said that a fit does not train all.
+_WARNED: Any = weakref.WeakSet()
 
 
 def reason_to_skip(target):
@@ -275,9 +282,33 @@ class PackedParameters(Reparameterization):
         return ops.stack(parts, axis=-2)
 
     def effective(self, stored):
+        self.warn_in_training()
         if self.is_held:
             return ops.convert_to_tensor(self.companions["unpacked"])
         return ops.cast(self._kernel(self.tensor()), self.dtype)
+
+    def warn_in_training(self):
+        """Warn, once a model, that a fit leaves the packed weights alone."""
+        if self.trainable or not keras_compat.is_training():
+            return
+        model, layer = self.get_model(), self.target.layer
+        has_lora = getattr(layer, "lora_enabled", False)
+        if has_lora or not layer.trainable or model is None or model in _WARNED:
+            return
+        _WARNED.add(model)
+        weights = model.trainable_variables
+        count = sum(math.prod(variable.shape) for variable in weights)
+        warnings.warn(
+            f"The model {model.name!r} is called with `training=True`, as by "
+            f"`fit`, and has packed weights, {self.target.path!r} first, which "
+            f"no training changes: it trains {count:,} numbers, of biases, "
+            "norms and other weights that are not packed. Train it before "
+            "`pack`, or after `unpack(model)`; or train the values of 2:4 "
+            "kernels, `pack(model, trainable=True)`, or LoRA on the packed "
+            "layers, `layer.enable_lora`. Where the rest alone is meant, set "
+            "`trainable = False` on the packed layers.",
+            stacklevel=2,
+        )
 
     def tensor(self):
         """Return the matrix (K, N) of the arrays, a float32 tensor."""
@@ -363,6 +394,7 @@ class _PackedProducts(Products):
         item = slots(self.layer).get(attribute)
         if not isinstance(item, PackedParameters):
             return super().__call__(attribute, rows, stacked)
+        item.warn_in_training()
         if item.is_held:
             dtype = rows.dtype
             if item.rounds_inputs:
@@ -377,6 +409,7 @@ class _PackedProducts(Products):
         item = slots(self.layer).get(attribute)
         if not isinstance(item, PackedParameters) or item.is_held:
             return super().look_up(attribute, indices)
+        item.warn_in_training()
         rows = item.form.look_up(item, ops.cast(indices, "int32"))
         return ops.cast(rows, self.layer.compute_dtype)
 

@@ -19,8 +19,8 @@ import zlib
 import numpy as np
 
 _LONG = 255
-# Bytes that are unpacked at a time: what the caches hold.
-_PIECE = 1 << 18
+# Bytes that are unpacked at a time, to as many as the caches hold.
+_PART = 1 << 15
 
 
 def pack_places(places, shape):
@@ -126,13 +126,11 @@ def unpack_gaps(packed, count, size):
     Raises:
         ValueError: If `packed` does not hold such places.
     """
-    # The most bytes that places below `size` can need.
-    numbers = decompress(packed, count + size // _LONG)
     wrong = ValueError(f"does not hold {count} places")
     places = np.empty(count, "int64")
-    found = before = 0
-    for start in range(0, numbers.size, _PIECE):
-        piece = numbers[start : start + _PIECE]
+    found = before = last = 0
+    # The most bytes that places below `size` can need.
+    for piece in _unpacked(packed, count + size // _LONG):
         # It does not overflow.
         sums = np.cumsum(piece, dtype="uint32")
         here = sums[piece != _LONG]
@@ -142,8 +140,8 @@ def unpack_gaps(packed, count, size):
         there[:] = here
         there += np.arange(before + found, before + found + here.size)
         found += here.size
-        before += int(sums[-1])
-    if found < count or _LONG in numbers[-1:]:
+        before, last = before + int(sums[-1]), piece[-1]
+    if found < count or last == _LONG:
         raise wrong
     if count and places[-1] >= size:
         raise ValueError(f"holds places beyond {size}")
@@ -201,15 +199,28 @@ def decompress(packed, most):
     Raises:
         ValueError: If it holds more, or is no code.
     """
-    # Without the search no code is shorter than a bit: what unpacks to more was
-    # written to fill the memory.
-    most = min(most, 8 * packed.size)
+    parts = list(_unpacked(packed, most))
+    return np.concatenate(parts) if parts else np.empty(0, "uint8")
+
+
+def _unpacked(packed, most):
+    """Yield what `decompress` returns, in parts."""
     decoder = zlib.decompressobj(wbits=-15)
+    place = count = 0
+    is_sound = True
     try:
-        # One more, to see that there are no more.
-        found = decoder.decompress(packed.data, most + 1)
+        while is_sound and not decoder.eof and place < packed.size:
+            part = packed[place : place + _PART]
+            place += part.size
+            # Without the search no code is shorter than a bit: what unpacks to
+            # more was written to fill the memory. Some bits were held back.
+            found = decoder.decompress(part.data, 8 * (part.size + 64))
+            count += len(found)
+            is_sound = count <= most and not decoder.unconsumed_tail
+            if is_sound and found:
+                yield np.frombuffer(found, "uint8")
     except zlib.error as error:
         raise ValueError(f"is no code ({error})") from error
-    if len(found) > most or not decoder.eof or decoder.unused_data:
+    is_whole = decoder.eof and place == packed.size and not decoder.unused_data
+    if not is_sound or not is_whole:
         raise ValueError(f"does not hold {most} bytes at most")
-    return np.frombuffer(found, "uint8")

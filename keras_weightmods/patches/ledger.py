@@ -13,7 +13,7 @@ from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint, mismatches
 from keras_weightmods.patches.entry import Replacing, Sparse
 from keras_weightmods.patches.report import PatchReport
-from keras_weightmods.utils.checks import raise_all
+from keras_weightmods.utils.checks import raise_all, shown
 from keras_weightmods.utils.parallel import map_ahead
 from keras_weightmods.utils.report import Skipped
 
@@ -391,7 +391,7 @@ def check_unpatched(argument: str, model: Any) -> None:
         raise ValueError(
             f"`{argument}` must be without patches. Call "
             "`kwm.Patch.clear(model)` first. Received: "
-            f"{argument}={model.name!r} with {on_model}"
+            f"{argument}={model.name!r} with {shown(on_model)}"
         )
 
 

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import pathlib
 import re
-import shutil
 import tempfile
 import warnings
 from typing import Any
@@ -19,18 +17,24 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
 from keras_weightmods.patches.checkpoint import Checkpoint, bytes_of
-from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
+from keras_weightmods.patches.entry import (
+    FLOATS,
+    PatchEntry,
+    Replacing,
+    Sparse,
+)
 from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.report import LoraKernel, LoraReport
-from keras_weightmods.patches.tensors import rebuilt_pieces
-from keras_weightmods.saving.atomic_file import BEGINNING
+from keras_weightmods.patches.tensors import is_finite, rebuilt_pieces
+from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.checks import shown
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Skipped, skipped_text
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kernels are filled up to it with zeros.
@@ -123,10 +127,9 @@ def write(
         rows.append(LoraKernel(target.key, target.shape, (rest / size) ** 0.5))
         lost += rest
     if not rows:
-        reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
         raise ValueError(
             "The patch must have changes that an adapter can hold. Left out: "
-            f"{reasons}. Received: {patch!r}"
+            f"{skipped_text(skipped)}. Received: {patch!r}"
         )
     is_causal = "CausalLM" in type(values.model).__name__
     config = {
@@ -143,13 +146,17 @@ def write(
         "target_modules": modules,
     }
     os.makedirs(path, exist_ok=True)
-    _replace(
-        path,
-        {
-            _WEIGHTS: safetensors.numpy.save(arrays, {"format": "pt"}),
-            _CONFIG: json.dumps(config, indent=2).encode(),
-        },
-    )
+    with unfinished(path) as folder:
+        # The config last: without it there is no adapter.
+        for name, content in (
+            (_WEIGHTS, safetensors.numpy.save(arrays, {"format": "pt"})),
+            (_CONFIG, json.dumps(config, indent=2).encode()),
+        ):
+            with open(os.path.join(folder, name), "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        replace_all(folder, [_WEIGHTS, _CONFIG])
     error = (lost / whole) ** 0.5
     if skipped:
         warnings.warn(
@@ -159,36 +166,6 @@ def write(
             stacklevel=3,
         )
     return LoraReport(path, rank, tuple(rows), error, tuple(skipped))
-
-
-def _replace(path: str, contents: dict[str, bytes]) -> None:
-    """Write files of a folder; what else is there stays.
-
-    The config, the last one, goes first and comes last: a kill may leave no
-    adapter, but never the factors of one with the config of another.
-    """
-    for each in pathlib.Path(path).glob(f"{BEGINNING}*"):
-        shutil.rmtree(each, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=BEGINNING) as folder:
-        places = {name: os.path.join(path, name) for name in contents}
-        old = {name: os.path.join(folder, f"old_{name}") for name in contents}
-        moves = [(places[name], old[name]) for name in reversed(contents)]
-        moves = [move for move in moves if os.path.exists(move[0])]
-        for name, content in contents.items():
-            new = os.path.join(folder, name)
-            with open(new, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            moves.append((new, places[name]))
-        try:
-            for move in moves:
-                os.replace(*move)
-        except BaseException:
-            for start, end in reversed(moves):
-                if os.path.exists(end) and not os.path.exists(start):
-                    os.replace(end, start)
-            raise
 
 
 def changes(
@@ -297,7 +274,11 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
         with open(os.path.join(path, _CONFIG), "rb") as file:
             config = parse_json(file.read())
         arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    # Of dtypes that NumPy lacks it has no errors of its own.
+    except (
+        *(AttributeError, KeyError, OSError, TypeError, ValueError),
+        safetensors.SafetensorError,
+    ) as error:
         expected = (
             f"a folder of peft, with JSON in {_CONFIG} and tensors in "
             f"{_WEIGHTS} ({error})"
@@ -309,18 +290,18 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
 def _scale_of(config: Any, path: str) -> tuple[float, float]:
     """Return a and p of the scale a / rank**p of an adapter, checked."""
     if not isinstance(config, dict):
-        _refuse(_EXPECTED, path, [f"{_CONFIG} holds {config!r}"])
+        _refuse(_EXPECTED, path, [f"{_CONFIG} holds {shown(config)}"])
     problems = [
-        f"{name}={config.get(name)!r}"
+        f"{name}={shown(config.get(name))}"
         for name, allowed in _PLAIN.items()
         if config.get(name) not in allowed
     ]
     pattern = config.get("rank_pattern")
     if not isinstance(pattern, dict | None):
-        problems.append(f"rank_pattern={pattern!r}, not an object")
+        problems.append(f"rank_pattern={shown(pattern)}, not an object")
     alpha = config.get("lora_alpha")
     if not checks.is_finite(alpha):
-        problems.append(f"lora_alpha={alpha!r}, not a finite number")
+        problems.append(f"lora_alpha={shown(alpha)}, not a finite number")
     _refuse(_EXPECTED, path, problems)
     return alpha, 0.5 if config.get("use_rslora") else 1.0
 
@@ -334,7 +315,7 @@ def _check_ranks(config: Any, ranks: set[int], path: str) -> None:
             f"an adapter whose {_CONFIG} and {_WEIGHTS} are of one training, "
             "with factors of the rank `r`. Write it again"
         )
-        problems = [f"r={config.get('r')!r}, and factors of rank {other}"]
+        problems = [f"r={shown(config.get('r'))}, and factors of rank {other}"]
         _refuse(expected, path, problems)
 
 
@@ -354,6 +335,8 @@ def _pairs(
         ]
         if match is None or len(fitting) != 1:
             unknown.append(key)
+        elif array.dtype.name not in FLOATS or not is_finite(array):
+            problems.append(f"{key}: {array.dtype}, and not finite floats")
         else:
             pair = pairs.setdefault(fitting[0], {})
             pair[match[2]] = array.astype("float32").T

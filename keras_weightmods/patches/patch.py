@@ -461,8 +461,9 @@ class Patch:
             if name is None:
                 raise ValueError(
                     f"{self!r} must be on this model object: on it are "
-                    f"{[*ledger.patches]}. `patch.subtract(model)` takes one "
-                    "off that was put on before the model was saved. Received: "
+                    f"{checks.shown([*ledger.patches])}. "
+                    "`patch.subtract(model)` takes one off that was put on "
+                    "before the model was saved. Received: "
                     f"model={model.name!r}"
                 )
             after = dict(ledger.patches)
@@ -603,7 +604,7 @@ class Patch:
         return iter(self.entries)
 
     def __repr__(self) -> str:
-        name = "" if self.name is None else f"{self.name!r}, "
+        name = "" if self.name is None else f"{checks.shown(self.name)}, "
         kind = type(self).__name__
         return f"<{kind} {name}{self.method}, {len(self)} weights>"
 

@@ -35,7 +35,13 @@ from keras_weightmods.quantization.grid_weights import GridWeights
 from keras_weightmods.quantization.head import UNITS, find_table, round_table
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
-from keras_weightmods.utils.report import Report, Row, Skipped, Table
+from keras_weightmods.utils.report import (
+    Report,
+    Row,
+    Skipped,
+    Table,
+    skipped_text,
+)
 
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
@@ -242,7 +248,7 @@ def quantize(
     if not kernels and not tables:
         raise ValueError(
             "`quantize` found no kernel. Received: targets that are all "
-            f"skipped, {skipped}"
+            f"skipped, {skipped_text(skipped)}"
         )
     check_stored("quantize", kernels)
     check_finite(target.variable for target in (*kernels, *tables))

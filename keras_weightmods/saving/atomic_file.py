@@ -4,12 +4,21 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 import stat
+import time
 
 from keras_weightmods.utils import checks
 
-# How the names of unfinished files begin.
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+# How the names of folders begin that hold unfinished files.
 BEGINNING = ".kwm-"
+# Seconds after which one that no process has locked is a killed one's.
+_ABANDONED = 60
 
 
 def check_filepath(filepath, overwrite=True):
@@ -28,26 +37,85 @@ def check_filepath(filepath, overwrite=True):
     if not checks.check_bool("overwrite", overwrite) and os.path.exists(path):
         raise FileExistsError(
             "The file exists. Pass `overwrite=True` to replace it. Received: "
-            f"filepath={os.fspath(filepath)!r}, overwrite=False"
+            f"filepath={checks.shown(os.fspath(filepath))}, overwrite=False"
         )
     return path
+
+
+@contextlib.contextmanager
+def unfinished(folder):
+    """Yield a new hidden folder in `folder`, for what is not whole yet.
+
+    It goes at the end, and so do those of processes that were killed: a
+    process holds a lock on its own.
+    """
+    for each in pathlib.Path(folder).glob(f"{BEGINNING}*"):
+        with contextlib.suppress(OSError), _locked(each):
+            if time.time() - each.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(each)
+    made = pathlib.Path(folder, BEGINNING + secrets.token_hex(8))
+    made.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            # Where there are no locks, on some file systems, none is removed.
+            with contextlib.suppress(OSError):
+                stack.enter_context(_locked(made))
+            yield str(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def replace_all(made, names):
+    """Move what is in a folder of `unfinished` beside it, in place of others.
+
+    On an error all are as before. The last file is the one without which the
+    others are not read: it goes first and comes last, so that a kill leaves no
+    file beside those of another time.
+
+    Args:
+        made: String, the folder.
+        names: List of strings, the files and folders in it.
+    """
+    folder = os.path.dirname(made)
+    moves = [(os.path.join(made, n), os.path.join(folder, n)) for n in names]
+    if len(moves) > 1 or any(os.path.isdir(end) for _, end in moves):
+        old = [(end, f"{start}.replaced") for start, end in reversed(moves)]
+        moves = [each for each in old if os.path.lexists(each[0])] + moves
+    try:
+        for start, end in moves:
+            os.replace(start, end)
+    except BaseException:
+        for start, end in reversed(moves):
+            if os.path.lexists(end) and not os.path.lexists(start):
+                os.replace(end, start)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Lock a folder; raise OSError where another process has done so."""
+    if fcntl is None:
+        raise OSError("no locks")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def replacing(filepath):
     """Yield the path of a file to write, which then replaces `filepath`.
 
-    It lies in the same folder, has the same ending, and gets the rights of the
+    It lies in a folder beside, has the same ending, and gets the rights of the
     file that it replaces. On an error it is removed, and `filepath` stays.
     """
     filepath = check_filepath(filepath)
     folder, name = os.path.split(filepath)
-    # Short, where the name is as long as the file system allows. Not by
-    # `tempfile`, which makes files that only their owner may read.
-    ending = pathlib.Path(name).suffix[-32:]
-    unique = f"{BEGINNING}{secrets.token_hex(8)}{ending}"
-    temporary = os.path.join(folder, unique)
-    try:
+    with unfinished(folder) as made:
+        # Short, where the name is as long as the file system allows.
+        temporary = os.path.join(made, f"new{pathlib.Path(name).suffix[-32:]}")
         yield temporary
         if os.path.exists(filepath):
             os.chmod(temporary, stat.S_IMODE(os.stat(filepath).st_mode))
@@ -59,6 +127,3 @@ def replacing(filepath):
             with contextlib.suppress(OSError):
                 os.fsync(descriptor)
             os.close(descriptor)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

@@ -16,7 +16,6 @@ from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_compat, train_step
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.saving import (
-    atomic_file,
     bounded_json,
     container,
     shared,
@@ -268,10 +267,6 @@ class Checkpoint(keras.callbacks.Callback):
         entries, values = _contents(self.model, state)
         if shared.is_first():
             os.makedirs(self.path, exist_ok=True)
-            for each in os.listdir(self.path):
-                # Left by a process that was killed; the folder is this run's.
-                if each.startswith(atomic_file.BEGINNING):
-                    os.remove(os.path.join(self.path, each))
         name = f"step-{self._taken:010d}.safetensors"
         file = os.path.join(self.path, name)
         shared.write(file, _FORMAT, _VERSION, entries, values)
@@ -328,8 +323,8 @@ def _load(model: Any, reader: Any) -> dict[str, Any]:
     if state["backend"] != backend:
         raise ValueError(
             "A checkpoint goes on with the backend that it began with. "
-            f"Received: one of {state['backend']!r}, on {backend!r}, in "
-            f"{reader.filepath!r}"
+            f"Received: one of {checks.shown(state['backend'])}, on "
+            f"{backend!r}, in {reader.filepath!r}"
         )
     if not model.built:
         expected = "built before `fit`. Call it on a batch of data"
@@ -399,7 +394,13 @@ def _named(group: str, model: Any) -> dict[str, Any]:
     """Return the variables of the model or its optimizer by their entries."""
     owner = model if group == "model" else model.optimizer
     found = [] if owner is None else owner.variables
-    return {f"{group}/{i}/{each.path}": each for i, each in enumerate(found)}
+    # An optimizer that TensorFlow's `fit` builds puts its name before those of
+    # the optimizer inside, as `LossScaleOptimizer` does.
+    scope = f"{owner.name}/" if group == "optimizer" and found else ""
+    return {
+        f"{group}/{i}/{each.path.removeprefix(scope)}": each
+        for i, each in enumerate(found)
+    }
 
 
 def _entry(value: Any) -> container.Entry:

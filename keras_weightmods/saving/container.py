@@ -185,7 +185,7 @@ def write(filepath, format, version, entries, arrays, overwrite=True):
                 )
         missing = [name for name in order if checksums[name] == _NO_CHECKSUM]
         if missing:
-            raise ValueError(f"Not all is written. Missing: {missing}")
+            raise ValueError(f"Not all is written. Missing: {missing[:5]}")
         checksum = hashlib.sha256(header(_NO_CHECKSUM)).hexdigest()
         file.seek(0)
         file.write(header(checksum))
@@ -303,7 +303,8 @@ class Reader:
     def _error(self, reason):
         return ValueError(
             f"{reason}. The file is truncated, altered or of another kind: "
-            f"get or save it again. Received: filepath={self.filepath!r}"
+            "get or save it again. Received: "
+            f"filepath={checks.shown(self.filepath)}"
         )
 
     def _other(self, kind):
@@ -311,7 +312,7 @@ class Reader:
         reader = READERS.get(self._format, "this")
         return ValueError(
             f"A file of {self._format!r} was expected, for {reader}. "
-            f"Received: filepath={self.filepath!r}, {kind}"
+            f"Received: filepath={checks.shown(self.filepath)}, {kind}"
         )
 
     def _check_header(self, versions):
@@ -340,8 +341,9 @@ class Reader:
         if found != self._format or version not in [*map(str, versions)]:
             raise self._error(
                 f"The header does not state format {self._format!r} of a "
-                f"version in {list(versions)}, but {found!r}, version "
-                f"{version!r}: a later release of keras_weightmods may read it"
+                f"version in {list(versions)}, but {checks.shown(found)}, "
+                f"version {checks.shown(version)}: a later release of "
+                "keras_weightmods may read it"
             )
         checksum = metadata["header_sha256"]
         if len(checksum) == len(_NO_CHECKSUM):

@@ -3,6 +3,7 @@
 import collections
 import copy
 import inspect
+import json
 import re
 import sys
 import warnings
@@ -21,6 +22,7 @@ from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.saving import states
 from keras_weightmods.saving.container import DTYPES
+from keras_weightmods.utils.checks import cut, shown
 from keras_weightmods.version import __version__
 
 _KEYS = {
@@ -90,7 +92,7 @@ def check(description):
             dtype = inner.get("dtype") if isinstance(inner, dict) else None
             # NumPy takes 1 GB for an entry of the dtype `V1000000000`.
             if not isinstance(dtype, str) or dtype not in DTYPES:
-                raise ValueError(f"has an array of the dtype {dtype!r}")
+                raise ValueError(f"has an array of the dtype {shown(dtype)}")
 
 
 def _objects(config):
@@ -104,6 +106,26 @@ def _objects(config):
             values.extend(value.values())
         elif isinstance(value, (list, tuple)):
             values.extend(value)
+
+
+def _check_count(description):
+    """Raise ValueError for a config of many more layers than were saved.
+
+    To make a thousand takes Keras minutes.
+    """
+    found = set()
+    for each in _objects(description["config"]):
+        inner = each.get("config")
+        layers = inner.get("layers") if isinstance(inner, dict) else None
+        for layer in layers if isinstance(layers, list) else ():
+            # One that two models share is written twice.
+            config = layer.get("config") if isinstance(layer, dict) else None
+            found.add(json.dumps(config, default=str))
+    if len(found) > 99 + 2 * len(description["parts"]):
+        raise ValueError(
+            f"Expected the config of the {len(description['parts'])} layers "
+            f"that were saved. It has {len(found)}"
+        )
 
 
 def build(description, entries, custom_objects=None):
@@ -242,7 +264,7 @@ def message(error):
     """Return what an error of Keras says, without the whole config in it."""
     text = str(error).rpartition("Exception encountered: ")[2]
     text = text.partition("Full object config:")[0].strip()
-    return text if len(text) <= 2000 else f"{text[:2000]}..."
+    return cut(text, 1200)
 
 
 def made(config, custom_objects):
@@ -252,13 +274,15 @@ def made(config, custom_objects):
 
 
 def _build(description, custom_objects):
+    _check_count(description)
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
     model = made(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
-            f"Expected the config of a built keras.Model. It makes: {model!r}"
+            "Expected the config of a built keras.Model. It makes: "
+            f"{shown(model)}"
         )
     parts = states.walk(model, like=description["parts"])
     _check_equal("layers", _kinds(description["parts"]), _kinds(_rows(parts)))
@@ -279,7 +303,9 @@ def _build(description, custom_objects):
     for name, rank, alpha in description["lora"]:
         if name not in parts or not reparameterization.slots(parts[name]):
             # Its arrays are not in the file, which would not bound them.
-            raise ValueError(f"LoRA in {name!r}, of which no weight is changed")
+            raise ValueError(
+                f"LoRA in {shown(name)}, of which no weight is changed"
+            )
         parts[name].enable_lora(rank, lora_alpha=alpha)
     return model, parts
 
@@ -320,7 +346,8 @@ def _check_equal(kind, saved, built):
     if different:
         raise ValueError(
             f"Expected the {len(saved)} {kind} that were saved. "
-            f"{len(different)} differ: {', '.join(different[:5])}"
+            f"{len(different)} differ: "
+            f"{', '.join(cut(each, 200) for each in different[:5])}"
         )
 
 
@@ -336,14 +363,14 @@ def _change(model, parts, rows):
         if kind not in kinds:
             raise ValueError(
                 f"Expected one of the changes {sorted(kinds)} for layer "
-                f"{name!r}. Received: {kind!r}. One of your own has a `name`, "
-                "and its module is imported first"
+                f"{shown(name)}. Received: {shown(kind)}. One of your own has "
+                "a `name`, and its module is imported first"
             )
         key = (id(layer), attribute)
         if not isinstance(layer, keras.layers.Layer) or key in items:
             raise ValueError(
-                f"Expected one change of a weight {attribute!r} in layer "
-                f"{name!r}"
+                f"Expected one change of a weight {shown(attribute)} in layer "
+                f"{shown(name)}"
             )
         depth = order.get(id(layer), len(order))
         target = target_of(layer, attribute, keys=keys, depth=depth)

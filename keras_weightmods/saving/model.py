@@ -107,10 +107,11 @@ def save_model(
     ```
     """
     if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            "`model` must be a built Keras model. Call it on data once, or "
-            f"`model.build(input_shape)`. Received: model={model!r}"
+        expected = (
+            "a built Keras model. Call it on data once, or "
+            "`model.build(input_shape)`"
         )
+        raise checks.error("model", expected, model)
     checks.check_verbose(verbose)
     filepath = checks.check_path("filepath", filepath)
     ending = os.path.splitext(filepath)[1].lower()
@@ -338,7 +339,7 @@ def _as_described(reader: Any) -> Iterator[None]:
         raise ValueError(
             f"The model cannot be built as entry `{_MODEL}` describes it. "
             f"{description.message(error)}. Received: "
-            f"filepath={reader.filepath!r}"
+            f"filepath={checks.shown(reader.filepath)}"
         ) from error
 
 

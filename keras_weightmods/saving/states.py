@@ -23,6 +23,7 @@ from keras_weightmods.core.reparameterized_layer import (
 )
 from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
+from keras_weightmods.utils.checks import cut
 
 _WEIGHTS = "weights/"
 _ASSETS = "assets/"
@@ -214,7 +215,7 @@ def load(parts, reader, folder, prepare, see):
         except Exception as error:
             raise reader.error(
                 weight_name(part_name, ""),
-                f"or its assets cannot be loaded into {part!r} ({error})",
+                f"or its assets cannot be loaded into {part!r} ({cut(error)})",
             ) from error
         for name in names.values():
             see(name)

@@ -71,7 +71,7 @@ def find_axes(targets, variables, m):
             f"`AdamS` found no kernel to sparsify among the {len(variables)} "
             "variables it was built on. Pass `targets=model` or "
             "`targets=find_targets(model)`, or use Adam. "
-            f"Received: targets={targets!r}"
+            f"Received: targets={checks.shown(targets)}"
         )
     return axes
 

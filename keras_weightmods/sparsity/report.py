@@ -17,7 +17,13 @@ from keras_weightmods.ops import nm
 from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Row, Skipped, Table
+from keras_weightmods.utils.report import (
+    Report,
+    Row,
+    Skipped,
+    Table,
+    skipped_text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +238,7 @@ def assert_sparse(
     if not kernels:
         raise ValueError(
             f"`assert_sparse` found no kernel that fits pattern "
-            f"{report.pattern}. Skipped: {report.skipped}"
+            f"{report.pattern}. Skipped: {skipped_text(report.skipped)}"
         )
     bad = [kernel for kernel in kernels if not kernel.is_exact]
     if bad:

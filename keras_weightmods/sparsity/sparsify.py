@@ -27,7 +27,13 @@ from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
-from keras_weightmods.utils.report import Report, Row, Skipped, Table
+from keras_weightmods.utils.report import (
+    Report,
+    Row,
+    Skipped,
+    Table,
+    skipped_text,
+)
 from keras_weightmods.utils.warning import warn
 
 _REFINEMENTS = ("swaps", "blocks")
@@ -333,8 +339,8 @@ def fitting_targets(
     if not fitting:
         raise ValueError(
             f"`{caller}` found no kernel that fits pattern {n}:{m}. "
-            f"Received: targets {[(t.path, t.shape) for t in targets]}, "
-            f"skipped {fitting.skipped}"
+            f"Received: {len(targets)} targets, skipped: "
+            f"{skipped_text(fitting.skipped)}"
         )
     return fitting
 

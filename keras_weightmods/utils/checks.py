@@ -10,8 +10,17 @@ import math
 import numbers
 import operator
 import os
+import reprlib
 from collections.abc import Iterable
 from typing import Any
+
+# Characters of a value, and of a list of problems, in an error.
+_MOST_SHOWN, _MOST_LISTED = 500, 1500
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 8
+_REPR.maxfrozenset = 8
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MOST_SHOWN
 
 
 def check_int(name, value, least=None, most=None, optional=False):
@@ -178,18 +187,46 @@ def is_finite(value: Any) -> bool:
 def error(name: str, expected: str, value: Any) -> ValueError:
     """Return a `ValueError` to raise: what was expected and received."""
     return ValueError(
-        f"`{name}` must be {expected}. Received: {name}={value!r}"
+        f"`{name}` must be {cut(expected, _MOST_LISTED // 2)}. Received: "
+        f"{name}={shown(value)}"
     )
 
 
+def shown(value: Any) -> str:
+    """Return the `repr` of a value of the user, cut where it is long.
+
+    Python's own is as long as the value, or longer where parts of it are in it
+    many times, and fails for an int of 5,000 digits.
+    """
+    try:
+        return cut(_REPR.repr(value), _MOST_SHOWN)
+    # What the user's own class raises is not known.
+    except Exception:
+        return object.__repr__(value)
+
+
+def cut(text: Any, most: int = _MOST_SHOWN) -> str:
+    """Return a text of at most some characters, its end in place of more."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[: most - 60]}...{text[-57:]}"
+
+
 def raise_all(summary: str, problems: Iterable[str]) -> None:
-    """Raise a ValueError that lists all of `problems`, if there are any."""
-    lines = [f"  {problem}" for problem in problems]
-    if lines:
-        plural = "s" if len(lines) > 1 else ""
-        raise ValueError(
-            "\n".join([f"{summary} {len(lines)} problem{plural}:", *lines])
-        )
+    """Raise a ValueError that lists the first of `problems`, if there are any.
+
+    And how many there are.
+    """
+    lines = [f"  {cut(problem)}" for problem in problems]
+    if not lines:
+        return
+    plural = "s" if len(lines) > 1 else ""
+    listed = [f"{cut(summary, 800)} {len(lines)} problem{plural}:"]
+    for line in lines:
+        if sum(map(len, listed)) + len(line) > _MOST_LISTED:
+            listed.append(f"  and {len(lines) - len(listed) + 1} more")
+            break
+        listed.append(line)
+    raise ValueError("\n".join(listed))
 
 
 _COMPARISONS = {

@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
-import keras
 import ml_dtypes
 import numpy as np
-from keras import ops
 
 # How far rounding takes a number, as a share of it.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -31,6 +29,10 @@ def restored(weight: Any, master: Any) -> Any:
             `weight` was changed since, it is not used. `weight` is not compared
             with a rounded `master`: XLA leaves out such a rounding.
     """
+    # The command line reads files without Keras.
+    import keras
+    from keras import ops
+
     dtype = keras.backend.standardize_dtype(weight.dtype)
     wide = ops.cast(weight, "float32")
     rounded = ops.abs(master - wide)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from keras import ops
 
+from keras_weightmods.utils.checks import shown
+
 Axes = int | Sequence[int]
 
 
@@ -87,11 +89,13 @@ def _order(rank, axis):
     if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
         raise ValueError(
             f"`axis` must be an int or a tuple of ints in [-{rank}, {rank}) "
-            f"for a tensor of rank {rank}. Received: axis={axis}"
+            f"for a tensor of rank {rank}. Received: axis={shown(axis)}"
         )
     axes = [i % rank for i in axes]
     if len(set(axes)) != len(axes):
-        raise ValueError(f"`axis` names an axis twice. Received: axis={axis}")
+        raise ValueError(
+            f"`axis` names an axis twice. Received: axis={shown(axis)}"
+        )
     return axes + [i for i in range(rank) if i not in axes]
 
 

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from keras_weightmods.utils.checks import cut
+
 # Lines that `str(report)` takes at most, and characters that they have.
 _LINES, _WIDTH = 30, 100
 _LEFT = "Left as they are"
@@ -88,11 +90,8 @@ class Report:
         return {**fields, "totals": _plain(totals)} if totals else fields
 
     def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for skip in getattr(self, "skipped", ()):
-            groups.setdefault(skip.reason, []).append(skip.path)
-        rows = [(len(paths), paths[0], why) for why, paths in groups.items()]
-        title = _LEFT if groups else ""
+        rows = _grouped(getattr(self, "skipped", ()))
+        title = _LEFT if rows else ""
         left = Table(title, rows, "weights the_first reason")
         lines = []
         for table in _shortened([*self.tables(), left]):
@@ -101,6 +100,25 @@ class Report:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
+
+
+def skipped_text(skipped: Iterable[Skipped]) -> str:
+    """Return what is skipped for an error: the first weight of each reason."""
+    rows = _grouped(skipped)
+    listed = [
+        f"{f'{count} weights, the first ' * (count > 1)}{cut(path)}: {cut(why)}"
+        for count, path, why in rows[:3]
+    ]
+    more = [f"{len(rows) - 3} more reasons"] * (len(rows) > 3)
+    return "; ".join([*listed, *more]) or "none"
+
+
+def _grouped(skipped: Iterable[Skipped]) -> list[tuple[int, str, str]]:
+    """Return (number of weights, path of the first, reason) for each reason."""
+    groups: dict[str, list[str]] = {}
+    for skip in skipped:
+        groups.setdefault(skip.reason, []).append(skip.path)
+    return [(len(paths), paths[0], why) for why, paths in groups.items()]
 
 
 def shape_text(shape: Iterable[int]) -> str:

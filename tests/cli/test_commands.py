@@ -173,7 +173,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
         "sparsify model.keras --data empty.npy -o a.keras": "in a .npy file",
         "sparsify model.keras -o model.keras": "--overwrite replaces it",
         "sparsify model.keras -o x/a.keras": "folder that exists",
-        "export model.keras --format gguf -o a.gguf": "a KerasHub Llama",
+        "export model.keras -o a.gguf": "a KerasHub Llama",
         f"info model.keras --backend {other}": "Keras runs on",
     }
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}

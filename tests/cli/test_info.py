@@ -2,9 +2,13 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import time
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 
@@ -84,6 +88,69 @@ def test_what_cannot_be_inspected(files, run, tmp_path):
         assert message in run("info a.safetensors", code=1)
 
 
+DEEP = "[" * 100_000
+
+
+def archive(path, packing=zipfile.ZIP_STORED, **members):
+    """Write a `.keras` file with members in place of its own."""
+    with zipfile.ZipFile(path) as whole:
+        own = {name: whole.read(name) for name in whole.namelist()}
+    for name, content in members.items():
+        own[{"weights": "model.weights.h5"}.get(name, f"{name}.json")] = content
+    with zipfile.ZipFile("a.keras", "w", packing) as file:
+        for name, content in own.items():
+            if content is not None:
+                file.writestr(name, content)
+
+
+def test_damaged_keras_files_end_in_one_message(files, run, tmp_path):
+    path = files / "model.keras"
+    for members in (
+        *(
+            {"config": text}
+            for text in (DEEP, "[1]", "3", "{", b"\xff", "9" * 5000)
+        ),
+        *({"metadata": text} for text in (None, DEEP, "[]", "null")),
+        *({"weights": content} for content in (None, b"", b"\x89HDF" * 99)),
+    ):
+        archive(path, **members)
+        assert "a.keras cannot be read: " in run("info a.keras", code=1)
+    # Bits of the archive: encrypted, compressed in an unknown way, damaged.
+    archive(path, zipfile.ZIP_DEFLATED)
+    assert "8x4" in run("info a.keras")
+    whole = (tmp_path / "a.keras").read_bytes()
+    place = whole.index(b"PK\x01\x02")
+    for where, value in (
+        (place + 8, 1),
+        (place + 10, 77),
+        (40, whole[40] ^ 255),
+    ):
+        changed = bytearray(whole)
+        changed[where] = value
+        (tmp_path / "a.keras").write_bytes(changed)
+        assert "a.keras cannot be read: " in run("info a.keras", code=1)
+    # What would take gigabytes is refused by its size in the directory.
+    for members in ({"config": bytes(2**26)}, {"weights": bytes(2**27)}):
+        archive(path, zipfile.ZIP_DEFLATED, **members)
+        assert os.path.getsize("a.keras") < 2**19
+        assert ", more than " in run("info a.keras", code=1)
+
+
+def test_links_and_many_groups_in_hdf5(tmp_path, run):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        group = file
+        for _ in range(800):
+            group = group.create_group("g")
+        group["x"] = np.ones((3, 5))
+        group["itself"] = group
+        group["soft"] = h5py.SoftLink("/g")
+        group["outside"] = h5py.ExternalLink("b.h5", "/")
+    start = time.process_time()
+    report = info.file_report(str(tmp_path / "a.h5"))
+    assert time.process_time() - start < 1
+    assert report.arrays == (("g/" * 800 + "x", (3, 5), "float64"),)
+
+
 def test_a_backend_that_is_installed_is_taken(tmp_path):
     program = (
         "import importlib.util as util, os\n"
@@ -114,3 +181,24 @@ def test_presets(run):
     assert report.kind == "a preset"
     assert report.nbytes > len(report.arrays) > 5
     assert report.about["class_name"]
+    for name, content in (
+        ("task.json", "[]"),
+        ("config.json", DEEP),
+        ("model.weights.h5", "HDF"),
+        ("b.safetensors", "{}"),
+    ):
+        path = pathlib.Path("preset", name)
+        before = path.read_text("latin-1") if path.exists() else None
+        path.write_text(content)
+        assert f"{path} cannot be read: " in run("info preset", code=1)
+        path.unlink()
+        if before is not None:
+            path.write_text(before, "latin-1")
+    task = pathlib.Path("preset", "task.json")
+    for text in ("[]", DEEP, '{"class_name": "os"}', '{"class_name": ["A"]}'):
+        task.write_text(text)
+        error = run("generate preset a", code=1)
+        assert f"{task} must be JSON with the `class_name` of" in error
+    task.unlink()
+    pathlib.Path("preset", "config.json").write_text("[3]")
+    assert "KerasHub cannot load preset" in run("generate preset a", code=1)

@@ -378,6 +378,7 @@ def test_regularizer_sees_the_effective_weight(kind):
     assert structure(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:The model .* packed weights")
 @pytest.mark.parametrize("kind", ["scaling", "packing"], indirect=True)
 def test_compiled_functions_are_made_anew(kind, model):
     x = inputs_for(model, batch=8)

@@ -255,6 +255,57 @@ def test_an_error_leaves_the_model_and_the_folder(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the format is torch's")
+def test_a_full_disk_is_told(tmp_path):
+    resource = pytest.importorskip("resource")
+    (path := tmp_path / "model.pt2").touch()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Where torch began to write, it would end this process.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.pt2"):
+            kwm.export(models.mlp(64, 8), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["model.pt2"]
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.one_backend
+def test_files_of_two_exports_never_stand_together(tmp_path, monkeypatch):
+    moves, move = [], os.replace
+
+    def writer(model, stop=9):
+        def write(path, progress):
+            for ending in (".xml", ".bin"):
+                pathlib.Path(path).with_suffix(ending).write_text(f"{stop}")
+
+        return write
+
+    def replace(start, end):
+        moves.append(sorted(p.name for p in tmp_path.glob("model.*")))
+        if len(moves) == stop:
+            raise KeyboardInterrupt
+        move(start, end)
+
+    two = module.ExportFormat(writer, ".xml")
+    monkeypatch.setitem(module.FORMATS, "openvino", two)
+    model, path = models.mlp(64, 8), tmp_path / "model.xml"
+    kwm.export(model, path)
+    names = ["model.bin", "model.xml"]
+    monkeypatch.setattr(os, "replace", replace)
+    for stop in (1, 2, 3, 4, 9):
+        moves.clear()
+        if stop < 9:
+            with pytest.raises(KeyboardInterrupt):
+                kwm.export(model, path, stop=stop)
+        else:
+            kwm.export(model, path, stop=stop)
+        assert sorted(os.listdir(tmp_path)) == names
+        assert len({(tmp_path / name).read_text() for name in names}) == 1
+    assert moves == [names, names[:1], [], names[:1]]
+
+
 @pytest.mark.one_backend
 def test_what_is_refused(tmp_path, monkeypatch):
     model, unbuilt = packed(), keras.Sequential()
@@ -275,6 +326,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for match, given, name, format, options in (
         ("`format` must be one of", model, "model", "h5", {}),
         ("ending '.onnx'", model, "model", "onnx", {}),
+        # A folder of such a name would be taken for the file.
+        ("a folder, with none of the endings .*.gguf", model, "a.pt2", hub, {}),
+        ("one of the endings .*'.*a.h5'", model, "a.h5", None, {}),
+        ("one of the endings .*'.*a.keras'", model, "a.keras", None, {}),
+        ("pip install gguf", model, "a.gguf", None, {}),
         ("a folder that exists", model, "x/y", hub, {}),
         ("a built", unbuilt, "model", hub, {}),
         ("KerasHub model", model, "model", hub, {}),
@@ -331,7 +387,7 @@ def test_a_format_from_outside(tmp_path, monkeypatch):
     sizes = [len(each) for each in json.loads(path.read_text())]
     assert sizes == [64, 32, 32, 8]
     kwm.save_model(model, tmp_path / "model.safetensors")
-    line = "export model.safetensors --format json --set digits=2 -o a.json"
+    line = "export model.safetensors --set digits=2 -o a.json"
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="dense form"):
         assert cli.main(line.split()) == 0

@@ -7,6 +7,7 @@ ends of epochs, on arrays that are shuffled but on TensorFlow. It is killed by
 `kill -9` again and again: after a random time from the moment when it has begun
 to train, or within a save, at a random byte. A last worker runs to the end, and
 its weights and optimizer must be, bit for bit, those of one that nobody killed.
+Most runs are killed more than once.
 
 The workers are forks of this process, which has imported all there is and
 computed nothing. Not for Windows.
@@ -37,6 +38,7 @@ with contextlib.suppress(ImportError):
     import tensorflow  # noqa: F401
 
 METHODS = ("plain", "cast", "lift")
+POLICIES = ("float32", "mixed_float16")
 EPOCHS, ROWS, BATCH = 12, 24, 4
 MOST_SECONDS = 240  # of a worker that takes 4 on a core of its own
 
@@ -44,13 +46,16 @@ MOST_SECONDS = 240  # of a worker that takes 4 on a core of its own
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default=None)
-    parser.add_argument("--kills", type=int, default=5, help="of each method")
+    parser.add_argument("--policy", choices=POLICIES, default=None)
+    parser.add_argument("--kills", type=int, default=5, help="of each of them")
     args = parser.parse_args()
-    for method in [args.method] if args.method else METHODS:
-        result = survive(method, args.kills)
-        print(json.dumps(result), flush=True)
-        if not result["equal"]:
-            sys.exit(f"{method}: a run that was killed ends with other weights")
+    for policy in [args.policy] if args.policy else POLICIES:
+        keras.config.set_dtype_policy(policy)
+        for method in [args.method] if args.method else METHODS:
+            result = survive(method, args.kills)
+            print(json.dumps(result), flush=True)
+            if not result["equal"]:
+                sys.exit("A run that was killed ends with other weights")
 
 
 def survive(method, kills):
@@ -61,10 +66,10 @@ def survive(method, kills):
         keep_programs(folder / "programs")
         run(method, folder / "whole")
         whole = (folder / "whole" / "end.npz").read_bytes()
-        done, runs, equal = 0, 0, True
+        done, runs, equal = 0, [], True
         while done < kills:
-            runs += 1
-            place = folder / f"run{runs}"
+            runs.append(done)
+            place = folder / f"run{len(runs)}"
             while not (place / "end.npz").exists():
                 kill = {}
                 if done < kills and done % 2:
@@ -76,8 +81,10 @@ def survive(method, kills):
                 done += run(method, place, **kill)
             equal &= (place / "end.npz").read_bytes() == whole
     backend = keras.backend.backend()
-    found = {"kills": done, "runs": runs, "equal": equal}
-    return {"backend": backend, "method": method, **found}
+    policy = keras.config.dtype_policy().name
+    about = {"backend": backend, "policy": policy, "method": method}
+    of_runs = np.diff([*runs, done]).tolist()
+    return {**about, "kills": done, "of_runs": of_runs, "equal": equal}
 
 
 def keep_programs(folder):
@@ -147,14 +154,18 @@ def train(method, place, pipe):
     callbacks = []
     # TensorFlow's XLA takes seconds to compile.
     jit = keras.backend.backend() == "jax"
+    optimizer = keras.optimizers.Adam()
     if method == "cast":
-        model = kwm.CAST(model)
-        model.compile(loss=loss, jit_compile=jit)
+        model, optimizer = kwm.CAST(model), None
     elif method == "lift":
-        model.compile(kwm.SparseAdamW(0.01), loss, jit_compile=jit)
+        optimizer = kwm.SparseAdamW(0.01)
         callbacks = [kwm.PrincipalMaskCallback(0.3, refresh_every=5)]
-    else:
-        model.compile("adam", loss, jit_compile=jit)
+    if keras.config.dtype_policy().name == "mixed_float16":
+        # Its scale changes within an epoch.
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer or kwm.AdamS(0.2), dynamic_growth_steps=5
+        )
+    model.compile(optimizer, loss, jit_compile=jit)
     x, y = models.normal(ROWS, 8), np.arange(ROWS) % 4
     fit = {"verbose": 0, "shuffle": keras.backend.backend() != "tensorflow"}
     callbacks += [kwm.Checkpoint(place / "checkpoints"), Tell(pipe)]

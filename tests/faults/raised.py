@@ -12,6 +12,8 @@ import keras_weightmods
 _OURS = str(pathlib.Path(keras_weightmods.__file__).parent)
 _ROOT = f"{pathlib.Path(__file__).absolute().parent.parent.parent}/"
 _KERAS = str(pathlib.Path(keras.__file__).parent)
+# Characters of an error of ours, at most.
+_MOST = 2000
 # What Python raises by itself, whoever the error is for.
 _OBSCURE = (AttributeError, LookupError, MemoryError, NameError, RecursionError)
 
@@ -27,7 +29,8 @@ def why_obscure(error, argument=None):
     frame = traceback.extract_tb(error.__traceback__)[-1]
     is_raised = _raises(frame.filename, frame.lineno)
     if is_raised and frame.filename.startswith(_OURS):
-        return None
+        is_long = len(str(error)) > _MOST
+        return f"{len(str(error))} characters" if is_long else None
     text = str(error).lower()
     # Keras leaves its own frames out of what is raised in a layer's call.
     of_keras = "exception encountered when calling" in text

@@ -9,7 +9,7 @@ import sys
 import keras
 import pytest
 
-from tests.faults import interrupts, mutants, raised, wrong_calls
+from tests.faults import interrupts, kills, mutants, raised, wrong_calls
 
 pytestmark = [
     pytest.mark.one_backend,
@@ -18,17 +18,22 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "policy"),
     [
-        "cast",
-        *(pytest.param(x, marks=pytest.mark.heavy) for x in ("plain", "lift")),
+        ("cast", "mixed_float16"),
+        *(
+            pytest.param(method, policy, marks=pytest.mark.heavy)
+            for policy in kills.POLICIES
+            for method in kills.METHODS
+            if (method, policy) != ("cast", "mixed_float16")
+        ),
     ],
 )
-def test_killed_trainings_end_as_if_nothing_had_happened(method):
+def test_killed_trainings_end_as_if_nothing_had_happened(method, policy):
     # In a process that has computed nothing yet: it is forked.
     command = [sys.executable, "-m", "tests.faults.kills", "--kills", "2"]
     done = subprocess.run(
-        [*command, "--method", method],
+        [*command, "--method", method, "--policy", policy],
         env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,5 +1,6 @@
 """Values that must be refused: `wrong_calls` passes if a call goes well."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -47,6 +48,35 @@ def test_wrong_values_are_refused(call, kwargs, message):
         call(model, **kwargs)
     models.assert_same(models.weights_of(model), before)
     assert [type(layer) for layer in model.layers] == classes
+
+
+def test_many_kernels_make_no_long_message():
+    layers = [keras.layers.Dense(4, name=f"{'d' * 80}_{i}") for i in range(99)]
+    model = models.make_sparse(models.sequential((4,), *layers))
+    other = models.sequential((4,), keras.layers.Dense(4))
+    with pytest.raises(ValueError) as caught:
+        kwm.merge([model, other], model, verbose=0)
+    errors = [caught]
+    kwm.pack(model, "int8", verbose=0)
+    for call in (
+        lambda: kwm.pack(model),
+        lambda: kwm.attach_compander(model),
+        lambda: kwm.attach_scaling(model),
+        lambda: kwm.quantize(model, np.ones((8, 4)), head=False),
+        lambda: kwm.sparsify(model),
+        lambda: kwm.AdamS(total_steps=2, targets=model).build(other.weights),
+        lambda: kwm.merge([model, model], model, verbose=0),
+        lambda: kwm.Patch.from_models(model, other),
+        lambda: model.fit(
+            X[:, :4], X[:, :4], callbacks=[kwm.PrincipalMaskCallback(0.5)]
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        errors.append(caught)
+    long = [str(x.value) for x in errors if len(str(x.value)) > 2000]
+    assert long == []
+    assert "99 weights, the first sequential" in str(errors[1].value)
 
 
 @pytest.mark.parametrize(

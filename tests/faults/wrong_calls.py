@@ -406,7 +406,8 @@ BAD = (
     *("keras.Variable(np.zeros(3))", "keras.layers.Dense(2)", "Unbuilt()"),
     *("models.sequential((3,), keras.layers.ReLU())", "models.mlp(3, 5)"),
     *("kwm.find_targets(models.mlp())", "keras.optimizers.Adam()"),
-    *("'.'", "'none/there'", "_garbage()"),
+    *("'.'", "'none/there'", "_garbage()", "{'x' * 5000: 1}"),
+    "['x' * 5000] * 50",
 )
 
 

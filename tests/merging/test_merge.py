@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 
 import keras
@@ -230,6 +231,32 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             kwm.merge(wrong, merged, verbose=0)
     with pytest.raises(ValueError, match="`base` must be left out"):
         kwm.merge(slerp, merged, base=base)
+
+
+@pytest.mark.one_backend
+def test_configs_of_any_size_are_refused_by_their_file(tmp_path):
+    pytest.importorskip("ruamel.yaml")
+    laughs = "".join(
+        f"- &{name} [{', '.join([f'*{last}'] * 9)}]\n"
+        for last, name in zip("abcdefgh", "bcdefghi")
+    )
+    rows = "merge_method: linear\nmodels: [{model: a, parameters: {weight: "
+    for name, text in (
+        ("a.yml", f"models:\n- &a [ha]\n{laughs}"),
+        ("a.yml", f"merge_method:\n- &a [ha]\n{laughs}"),
+        ("a.yml", "models: &a [*a]"),
+        ("a.yml", "[" * 5000),
+        ("a.yml", f"{rows}{'[' * 150}1{']' * 150}}}}}]"),
+        ("a.yml", "- " * 9),
+        ("a.json", '{"models": ' + "[" * 100_000),
+        ("a.json", f'{{"models": {"[" * 500}{"]" * 500}}}'),
+        ("a.json", f'{{"models": {"9" * 5000}}}'),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as error:
+            kwm.merge(str(path), mlp(), verbose=0)
+        assert len(str(error.value)) < 2000
 
 
 @pytest.mark.one_backend

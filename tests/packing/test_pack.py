@@ -312,6 +312,7 @@ def test_a_model_may_be_sparse_in_part():
 
 
 @one_backend
+@pytest.mark.filterwarnings("ignore:The model .* packed weights")
 def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     model = make_sparse(mlp(8, 8, 4, activation=None, use_bias=False))
     first, second = find_targets(model)
@@ -349,6 +350,29 @@ def test_trained_values_take_the_masked_step_of_the_dense_kernel(name):
     unpack(model)
     assert all(t.variable.trainable for t in targets)
     assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_fit_that_leaves_packed_weights_alone_is_warned_about(dtype, recwarn):
+    def fit(model):
+        recwarn.clear()
+        model.compile("sgd", "mse")
+        model.fit(np.ones((4, 8)), np.ones((4, 4)), verbose=0)
+        found = [str(each.message) for each in recwarn]
+        return [each for each in found if "packed weights" in each]
+
+    model = make_sparse(mlp())
+    pack(model, dtype)
+    outputs(model, np.ones((4, 8)))
+    (message,) = fit(model)
+    assert f"it trains {16 + 4} numbers" in message
+    # Once is enough.
+    assert not fit(model)
+    model = make_sparse(mlp())
+    pack(model, dtype)
+    model.layers[0].trainable = False
+    model.layers[1].enable_lora(2)
+    assert not fit(model)
 
 
 @one_backend

@@ -108,6 +108,7 @@ def test_mixed_precision_keeps_its_types():
 
 
 @one_backend
+@pytest.mark.filterwarnings("ignore:The model .* packed weights")
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_flow_through_the_head(head):
     inputs = keras.Input((4,))

@@ -110,7 +110,7 @@ def test_a_small_code_does_not_take_much_memory(number):
 
 
 def test_places_come_back_over_several_pieces(monkeypatch):
-    monkeypatch.setattr(coding, "_PIECE", 7)
+    monkeypatch.setattr(coding, "_PART", 7)
     places = np.flatnonzero(np.random.default_rng(0).random(5_000) < 0.003)
     packed = coding.pack_gaps(places)
     found = coding.unpack_gaps(packed, places.size, 5_000)

@@ -153,6 +153,7 @@ def test_a_folder_is_that_of_one_adapter(task, tmp_path, monkeypatch):
     for stop in (1, 2, 3, 4, None):
         seen.clear()
         (path / ".kwm-left").mkdir()
+        os.utime(path / ".kwm-left", (0, 0))
         if stop:
             with pytest.raises(KeyboardInterrupt):
                 delta.to_lora(model, path, 2)
@@ -269,18 +270,39 @@ REFUSED = [
     ),
     ({"rank_pattern": [2]}, {}, ("rank_pattern=[2], not an object",)),
     ([], {}, ("[]",)),
+    ([1] * 9999, {}, ("holds [1, 1",)),
+    ({"bias": "x" * 9999}, {}, ("bias='xx",)),
     ("{", {}, ("JSON",)),
     ({}, {"A": None}, ("None and (2, 16) of factors",)),
     *(
         ({}, {"B": normal(*shape)}, ("query", "(16, 16) of the kernel"))
         for shape in ((16, 3), (2, 2, 2), (), (8, 2))
     ),
+    *(
+        ({}, {"A": normal(2, 16).astype(dtype)}, ("lora_A", dtype, "floats"))
+        for dtype in ("complex64", "int8")
+    ),
+    ({}, {"A": np.full((2, 16), np.nan)}, ("lora_A", "not finite")),
     (
         {},
         {"B": None, "C": normal(2, 16)},
         ("lora_C", "no factors of its kernels"),
     ),
 ]
+
+
+def of_unknown_dtypes():
+    """Yield files of dtypes that safetensors has, and NumPy has not."""
+    for dtype, size in (("F8_E4M3", 32), ("F4", 16)):
+        places = (0, size), (size, 2 * size)
+        header = {
+            f"{QUERY}{name}.weight": dict(
+                zip(("dtype", "shape", "data_offsets"), (dtype, shape, place))
+            )
+            for name, shape, place in zip("AB", ((2, 16), (16, 2)), places)
+        }
+        text = json.dumps(header).encode()
+        yield len(text).to_bytes(8, "little") + text + bytes(2 * size)
 
 
 def test_what_is_more_than_its_factors_is_refused(tmp_path):
@@ -304,12 +326,14 @@ def test_what_is_more_than_its_factors_is_refused(tmp_path):
             kwm.Patch.from_lora(model, tmp_path)
         for part in (str(tmp_path), *parts):
             assert part in str(error.value)
+        assert len(str(error.value)) < 2000
 
     for config, factors, parts in REFUSED:
         write(config, factors)
         check(*parts)
-    file.write_bytes(b"junk" * 9)
-    check(file.name)
+    for junk in (b"junk" * 9, *of_unknown_dtypes()):
+        file.write_bytes(junk)
+        check(file.name)
     for init in (None, True, False, "gaussian", "eva", "orthogonal"):
         write({"init_lora_weights": init}, {})
         kwm.Patch.from_lora(model, tmp_path)

@@ -5,6 +5,7 @@ import gc
 import itertools
 import signal
 import sys
+import threading
 import time
 import weakref
 
@@ -404,6 +405,40 @@ def test_an_interrupt_leaves_either_state(signatures, action, scale):
         assert state() in (before, after)
     Patch.clear(model)
     assert_same_bits(weights_of(model), clean)
+
+
+@pytest.mark.one_backend
+def test_a_thread_that_is_not_in_its_pool_yet_is_waited_for(
+    models, signatures, monkeypatch
+):
+    """Ctrl-C comes while a pool waits for the start of its first thread."""
+    model = models["float32"]
+    before = weights_of(model)
+    start, pieces = threading.Thread.start, tensors.rebuilt_pieces
+    memory, seen = Checkpoint.memory, []
+
+    def started(thread):
+        start(thread)
+        if seen and seen.pop():
+            raise KeyboardInterrupt
+
+    def slow(*args):
+        time.sleep(0.2)
+        yield from pieces(*args)
+
+    def writes(self, position):
+        seen[:] = [True]
+        return memory(self, position)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    monkeypatch.setattr(tensors, "rebuilt_pieces", slow)
+    monkeypatch.setattr(Checkpoint, "memory", writes)
+    with pytest.raises(KeyboardInterrupt):
+        signatures[0].apply(model)
+    monkeypatch.undo()
+    assert_same_bits(weights_of(model), before)
+    time.sleep(0.5)
+    assert_same_bits(weights_of(model), before)
 
 
 def test_threads_change_a_model_one_after_the_other():

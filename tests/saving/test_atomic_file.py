@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 
@@ -47,6 +48,27 @@ def test_an_error_leaves_the_file_of_before(tmp_path, path):
             raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_text() == "before"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+def test_what_killed_processes_left_goes_and_no_more(tmp_path, path):
+    process = os.fork()
+    if not process:
+        with atomic_file.unfinished(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    (left,) = tmp_path.iterdir()
+    with atomic_file.unfinished(tmp_path) as used:
+        write(path)  # it may be another process that has just begun
+        assert {p.name for p in tmp_path.iterdir()} == {
+            *(left.name, os.path.basename(used), "file")
+        }
+        for each in (left, used):
+            os.utime(each, (0, 0))
+        write(path)
+        assert os.path.isdir(used)
+        assert not left.exists()
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_link_stays_one(tmp_path, path):

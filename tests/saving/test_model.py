@@ -492,6 +492,13 @@ def layers_of(described):
     return described["config"]["config"]["layers"]
 
 
+def many_layers(described):
+    layers = layers_of(described)
+    for number in range(3000):  # which Keras makes in an hour
+        layers.append(json.loads(json.dumps(layers[-1])))
+        layers[-1]["config"]["name"] = f"d{number}"
+
+
 def put_layer(**values):
     """Change the config of the last Dense."""
     return edit(lambda d: layers_of(d)[-1]["config"].update(values))
@@ -560,6 +567,7 @@ HOSTILE = {
     "Dense 'other' saved": [put_part(2, "other")],
     # Whose places the weights then do not fit.
     "weights that were saved": [edit(swap_names)],
+    "config of the 3 layers that were saved. It has 3003": [edit(many_layers)],
     "none built": [edit(lambda d: layers_of(d).pop())],
     r"built keras\.Model": [edit(lambda d: d.update(config=layers_of(d)[1]))],
     "one change of a weight 'kernel' in layer 'layers/dense'": [

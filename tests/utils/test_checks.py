@@ -71,6 +71,23 @@ def test_others():
     checks.raise_all("The file has", [])
 
 
+def test_what_is_long_is_cut():
+    laughs = ["ha"] * 10
+    for _ in range(8):
+        laughs = [laughs] * 10  # its own `repr` would take gigabytes
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value in (laughs, deep, "x" * 5000, 16**5000, {"x" * 5000: laughs}):
+        text = str(checks.error("x", "y" * 5000, value))
+        assert 5 < len(checks.shown(value)) <= 500
+        assert len(text) < 1400
+    assert checks.shown(10**499) == str(10**499)
+    with pytest.raises(ValueError, match=r"300 problems:\n  0x") as info:
+        checks.raise_all("s" * 5000, (f"{i}{'x' * 40}" for i in range(300)))
+    assert len(str(info.value)) < 2000
+
+
 def test_dtypes():
     assert numpy_dtype("float16") == "float16"
     assert numpy_dtype("bfloat16") == ml_dtypes.bfloat16

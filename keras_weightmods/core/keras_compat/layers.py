@@ -144,6 +144,15 @@ def list_torch_parameters(model: Any) -> None:
             layer._track_variables()
 
 
+def is_training() -> bool:
+    """Return whether a call with `training=True` is under way, as in `fit`.
+
+    Hook: a public `Layer.call_context`.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None and context.get_value("training") is True
+
+
 def takes_training(layer: Any) -> bool:
     """Return whether a layer's `call` has an argument `training`.
 

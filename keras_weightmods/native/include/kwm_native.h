@@ -149,8 +149,8 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
 // heads / key_heads heads of queries after one another share a head of keys. The
 // sequences of keys, and those of values, are `stride` floats apart. mask
 // (batch, queries, places) is 0 where a place is not seen by a query; NULL shows
-// all; where it shows none, all are. size is a multiple of 16. Without places
-// out is zero.
+// all. A query to which it shows none gets the mean of all values, each with the
+// same weight. size is a multiple of 16. Without places out is zero.
 KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t stride, const uint8_t* mask, int64_t batch,
                         int64_t queries, int64_t places, int64_t heads,

@@ -1,0 +1,54 @@
+"""Runs the code of README.md where one extra alone is installed.
+
+    python -m tests.releases.readme jax
+
+Run by `make extras`, with the Python of a new environment.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+README = pathlib.Path(__file__).absolute().parents[2] / "README.md"
+BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def commands():
+    """Return the lines of README.md that install and choose a backend."""
+    text = README.read_text("utf-8")
+    return re.search(r"^pip install .*\nexport .*$", text, re.M)[0].splitlines()
+
+
+def main():
+    (backend,) = sys.argv[1:]
+    for line in commands():
+        assert all(each in line for each in BACKENDS), line
+    code, printed = re.search(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```",
+        README.read_text("utf-8"),
+        re.DOTALL,
+    ).groups()
+    program = pathlib.Path(sys.executable).with_name("keras-weightmods")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(*words):
+            found = subprocess.run(
+                words,
+                cwd=folder,
+                env={**os.environ, "KERAS_BACKEND": backend},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout
+            print(found, flush=True)
+            return found
+
+        assert run(sys.executable, "-c", code) == printed
+        assert "sequential" in run(str(program), "info", "packed.safetensors")
+
+
+if __name__ == "__main__":
+    main()
