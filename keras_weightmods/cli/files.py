@@ -29,14 +29,10 @@ def load_model(path):
         return kwm.load_model(path)
     if reader and kind not in ("a .keras file", "an HDF5 file"):
         raise ValueError(f"{path} is no model: {kind}, which {reader} reads")
-    import keras
+    from keras_weightmods.saving.model import load_keras_file
 
     _ = kwm.load_model  # Keras then knows the classes of this package.
-    try:
-        return keras.saving.load_model(path, compile=False)
-    # A damaged file fails in many ways.
-    except Exception as error:
-        raise ValueError(f"Keras cannot load {path}: {cut(error)}") from error
+    return load_keras_file(path)
 
 
 def _load_preset(path):

@@ -83,9 +83,7 @@ class Source:
             if not is_file or kind_of(given)[0] != "a .keras file":
                 self._open(given)
                 return
-            given = keras.saving.load_model(
-                given, custom_objects, compile=False
-            )
+            given = model_file.load_keras_file(given, custom_objects)
         if not isinstance(given, keras.Model) or not given.built:
             expected = "a built Keras model, or a file of `save_model`"
             raise checks.error(argument, expected, given)

@@ -302,8 +302,8 @@ class Reader:
 
     def _error(self, reason):
         return ValueError(
-            f"{reason}. The file is truncated, altered or of another kind: "
-            "get or save it again. Received: "
+            f"{checks.cut(reason, 1200)}. The file is truncated, altered or of "
+            "another kind: get or save it again. Received: "
             f"filepath={checks.shown(self.filepath)}"
         )
 

@@ -261,6 +261,24 @@ def load_model(
     return model
 
 
+def load_keras_file(
+    filepath: Any, custom_objects: dict[str, Any] | None = None
+) -> Any:
+    """Load a model from a file of Keras, without its compilation.
+
+    Raises:
+        ValueError: If it cannot be loaded; the message names the file.
+    """
+    try:
+        return keras.saving.load_model(filepath, custom_objects, compile=False)
+    # A damaged file fails in many ways.
+    except Exception as error:
+        path = checks.cut(os.fspath(filepath))
+        raise ValueError(
+            f"Keras cannot load {path}: {checks.cut(error, 1200)}"
+        ) from error
+
+
 def copied(model: keras.Model) -> keras.Model:
     """Return another model that is as `model` is, and not compiled.
 

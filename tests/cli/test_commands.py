@@ -158,6 +158,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
     np.savez("some.npz", a=np.ones(2))
     for name in ("broken.keras", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"PK not quite")
+    (tmp_path / "zip.keras").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "binary.txt").write_bytes(bytes(range(200, 256)))
     (tmp_path / "empty.npy").touch()
     (tmp_path / "zip.npy").write_bytes((tmp_path / "some.npz").read_bytes())
@@ -166,6 +167,8 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
         "info nothing.keras": "there is no file nothing.keras",
         "pack nothing -o a.safetensors": "preset='nothing'",
         "pack broken.keras -o a.safetensors": "Keras cannot load broken.keras",
+        "merge model.keras zip.keras -o a.safetensors": "load zip.keras: ",
+        "pack zip.keras -o a.safetensors": "Keras cannot load zip.keras: ",
         "pack some.npz -o a.safetensors": "an .npz file, which `numpy.load`",
         "sparsify model.keras --data binary.txt -o a.keras": "a text in UTF-8",
         "sparsify model.keras --data zip.npy -o a.keras": "in a .npy file",
