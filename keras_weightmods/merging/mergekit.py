@@ -145,9 +145,7 @@ def _read(path: str) -> Any:
         if path.endswith(".json"):
             found = parse_json(text)
         else:
-            import ruamel.yaml
-
-            found = ruamel.yaml.YAML(typ="safe", pure=True).load(text)
+            found = _parse_yaml(text)
     except ImportError as error:
         raise ImportError(
             "YAML needs ruamel.yaml; a .json file does not. Install with: "
@@ -159,3 +157,20 @@ def _read(path: str) -> Any:
     if not isinstance(found, dict):
         raise checks.error("config", "an object", found)
     return found
+
+
+def _parse_yaml(text: bytes) -> Any:
+    """Return the value of a text of YAML that takes no long time to read."""
+    import ruamel.yaml
+
+    depth = 0
+    for event in ruamel.yaml.YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, ruamel.yaml.CollectionStartEvent)
+        depth -= isinstance(event, ruamel.yaml.CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            raise ValueError(f"more than {_MOST_LEVELS} levels")
+        # What it copies grows with each merge of merges.
+        tag = str(getattr(event, "tag", None))
+        if getattr(event, "value", None) == "<<" or tag.endswith(":merge"):
+            raise ValueError("a merge key `<<`: write out what it stands for")
+    return ruamel.yaml.YAML(typ="safe", pure=True).load(text)
