@@ -6,7 +6,7 @@ BACKENDS := jax tensorflow torch
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test smoke lint docs notebooks wheel sdist extras walk setup bench \
-    bench-runtimes breadth faults mutants matrix versions devices gpu \
+    bench-runtimes breadth faults mutants fuzz matrix versions devices gpu \
     gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
@@ -71,6 +71,16 @@ MUTANTS ?= 20000
 mutants: setup
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m tests.faults.mutants --count $(MUTANTS)
+
+# The same, led by the code that a file reaches: ten minutes for each format.
+FUZZ ?= 600
+
+fuzz: setup
+	$(BIN)/python -m pip install --quiet atheris
+	@failed=0; for kind in model delta signature peft; do \
+	  KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m tests.faults.fuzz $$kind --seconds $(FUZZ) || failed=1; \
+	done; exit $$failed
 
 # Every method on every family of models and after every other, and
 # docs/every_model.md. It goes on where it was stopped.
