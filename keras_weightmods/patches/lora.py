@@ -183,12 +183,14 @@ def changes(
         _check_ranks(config, {x.shape[1] for _, x, _ in pairs.values()}, path)
         # Each weight is read for the hash, and each of these once more.
         progress.total = len(values.infos) + len(pairs)
-        entries = []
+        entries, problems = [], []
         for position, (target, left, right) in sorted(pairs.items()):
             progress.add()
-            scale = np.float32(alpha / left.shape[1] ** power)
             axes = target.contraction_axes
-            change = from_matrix(left * scale @ right, target.shape, axes)
+            with np.errstate(over="ignore", invalid="ignore"):
+                scale = np.float32(alpha / left.shape[1] ** power)
+                matrix = left * scale @ right
+            change = from_matrix(matrix, target.shape, axes)
             change = ops.convert_to_numpy(change).reshape(-1)
             places = np.flatnonzero(change)
             numbers: Any = change[places]
@@ -198,8 +200,11 @@ def changes(
                 base = values.read(position).reshape(-1)[places]
                 numbers = base.astype("float32") + numbers
                 tensor = Replacing(places, numbers.astype(base.dtype))
+            if not is_finite(tensor.values):
+                problems.append(f"{target.path}: a change that is not finite")
             if places.size:
                 entries.append(PatchEntry(values.infos[position], tensor))
+        _refuse("an adapter of finite changes", path, problems)
         if not entries:
             raise checks.error("lora", "an adapter that changes a kernel", path)
         return {

@@ -269,6 +269,10 @@ REFUSED = [
         for r in (16, None, "2")
     ),
     ({"rank_pattern": [2]}, {}, ("rank_pattern=[2], not an object",)),
+    *(
+        ({"lora_alpha": alpha}, {}, ("query", "a change that is not finite"))
+        for alpha in (1e300, -(10**60))
+    ),
     ([], {}, ("[]",)),
     ([1] * 9999, {}, ("holds [1, 1",)),
     ({"bias": "x" * 9999}, {}, ("bias='xx",)),
