@@ -208,7 +208,7 @@ class LogitsDistiller(keras.distillation.Distiller):
             ops.reshape(weights, (-1,)),
             1 - self.student_loss_weight,
             self._temperature,
-            chunk_size=max(1, CHUNK_BYTES // (4 * head.classes)),
+            chunk_size=chunk_positions(head.classes),
             with_gradients=training,
         )
         return losses[0], *map(ops.stop_gradient, (losses[1], losses[2]))
@@ -288,9 +288,16 @@ def _copied(weights):
 
 
 # Of the logits of a chunk, in float32; some five such arrays exist at a time.
-# Smaller chunks are products too small to be fast, and each adds to the
-# gradient of the whole head once more.
 CHUNK_BYTES = 64 * 2**20
+# Smaller chunks are products too small to be fast, and each adds to the
+# gradient of the whole head once more, which is as large as their logits where
+# they have as many positions as the head is wide.
+LEAST_POSITIONS = 256
+
+
+def chunk_positions(classes):
+    """Return how many positions have their logits in memory at a time."""
+    return max(LEAST_POSITIONS, CHUNK_BYTES // (4 * classes))
 
 
 def _are_of_tokens(y, sample_weight):

@@ -437,6 +437,24 @@ def test_loss_scaling_goes_on_in_a_second_fit_and_from_a_checkpoint(tmp_path):
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
+@breadth("dtype", ["mixed_float16", "bfloat16"], 0)
+def test_a_run_that_was_stopped_twice_is_the_same(dtype, tmp_path):
+    def run(folder, stop=None):
+        cast = compiled(model=make_mlp(dtype=dtype), teacher="self")
+        interrupt = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: epoch == stop and casts.interrupt()
+        )
+        callbacks = [kwm.Checkpoint(tmp_path / folder), interrupt]
+        fit(cast, epochs=4, callbacks=callbacks)
+        variables = [numpy(v) for v in cast.optimizer.variables]
+        return weights_of(cast) + variables
+
+    for stop in (0, 2):
+        with pytest.raises(casts.Interrupted):
+            run("twice", stop)
+    assert_same(run("twice"), run("whole"))
+
+
 @one_backend
 def test_a_global_policy_is_seen():
     keras.config.set_dtype_policy("mixed_float16")

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.sparsity.distillation import chunk_positions
 from tests import models, references
 from tests.models import numpy, two_heads
 from tests.sparsity import casts
@@ -160,3 +161,9 @@ def test_gradients_do_not_add_up():
     for first, second in zip(*gradients, strict=True):
         assert np.abs(first).max() > 0
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-8)
+
+
+@one_backend
+@pytest.mark.parametrize(("classes", "positions"), [(49152, 341), (2**18, 256)])
+def test_chunks_of_a_large_vocabulary_are_not_small(classes, positions):
+    assert chunk_positions(classes) == positions
