@@ -149,7 +149,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         Every target gets a constraint of its own, with its own contraction
         axes, and is exactly N:M from now on, before any training. An earlier
         `SemiStructuredSparse` is replaced. The constraint sits on the variable
-        only: it is not saved with the model (attach again after loading), it
+        only: no file of Keras or of this package holds it, so attach again
+        after loading, or the next `fit` loses the pattern silently. It
         does not block `enable_lora`, and the saved model loads without this
         package. If `model` is part of a larger model that was trained before,
         compile the larger one again, so that its train step is traced anew.
@@ -232,7 +233,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 "`fit`.",
                 stacklevel=2,
             )
-        title = f"Constrained to {constraint.pattern}"
+        title = f"Constrained to {constraint.pattern} (not saved in files)"
         return ChangeReport.of(title, model.weights, variables, found.skipped)
 
     @classmethod

@@ -84,7 +84,11 @@ class SparsifyReport(Report):
             f"{self.pattern} by {self.criterion}",
             self.kernels,
             "kernel=path shape output_error=error:.1% criterion note",
-            caption=f"{len(self.kernels)} kernels{mean}",
+            caption=(
+                f"{len(self.kernels)} kernels{mean}. A plain `fit` loses the "
+                "pattern; `SemiStructuredSparse.attach(model, "
+                f"{self.pattern!r}, frozen=True)` keeps it"
+            ),
         )
         if self.blocks:
             yield blocks_table(self.blocks)
