@@ -19,7 +19,7 @@ from keras_weightmods.cli import models as models
 from keras_weightmods.cli import patches as patches
 from keras_weightmods.cli.command import COMMANDS, SET
 from keras_weightmods.saving.atomic_file import check_filepath
-from keras_weightmods.utils.checks import cut
+from keras_weightmods.utils.checks import cut, printable
 from keras_weightmods.version import __version__
 
 _DESCRIPTION = """Look at and change the weights of Keras models.
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             text, found = args.run(args)
     except (ValueError, TypeError, OSError, EOFError, ImportError) as error:
-        sys.stderr.write(f"keras-weightmods: {cut(error, 2000)}\n")
+        sys.stderr.write(f"keras-weightmods: {printable(cut(error, 2000))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("keras-weightmods: interrupted\n")

@@ -211,6 +211,14 @@ def cut(text: Any, most: int = _MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 60]}...{text[-57:]}"
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what a terminal would obey."""
+    # The lines of a list of problems stay.
+    return "".join(
+        c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text
+    )
+
+
 def raise_all(summary: str, problems: Iterable[str]) -> None:
     """Raise a ValueError that lists the first of `problems`, if there are any.
 

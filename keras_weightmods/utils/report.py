@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from keras_weightmods.utils.checks import cut
+from keras_weightmods.utils.checks import cut, printable
 
 # Lines that `str(report)` takes at most, and characters that they have.
 _LINES, _WIDTH = 30, 100
@@ -199,7 +199,8 @@ def _lines(table: Table, width: int = sys.maxsize) -> list[str]:
 def _cell(value: Any, form: str) -> str:
     if isinstance(value, tuple):
         value = shape_text(value)
-    return "" if value is None else format(value, form)
+    # Names from a file may be anything.
+    return "" if value is None else printable(format(value, form))
 
 
 def _plain(value: Any) -> Any:

@@ -129,6 +129,11 @@ def test_damaged_keras_files_end_in_one_message(files, run, tmp_path):
         changed[where] = value
         (tmp_path / "a.keras").write_bytes(changed)
         assert "a.keras cannot be read: " in run("info a.keras", code=1)
+    # Nothing in a file reaches the terminal as more than text.
+    archive(path, metadata='{"a\\u001b[2J": "\\u001b[2J"}')
+    assert "a\\x1b[2J" in run("info a.keras")
+    archive(path, metadata='["\\u001b[2J"')
+    assert "\x1b" not in run("info a.keras", code=1)
     # What would take gigabytes is refused by its size in the directory.
     for members in ({"config": bytes(2**26)}, {"weights": bytes(2**27)}):
         archive(path, zipfile.ZIP_DEFLATED, **members)
