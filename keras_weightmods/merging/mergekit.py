@@ -15,7 +15,7 @@ _PASSED_OVER = {
 _KEYS = {"base_model", "merge_method", "models", "parameters"}
 # Methods that divide by the sum of the weights there unless they are told.
 _DIVIDE = ("linear", "ties", "della")
-_MOST_VALUES, _MOST_LEVELS = 100_000, 20
+_MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 100_000, 20
 
 
 def arguments_of(config: Any) -> dict[str, Any]:
@@ -140,7 +140,9 @@ def _read(path: str) -> Any:
         expected = "a list of models, or mergekit's .yml, .yaml or .json file"
         raise checks.error("models", expected, path)
     with open(path, "rb") as file:
-        text = file.read()
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"It has more than {_MOST_BYTES} bytes")
     try:
         if path.endswith(".json"):
             found = parse_json(text)
