@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import has_16_bits
 
@@ -59,8 +60,9 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name, **moved)
         # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
         self.optimizer = optimizer
-        for key in _MOVED:
-            setattr(optimizer, key, None)
+        with RestoredOnError(optimizer):
+            for key in _MOVED:
+                setattr(optimizer, key, None)
 
     def _apply_wrapped(self, grads: Any, variables: Any) -> None:
         """Have the wrapped optimizer step; constraints apply later, once."""

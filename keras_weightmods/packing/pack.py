@@ -211,7 +211,7 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     bfloat16 of a bfloat16 kernel; otherwise what rounding made of it. (A
     negative zero comes back as zero.) The layers are again what they were:
     class, list of weights, config. If the model's optimizer has been built,
-    the model is left uncompiled.
+    the model is left uncompiled. Both kinds of weights are held for a while.
 
     Args:
         model: A Keras model. One without packed weights is left as it is.

@@ -19,7 +19,8 @@ def fold(
     a plain model, and saves and loads without this package. If its optimizer
     has been built it holds state of weights that are gone, so the model is left
     uncompiled: compile it again to train on. Packed weights stay packed;
-    `unpack` ends that.
+    `unpack` ends that. A copy of the stored weights is held meanwhile, for the
+    case of an error.
 
     Args:
         model: A Keras model or layer. One without reparameterized weights is

@@ -31,8 +31,13 @@ class _Late:
         self._is_rewritten = is_terminal or "ipykernel" in sys.modules
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        if self._verbose:
-            self._thread.start()
+        try:
+            if self._verbose:
+                self._thread.start()
+        except BaseException:
+            # Ctrl-C, once it runs.
+            self._is_over.set()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -4,7 +4,7 @@ KERAS_BACKEND=torch python -m tests.faults.interrupts --moments 30
 
 Each public call that changes something is made on a tiny model, and Ctrl-C
 comes at one moment of it: `KeyboardInterrupt` is raised where Python itself
-would raise it, at the beginning of a function, at a jump back and around a
+would raise it, at the beginning of a function, at a jump back and after a
 call. Two thirds of the moments lie in the functions of this package, the
 others in those of Keras that it calls. Then the weights, bit for bit, the
 layers with their classes, attributes and variables, the flags, the optimizer
@@ -16,6 +16,7 @@ it does without an interrupt.
 import argparse
 import contextlib
 import dis
+import faulthandler
 import functools
 import gc
 import json
@@ -37,6 +38,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 from tests import models
 
+MOST_SECONDS = 900  # of a case that takes 60 at most on a core of its own
 PACKAGE = os.path.dirname(kwm.__file__)
 KERAS = os.path.dirname(keras.__file__)
 # There a signal waits for the end of a step; an error of ours would not.
@@ -414,6 +416,60 @@ def sparsity_report(_):
     return [model], lambda: kwm.sparsity_report(model, "2:4", verbose=0)
 
 
+# In a step of a training each weight is what it was, or what it is after it:
+# not all of them at once. A function from a folder as above, and what the user
+# may call then.
+STEPS = {}
+
+
+def step(function):
+    STEPS[function.__name__] = CASES[function.__name__] = function
+    return function
+
+
+def stepped(model, optimizer):
+    """Return the case of one step that is run op by op."""
+    gradients = [models.normal(*v.shape) for v in model.trainable_variables]
+    gradients = list(map(keras.ops.convert_to_tensor, gradients))
+    return lambda: optimizer.apply(gradients, model.trainable_variables)
+
+
+class Unchanged(keras.constraints.Constraint):
+    def __call__(self, value):
+        return value
+
+
+@step
+def compander_step(_):
+    model = mlp()
+    kwm.attach_compander(model, verbose=0)
+    # Keras applies them after the step. One that changes nothing is enough.
+    model.layers[1].bias.constraint = Unchanged()
+    optimizer = kwm.CompanderOptimizer(keras.optimizers.Adam(1e-2))
+    optimizer.build(model.trainable_variables)
+    return [model], stepped(model, optimizer), None
+
+
+@step
+def masked_step(_):
+    model, masks = mlp(), kwm.LIFT(0.2, seed=0)
+    model.compile(kwm.MaskedOptimizer(keras.optimizers.Lion(1e-2)), "mse")
+    masks.attach(model)
+    return [model], stepped(model, model.optimizer), None
+
+
+@step
+def lift_fit(_):
+    model, masks = mlp(), kwm.LIFT(0.2, seed=0)
+    adam = keras.optimizers.AdamW(1e-2)
+    model.compile(adam, "mse", jit_compile=False, run_eagerly=True)
+
+    def call():
+        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[masks])
+
+    return [model], call, lambda: masks.detach(model)
+
+
 # Those that continuous integration interrupts.
 SOME = ("pack", "unpack", "fold", "cast", "lift_attach", "patch_remove")
 
@@ -429,6 +485,8 @@ def main():
     gc.freeze()
     for name in args.cases:
         began = time.perf_counter()
+        # Where it hangs.
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
         wrong, done = run(name, args.moments)
         row = {"backend": keras.backend.backend(), "case": name, **done}
         row["seconds"] = round(time.perf_counter() - began, 1)
@@ -451,15 +509,15 @@ def run(name, moments=30, seed=0):
         warnings.simplefilter("ignore")
         # What is imported, compiled or cached at first use is no change.
         for _ in range(2):
-            with made(name) as (see, call):
+            with made(name) as (see, call, _):
                 before = see()
                 call()
                 after = see()
         counted = Moments()
-        with made(name) as (_, call), counted:
+        with made(name) as (_, call, _), counted:
             call()
         wrong, found = [], {"old": 0, "new": 0}
-        for kind, at in spread(counted.counts, moments, rng):
+        for kind, at in spread(counted.counts, moments, rng, name in STEPS):
             problem, state = interrupted(name, kind, at, before, after)
             if problem:
                 wrong.append(problem)
@@ -468,11 +526,12 @@ def run(name, moments=30, seed=0):
     return wrong, found
 
 
-def spread(counts, moments, rng):
+def spread(counts, moments, rng, is_step):
     """Yield pairs of a kind and a number, spread over all that there are."""
     shares = {"package": moments - moments // 3, "keras": moments // 3}
-    if not counts["keras"]:
+    if is_step or not counts["keras"]:
         shares["package"] = moments
+        shares["keras"] = 0
     for kind, share in shares.items():
         count = counts[kind]
         share = min(share, count)
@@ -485,7 +544,7 @@ def spread(counts, moments, rng):
 
 def interrupted(name, kind, at, before, after):
     """Interrupt a call once; return what is wrong, if it is, and the state."""
-    with made(name) as (see, call):
+    with made(name) as (see, call, repair):
         moments = Moments(kind, at)
         error = None
         try:
@@ -494,6 +553,18 @@ def interrupted(name, kind, at, before, after):
         except KeyboardInterrupt as raised:
             error = raised
         label = f"{kind} {at}: {moments.place}"
+        if name in STEPS:
+            repair()
+            state = see()
+            wrong = {
+                key: value
+                for key, value in state.items()
+                if key.startswith("0 variable")
+                and value not in (before[key], after[key])
+            }
+            if wrong:
+                return (label, differences(before, before | wrong)), None
+            return None, "new" if state == after else "old"
         state = see()
         if error is not None:
             # What ends only with the traceback must not change it any more.
@@ -523,13 +594,13 @@ def interrupted(name, kind, at, before, after):
 
 @contextlib.contextmanager
 def made(name):
-    """Yield a function that returns the state of a case, and its call."""
+    """Yield functions: the state of a case, its call, and what follows."""
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
         keras.utils.set_random_seed(0)
         # The numbers in the names that Keras gives.
         global_state.set_global_attribute("object_name_uids", None)
-        objects, call = CASES[name](place)
+        objects, call, *repair = CASES[name](place)
 
         def seeded():
             keras.utils.set_random_seed(0)
@@ -538,7 +609,7 @@ def made(name):
         see = functools.partial(state_of, objects, place)
         # On torch a layer lists its parameters when it is first asked.
         see()
-        yield see, seeded
+        yield see, seeded, (repair and repair[0]) or (lambda: None)
 
 
 def state_of(objects, folder):
@@ -692,7 +763,11 @@ class Moments:
         sys.settrace(self.before)
 
     def _begins(self, frame, event, _):
-        kind = _kind(frame.f_code.co_filename)
+        file, caller = frame.f_code.co_filename, frame.f_back
+        # That of `with` is its user's: TensorFlow's scopes are TensorFlow's.
+        while file == contextlib.__file__ and caller is not None:
+            file, caller = caller.f_code.co_filename, caller.f_back
+        kind = _kind(file)
         if kind is None:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -709,10 +784,11 @@ class Moments:
                 _MATTERS[number] for number in code.co_code[::2]
             ]
         here = names[frame.f_lasti // 2]
-        if here or self.after_call.pop(id(frame), False):
-            self._see(kind, frame)
+        has_called = self.after_call.pop(id(frame), False)
         if here == "CALL":
             self.after_call[id(frame)] = True
+        if has_called or here == "JUMP":
+            self._see(kind, frame)
         return functools.partial(self._steps, kind)
 
     def _see(self, kind, frame):
@@ -729,7 +805,7 @@ class Moments:
 def _matters(name):
     if name.startswith("CALL"):
         return "CALL"
-    return name if name.startswith("JUMP_BACKWARD") else None
+    return "JUMP" if name.startswith("JUMP_BACKWARD") else None
 
 
 _MATTERS = [_matters(dis.opname[number]) for number in range(256)]
@@ -739,7 +815,7 @@ _MATTERS = [_matters(dis.opname[number]) for number in range(256)]
 def _kind(file):
     if file.endswith(DEFERS):
         return None
-    if file.startswith(PACKAGE) or file == contextlib.__file__:
+    if file.startswith(PACKAGE):
         return "package"
     return "keras" if file.startswith(KERAS) else None
 
