@@ -7,10 +7,16 @@ import subprocess
 import sys
 import time
 
+import keras
+import numpy as np
 import pytest
 
 pytest.importorskip("keras_hub")
 
+import keras_weightmods as kwm
+from keras_weightmods.calibration import inputs as calibration
+from keras_weightmods.calibration.walk import Walk
+from tests import models
 from tests.matrix import __main__ as matrix
 from tests.matrix import methods, page
 from tests.matrix.families import families
@@ -70,6 +76,41 @@ def test_a_cell_has_a_limit_and_may_crash(monkeypatch):
         monkeypatch.setitem(methods.METHODS, "own", function)
         received = matrix.in_a_process(DENSE, "own", limit)
         assert tuple(received) == expected
+
+
+# Keras cannot call these at all.
+NEVER_CALLED = "Gemma4AssistantCausalLM", "SAM3PromptableConceptBackbone"
+
+
+@pytest.mark.heavy
+def test_the_walk_of_every_family_is_its_forward_pass(recwarn):
+    """Whatever the order of its inputs: none takes the place of another."""
+    (unreached, *_) = kwm.find_targets(models.mlp())
+    for name, family in families().items():
+        if family.kind == "pair" or name in NEVER_CALLED:
+            continue
+        model = family.make()
+        x = keras.tree.map_structure(
+            keras.ops.convert_to_tensor, family.inputs(model)
+        )
+        expected = numpy_of(model(x, training=False))
+        for order in (1, -1) if isinstance(x, dict) else (0,):
+            if order:
+                x = {key: x[key] for key in sorted(x)[::order]}
+            targets = [*kwm.find_targets(model), unreached]
+            walk = Walk(model, targets, [(x, None)], lambda *arguments: None)
+            with calibration.eager_forward():
+                (found,) = walk.run(model, [((x,), {})])
+            for y, other in zip(numpy_of(found), expected, strict=True):
+                size = max(1, np.abs(other).max(initial=0))
+                np.testing.assert_allclose(
+                    y, other, atol=1e-4 * size, err_msg=name
+                )
+    assert not [w for w in recwarn if "structure of" in str(w.message)]
+
+
+def numpy_of(outputs):
+    return [models.numpy(y) for y in keras.tree.flatten(outputs)]
 
 
 def test_a_run_goes_on_and_a_cell_is_made_again(tmp_path, monkeypatch):
