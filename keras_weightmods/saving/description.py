@@ -31,6 +31,7 @@ _KEYS = {
 }
 # What Keras adds to the names of layers that were given none.
 _NUMBER = re.compile(r"_\d+")
+_INTS = re.compile(r"^int(32|64)$")
 
 
 def describe(model, parts, left_out):
@@ -153,8 +154,12 @@ def build(description, entries, custom_objects=None):
             raise
         pending = []
         model, parts = _build(description, custom_objects)
+    # What is made as "int" has 64 bits on TensorFlow, and 32 elsewhere.
     saved, built = (
-        {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
+        {
+            name: f"{_INTS.sub('int', entry.dtype)} {entry.shape}"
+            for name, entry in each.items()
+        }
         for each in (entries, states.weight_entries(parts))
     )
     _check_equal("weights", saved, built)

@@ -34,7 +34,12 @@ def two_branches():
 
 @keras.saving.register_keras_serializable("tests.saving")
 class Weighed(keras.layers.Layer):
-    """Has two inputs that are not alike."""
+    """Has two inputs that are not alike, and places of the type "int"."""
+
+    def build(self, input_shape):
+        self.places = self.add_weight(
+            (3,), "zeros", dtype="int", trainable=False, name="places"
+        )
 
     def call(self, inputs):
         return inputs["value"] - 2 * inputs["query"]
