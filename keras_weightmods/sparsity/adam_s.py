@@ -363,11 +363,19 @@ class AdamS(keras.optimizers.Optimizer):
             "finite data.",
         )
         self._warn_about_a_cut()
-        with RestoredOnError(values=self.sparsified):
-            for variable, _, bits in state:
-                value = ops.convert_to_tensor(variable)
-                mask = nm.unpack_bits(bits.value, variable.shape)
-                variable.assign(ops.where(mask, value, ops.zeros_like(value)))
+        own = [s["importance"] for s in self._states if "importance" in s]
+        if own and all(np.all(ops.convert_to_numpy(v) == 1) for v in own):
+            warnings.warn(
+                'AdamS: with criterion="wanda" the masks were ranked by '
+                "magnitude, as the importance of all inputs is 1. Call "
+                "`set_importance` before the training, or train through "
+                "`CAST`, which measures it.",
+                stacklevel=2,
+            )
+        for variable, _, bits in state:
+            value = ops.convert_to_tensor(variable)
+            mask = nm.unpack_bits(bits.value, variable.shape)
+            variable.assign(ops.where(mask, value, ops.zeros_like(value)))
         return ChangeReport.of(
             f"Pruned to {self.pattern}",
             keras_compat.optimizer_variables(self),
