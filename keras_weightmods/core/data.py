@@ -459,6 +459,6 @@ def _to_numpy(x):
         return None
     # Also of a TensorFlow tensor, on every backend.
     array = ops.convert_to_numpy(x)
-    if array.dtype.kind in "OUS":
+    if array.dtype.kind in "OUS" or not array.ndim:
         raise checks.error("data", "batches of arrays of numbers", x)
     return array

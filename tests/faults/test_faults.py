@@ -99,6 +99,7 @@ FOUND = [
     ("quantize", "group_size", "2**31"),
     ("register_layer_kind", "kernels", "int"),
     ("self_generated", "seed", "2**31"),
+    ("sparsify", "data", "iter([1, 2])"),
     ("self_generated", "temperature", "2**70"),
     ("WeightSignature.sum", "weights", "np.array(3.0)"),
     ("Targets.select", "reason", "keras.layers.Dense(2)"),
