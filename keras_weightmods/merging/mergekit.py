@@ -62,6 +62,8 @@ def _arguments_of(config: dict[Any, Any]) -> dict[str, Any]:
         if not (chosen.needs_base and row["model"] == base)
         or row.get("parameters")
     ]
+    if not rows:
+        raise checks.error("models", "a list of one or more", rows)
     found: dict[str, Any] = {"method": method}
     found["models"] = models = [row["model"] for row in rows]
     found["base"] = base if chosen.needs_base else None
@@ -79,7 +81,7 @@ def _arguments_of(config: dict[Any, Any]) -> dict[str, Any]:
         share = shared["t"]
         rest = _spec(share, lambda t: 1 - checks.check_float("t", t))
         found["weights"] = [rest, _spec(share)]
-        if models[-1:] == [base]:
+        if base == models[-1]:
             found["weights"].reverse()
     elif chosen.weights != "none":
         everywhere = shared.get("weight", 1.0)

@@ -217,7 +217,14 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             {**slerp, "models": [{**r, "parameters": {"t": 1}} for r in rows]},
             "`t` must be left out",
         ),
-        ({**slerp, "models": []}, "`models` must be"),
+        *(
+            (
+                {**of_base, "merge_method": name, "models": [], **more},
+                "`models` must be",
+            )
+            for name in ("slerp", "ties", "linear")
+            for more in ({}, {"parameters": {"t": 1, "lambda": 1}})
+        ),
         *(
             ({**slerp, "parameters": {"t": t}}, "must be")
             for t in (
