@@ -7,6 +7,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.calibration import inputs
+from keras_weightmods.core import data
 from keras_weightmods.ops import sparsegpt
 from tests import models
 
@@ -66,8 +67,9 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
         seen.append(models.numpy(rows.tensor)[:, 0])
 
     # Only the experts, so that their inputs stay the same.
+    ((fitted, _),), _ = data.held_out([(X, None)])
     with inputs.rows_seen(model, [first], see):
-        model(X)
+        model(fitted)
     (tokens,) = seen
     report = kwm.sparsify(
         model, "2:4", X, criterion=method, targets=stacks, verbose=0
