@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import warnings
 from typing import Any
 
 import keras
@@ -11,7 +12,6 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.utils.warning import warn
 
 _UNREACHED = "the data do not reach it"
 _METRIC = "output error"
@@ -89,10 +89,11 @@ def change_kernels(
     else:
         Walk(model, ordered, batches, visit, rebuild, held or ())()
     if few and held is not None:
-        warn(
+        warnings.warn(
             f"{len(few)} of {len(rows)} kernels were fitted to fewer rows than "
             f"they have inputs, the first being {few[0]}: on other rows they "
             "may be far off. Pass more `data`, some 100 rows of text.",
+            stacklevel=4,
         )
     return rows
 
@@ -212,10 +213,11 @@ class Walk:
             self._visit_next(call, own, here)
         if targets and self.rebuild is not None:
             if isinstance(operation, keras.Model) and not is_repeated:
-                warn(
+                warnings.warn(
                     f"The blocks of {operation.name!r} were not trained, with "
                     f"{len(targets)} kernels: they are not found, since "
                     f"{reason}.",
+                    stacklevel=2,
                 )
             else:
                 lists = own, taught, self.used

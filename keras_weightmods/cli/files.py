@@ -48,10 +48,10 @@ def _load_preset(path):
     try:
         if task.is_file():
             name = parse_json(task.read_bytes())["class_name"]
-            cls = vars(models)[name]
+            cls = getattr(models, name)
             if not issubclass(cls, models.Task):
                 raise TypeError
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{task} must be JSON with the `class_name` of a task of KerasHub"
         ) from error

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from keras_weightmods.core import data
 from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.warning import warn
 
 
 def perplexity(
@@ -218,11 +218,12 @@ class Perplexity:
             )
         start = start_token(self.model)
         if start is not None and first[0][0] != start:
-            warn(
+            warnings.warn(
                 f"The first text begins with the token {first[0][0]}, where "
                 f"the model's preprocessor puts its start token, {start}, in "
                 "front. A model that was trained with it measures worse "
                 "without. Pass strings, or put it in front of each row.",
+                stacklevel=4,
             )
         progress = keras.utils.Progbar(
             len(texts) if isinstance(texts, (list, np.ndarray)) else None,

@@ -1,6 +1,7 @@
 """One-shot N:M sparsity: magnitude, Wanda and SparseGPT."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,6 @@ from keras_weightmods.utils.report import (
     Table,
     skipped_text,
 )
-from keras_weightmods.utils.warning import warn
 
 _REFINEMENTS = ("swaps", "blocks")
 
@@ -311,10 +311,11 @@ def prune(
     error, plain = np.mean(errors, axis=0) if errors else (0.0, 0.0)
     # By more than what differs from one choice of rows to another.
     if error > 1.1 * plain:
-        warn(
+        warnings.warn(
             "On rows held out of the data the outputs of the kernels have a "
             f"mean error of {error:.1%}, where criterion='magnitude' has "
             f"{plain:.1%}. Pass more `data`, or use that.",
+            stacklevel=3,
         )
     name = "{}:{}".format(*parse_pattern(pattern))
     found = tuple(kernels), targets.skipped, tuple(blocks)

@@ -77,6 +77,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_blocks_of_a_backbone_that_is_called_by_keyword(recwarn):
     """Whatever the order of its inputs, which never change places."""
     found = []

@@ -365,8 +365,10 @@ def last_steps(call, stop=None):
     return found
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
-@pytest.mark.parametrize("action", ["add", "rescale", "remove", "clear"])
+@breadth(
+    ("action", "scale"),
+    list(itertools.product(("remove", "add", "rescale", "clear"), (0.5, None))),
+)
 def test_an_interrupt_leaves_either_state(signatures, action, scale):
     model = conv_net(dtype="float32")
     clean = weights_of(model)
