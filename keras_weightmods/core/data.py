@@ -241,8 +241,9 @@ def _token_inputs(model, x):
         x = {**x, "padding_mask": np.ones(np.shape(x["token_ids"]), "int32")}
     if missing := structure.keys() - x.keys():
         raise ValueError(
-            f"The model {model.name!r} takes {sorted(structure)}. Received: "
-            f"data without {sorted(missing)}. Pass a dict with all of them."
+            f"Expected data with {checks.shown(sorted(structure))}, which the "
+            f"model {model.name!r} takes. Received: data without "
+            f"{checks.shown(sorted(missing))}. Pass a dict with all of them."
         )
     return {
         name: np.asarray(a) if isinstance(a, list) else a

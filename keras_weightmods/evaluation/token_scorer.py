@@ -60,7 +60,7 @@ class TokenScorer:
             raise ValueError(
                 "The model must take `token_ids` and `padding_mask`, or one "
                 f"tensor of token ids. Received: model={model.name!r}, which "
-                f"takes {sorted(names)}"
+                f"takes {checks.shown(sorted(names))}"
             )
         self.model = model
         self.chunk_size = chunk_size

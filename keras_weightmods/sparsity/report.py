@@ -242,9 +242,13 @@ def assert_sparse(
         )
     bad = [kernel for kernel in kernels if not kernel.is_exact]
     if bad:
+        bad.sort(key=lambda kernel: (-kernel.violations, kernel.groups > 0))
+        problems = [f"{kernel.path} ({kernel.bad_groups})" for kernel in bad]
         raise AssertionError(
             f"{len(bad)} of {len(kernels)} kernels are not exactly "
-            f"{report.pattern}\n{report}"
+            f"{report.pattern}. Groups with too many nonzeros, the worst "
+            f"first (`sparsity_report` shows all):"
+            f"{checks.listed(problems)}"
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # Characters of a value, and of a list of problems, in an error.
-_MOST_SHOWN, _MOST_LISTED = 500, 1500
+_MOST_SHOWN, _MOST_LISTED = 500, 1100
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 8
@@ -187,7 +187,7 @@ def is_finite(value: Any) -> bool:
 def error(name: str, expected: str, value: Any) -> ValueError:
     """Return a `ValueError` to raise: what was expected and received."""
     return ValueError(
-        f"`{name}` must be {cut(expected, _MOST_LISTED // 2)}. Received: "
+        f"`{name}` must be {cut(expected, 750)}. Received: "
         f"{name}={shown(value)}"
     )
 
@@ -224,17 +224,24 @@ def raise_all(summary: str, problems: Iterable[str]) -> None:
 
     And how many there are.
     """
-    lines = [f"  {cut(problem)}" for problem in problems]
-    if not lines:
-        return
-    plural = "s" if len(lines) > 1 else ""
-    listed = [f"{cut(summary, 800)} {len(lines)} problem{plural}:"]
-    for line in lines:
-        if sum(map(len, listed)) + len(line) > _MOST_LISTED:
-            listed.append(f"  and {len(lines) - len(listed) + 1} more")
+    if problems := list(problems):
+        plural = "s" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{cut(summary, 800)} {len(problems)} problem{plural}:"
+            f"{listed(problems)}"
+        )
+
+
+def listed(problems: list[str]) -> str:
+    """Return the first of `problems`, a line each, and how many more."""
+    lines: list[str] = []
+    for problem in problems:
+        line = f"\n  {cut(problem)}"
+        if sum(map(len, lines)) + len(line) > _MOST_LISTED:
+            lines.append(f"\n  and {len(problems) - len(lines)} more")
             break
-        listed.append(line)
-    raise ValueError("\n".join(listed))
+        lines.append(line)
+    return "".join(lines)
 
 
 _COMPARISONS = {

@@ -106,7 +106,8 @@ def skipped_text(skipped: Iterable[Skipped]) -> str:
     """Return what is skipped for an error: the first weight of each reason."""
     rows = _grouped(skipped)
     listed = [
-        f"{f'{count} weights, the first ' * (count > 1)}{cut(path)}: {cut(why)}"
+        f"{f'{count} weights, the first ' * (count > 1)}"
+        f"{cut(path, 200)}: {cut(why, 300)}"
         for count, path, why in rows[:3]
     ]
     more = [f"{len(rows) - 3} more reasons"] * (len(rows) > 3)

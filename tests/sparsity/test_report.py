@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_assert_sparse_names_the_worst():
     assert "2 of 3 kernels are not exactly 2:4" in lines[0]
     worst = [line.split()[0] for line in lines if "/kernel" in line]
     assert worst[:2] == ["model/dense/kernel", "model/slightly/kernel"]
-    assert "8 of 8" in str(error.value)
+    assert "kernel (8 of 8)" in lines[1]
     with pytest.raises(AssertionError, match="does not fit"):
         kwm.assert_sparse(model, targets=kwm.find_targets(model))
     kwm.sparsify(model, verbose=0)
@@ -73,6 +75,15 @@ def test_assert_sparse_names_the_worst():
     kwm.assert_sparse(model, "3:4")
     with pytest.raises(AssertionError):
         kwm.assert_sparse(model, "1:4")
+
+
+@one_backend
+def test_assert_sparse_of_many_kernels_is_short():
+    model = models.mlp(*[4] * 50)
+    with pytest.raises(AssertionError, match="49 of 49") as error:
+        kwm.assert_sparse(model)
+    assert len(str(error.value)) < 2000
+    assert re.search(r"  and \d+ more$", str(error.value))
 
 
 @one_backend
