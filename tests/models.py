@@ -276,6 +276,12 @@ def randomize(model, seed=0, scale=0.4):
     return model
 
 
+def changed(model, change, *args, **kwargs):
+    """Return a model after a change in place."""
+    change(model, *args, **kwargs)
+    return model
+
+
 def make_sparse(model, pattern="2:4", seed=0):
     """Give every kernel that fits N:M sparse numbers; return the model."""
     m = int(pattern.split(":")[1])

@@ -5,7 +5,7 @@ import pytest
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.restored import RestoredOnError
 from tests import models
-from tests.faults.interrupts import model_state
+from tests.faults.states import model_state
 
 
 def changed(model):

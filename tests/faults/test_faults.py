@@ -17,6 +17,7 @@ from tests.faults import (
     raised,
     wrong_calls,
 )
+from tests.faults.interrupt_cases import CASES, SOME, STEPS
 
 pytestmark = [
     pytest.mark.one_backend,
@@ -51,19 +52,17 @@ def test_killed_trainings_end_as_if_nothing_had_happened(method, policy):
     assert result["equal"]
 
 
-@pytest.mark.parametrize("name", interrupts.SOME)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SOME else pytest.mark.heavy)
+        for name in (*CASES, *STEPS)
+    ],
+)
 def test_interrupted_calls_leave_the_old_state_or_the_new(name):
     wrong, found = interrupts.run(name, 4)
     assert wrong == []
     assert sum(found.values()) == 4
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    "name", [x for x in interrupts.CASES if x not in interrupts.SOME]
-)
-def test_all_interrupted_calls_do(name):
-    assert interrupts.run(name, 4)[0] == []
 
 
 @pytest.mark.parametrize("kind", formats.FORMATS)

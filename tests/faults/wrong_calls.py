@@ -38,7 +38,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core import keras_compat
 from tests import models
 from tests.faults import raised
-from tests.models import normal
+from tests.models import changed, normal
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
 PUBLIC = runpy.run_path(str(ROOT / "docs" / "api_table.py"))["public_names"]()
@@ -116,12 +116,6 @@ def mlp():
     """Return a tiny compiled model."""
     model = models.mlp()
     model.compile("sgd", "mse")
-    return model
-
-
-def changed(model, change, *args, **kwargs):
-    """Return a model after a change in place."""
-    change(model, *args, **kwargs)
     return model
 
 
