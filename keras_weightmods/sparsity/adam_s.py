@@ -372,10 +372,11 @@ class AdamS(keras.optimizers.Optimizer):
                 "`CAST`, which measures it.",
                 stacklevel=2,
             )
-        for variable, _, bits in state:
-            value = ops.convert_to_tensor(variable)
-            mask = nm.unpack_bits(bits.value, variable.shape)
-            variable.assign(ops.where(mask, value, ops.zeros_like(value)))
+        with RestoredOnError(values=self.sparsified):
+            for variable, _, bits in state:
+                value = ops.convert_to_tensor(variable)
+                mask = nm.unpack_bits(bits.value, variable.shape)
+                variable.assign(ops.where(mask, value, ops.zeros_like(value)))
         return ChangeReport.of(
             f"Pruned to {self.pattern}",
             keras_compat.optimizer_variables(self),

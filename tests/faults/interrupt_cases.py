@@ -307,4 +307,7 @@ STEPS = {
     ),
 }
 # Those that continuous integration interrupts.
-SOME = ("pack", "unpack", "fold", "cast", "lift_attach", "patch_remove")
+SOME = (
+    *("pack", "unpack", "fold", "cast", "adam_s_prune", "lift_attach"),
+    "patch_remove",
+)
