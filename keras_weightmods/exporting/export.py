@@ -40,6 +40,8 @@ class ExportFormat:
             names of the modules that it imports there.
         keeps_packed: String, the backend on which its files can call the
             compiled kernels; empty for none.
+        reads_packed: Bool, whether its writer takes a model with packed
+            weights as it is; others take a copy with dense ones.
     """
 
     writer: Callable[..., Write]
@@ -48,6 +50,7 @@ class ExportFormat:
         default_factory=lambda: {"": ()}
     )
     keeps_packed: str = ""
+    reads_packed: bool = False
 
 
 def register_export_format(
@@ -60,7 +63,7 @@ def register_export_format(
         writer: Callable from a model, and the further arguments of `export`,
             whose packed weights are dense, to what writes the file: a callable
             from its path and a progress bar, whose `add()` counts a step.
-        **fields: `ending`, `needs` and `keeps_packed`, see
+        **fields: `ending`, `needs`, `keeps_packed` and `reads_packed`, see
             `ExportFormat`.
 
     Raises:
@@ -113,7 +116,8 @@ def export(
     No other runtime reads packed kernels. So a copy of the model is made, whose
     kernels are dense, and written; a warning says so. The copy is built from
     the model's config. int8 activations are a matter of the packed product, so
-    that a model packed with them is exported with float ones.
+    that a model packed with them is exported with float ones. A GGUF file needs
+    no copy, and can hold the integers of int4 and int8 as they are.
 
     The files appear whole, once all is written, or not at all.
 
@@ -150,8 +154,11 @@ def export(
         **kwargs: What the format takes. For `"gguf"` these are
 
             - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
-              `"q4_0"`, the type of matrices; the embeddings of a 4-bit file
-              are in q8_0. Defaults to `"f16"`.
+              `"q4_0"`, the type of matrices. Those that `kwm.quantize` or
+              `kwm.pack` has rounded keep their integers: of int4 in q4_0, of
+              int4 and int8 in q8_0. Others are rounded to nearest; a warning
+              counts those that have 4 bits then. The embeddings of a 4-bit
+              file are in q8_0 if they are not in int4. Defaults to `"f16"`.
             - `tokenizer_from`: path of a GGUF file whose tokenizer is copied.
               By default it is that of the model's preprocessor, where this is
               a `Llama3Tokenizer`, and none, for prompts of token ids, where
@@ -195,13 +202,16 @@ def export(
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
     _check_needs(format, keep_packed)
-    packed = [i for i in reparameterizations(model) if not i.keeps_stored]
+    chosen = FORMATS[format]
+    is_left = keep_packed or chosen.reads_packed
+    items = [] if is_left else reparameterizations(model)
+    packed = [item for item in items if not item.keeps_stored]
     with Progress(1, "step", verbose) as progress:
-        if packed and not keep_packed:
+        if packed:
             progress.total += len(packed)
             model = _dense_copy(model, progress)
-        write = FORMATS[format].writer(model, **kwargs)
-        if packed and not keep_packed:
+        write = chosen.writer(model, **kwargs)
+        if packed:
             warnings.warn(
                 f"{len(packed)} packed weights are exported in dense form. "
                 "`kwm.save_model` keeps them packed.",
@@ -430,5 +440,7 @@ FORMATS: dict[str, ExportFormat] = {
     "transformers": ExportFormat(
         _transformers_writer, needs={"": ("keras_hub",)}
     ),
-    "gguf": ExportFormat(_gguf_writer, ".gguf", {"": ("gguf",)}),
+    "gguf": ExportFormat(
+        _gguf_writer, ".gguf", {"": ("gguf",)}, reads_packed=True
+    ),
 }

@@ -4,18 +4,32 @@ import importlib
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core.reparameterization import (
+    Reparameterization,
+    reparameterizations,
+)
+from keras_weightmods.native.quantize import round_matrix
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
 # Entries of a row that share a scale in the quantized types.
 _GROUP = 32
+# The grids of `pack` that a quantized type holds: the type of the integers, and
+# the inputs that share a scale of int4.
+_GRIDS = {
+    "Q4_0": (("int4", 64), ("int4", 32)),
+    "Q8_0": (("int4", 64), ("int4", 32), ("int8", None)),
+}
+# Rows of a matrix that are looked at together.
+_ROWS = 256
 # GGUF tensor of a block -> path of the KerasHub variable in that block.
 BLOCK_TENSORS = {
     "attn_norm": "self_attention_layernorm/scale",
@@ -43,14 +57,15 @@ def writer(
 ) -> Callable[[str, Progress], None]:
     """Return a function that writes a model to a path, once all is checked.
 
-    Matrices are rounded as `dtype` says, by the package `gguf`; in the types
-    of 4 bits the embeddings and the head become q8_0, as they do by
-    llama.cpp's own program where their rows are not of a length that Q6_K
+    Matrices that `quantize` or `pack` has rounded to integers keep these in
+    q4_0 and q8_0. Others are rounded as `dtype` says, by the package `gguf`; in
+    the types of 4 bits the embeddings and the head then become q8_0, as they do
+    by llama.cpp's own program where their rows are not of a length that Q6_K
     takes. Vectors stay float32.
 
     Args:
         model: A `keras_hub.models.LlamaCausalLM` or `Llama3CausalLM`, or the
-            backbone of one.
+            backbone of one, packed or not.
         dtype: String, one of `DTYPES`.
         tokenizer_from: Path of a GGUF file whose tokenizer is copied. By
             default that of the model, a `Llama3Tokenizer`; none without a
@@ -111,13 +126,26 @@ def writer(
         add_tokenizer(file)
         named = tensors(backbone)
         progress.total += len(named)
-        for name, variable in named.items():
-            value = tensor_value(name, variable)
-            is_embedding = name in ("token_embd.weight", "output.weight")
-            kind_name = "Q8_0" if is_embedding and "q4" in dtype else dtype
-            kind_name = "F32" if value.ndim == 1 else kind_name.upper()
+        rounded: list[str] = []
+        tiny: list[str] = []
+        for name, weight in named.items():
+            value = tensor_value(name, weight)
+            kinds = ["F32" if value.ndim == 1 else dtype.upper()]
+            if "q4" in dtype and name in ("token_embd.weight", "output.weight"):
+                kinds.append("Q8_0")
+            if kinds[0] not in ("F32", "BF16"):
+                _check_range(name, value)
+            for kind_name in kinds:
+                data, has_tiny = on_grid(value, kind_name)
+                if data is not None:
+                    break
             kind = gguf.GGMLQuantizationType[kind_name]
-            data = gguf.quants.quantize(value, kind)
+            if has_tiny:
+                tiny.append(name)
+            if data is None:
+                data = gguf.quants.quantize(value, kind)
+                if "Q4" in kind_name:
+                    rounded.append(name)
             file.add_tensor(name, data, raw_dtype=kind)
             progress.add()
         factors = rope_factors(backbone)
@@ -127,13 +155,20 @@ def writer(
         file.write_kv_data_to_file()
         file.write_tensors_to_file()
         file.close()
+        _warn(named, dtype, rounded, tiny)
 
     return write
 
 
 def tensors(backbone: Any) -> dict[str, Any]:
-    """Return {name of a GGUF tensor: variable} of a Llama backbone."""
-    variables = {variable.path: variable for variable in backbone.weights}
+    """Return {name of a GGUF tensor: weight} of a Llama backbone.
+
+    A weight is a variable, or the `Reparameterization` of one that is packed.
+    """
+    weights = {variable.path: variable for variable in backbone.weights}
+    weights |= {
+        item.target.path: item for item in reparameterizations(backbone)
+    }
     names = [*_TENSORS]
     names += [
         f"blk.{block}.{tensor}"
@@ -143,7 +178,7 @@ def tensors(backbone: Any) -> dict[str, Any]:
     if backbone.token_embedding.tie_weights:
         names.remove("output")
     names = [f"{name}.weight" for name in names]
-    return {name: variables[variable_path(name)] for name in names}
+    return {name: weights[variable_path(name)] for name in names}
 
 
 def variable_path(name: str) -> str:
@@ -155,9 +190,11 @@ def variable_path(name: str) -> str:
     return f"transformer_layer_{index}/{BLOCK_TENSORS[tensor]}"
 
 
-def tensor_value(name: str, variable: Any) -> Any:
-    """Return the float32 array that GGUF keeps of a variable."""
-    value = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+def tensor_value(name: str, weight: Any) -> Any:
+    """Return the float32 array that GGUF keeps of one of `tensors`."""
+    is_packed = isinstance(weight, Reparameterization)
+    value = weight.exact() if is_packed else ops.cast(weight.value, "float32")
+    value = ops.convert_to_numpy(value)
     if value.ndim == 1 or name == "token_embd.weight":
         return value
     inputs = 2 if name.endswith("attn_output.weight") else 1
@@ -173,6 +210,49 @@ def permute(value: Any, heads: int) -> Any:
     rows, columns = value.shape
     value = value.reshape(heads, 2, rows // heads // 2, columns)
     return value.swapaxes(1, 2).reshape(rows, columns)
+
+
+def on_grid(value: Any, kind: str) -> tuple[Any, bool]:
+    """Return the blocks of a matrix whose integers `pack` finds again.
+
+    Scales are rounded to fp16: those of int4, of bfloat16's precision, without
+    loss from 2^-14 on, and those of int8 by 2^-11 of them at most.
+
+    Args:
+        value: float32 array of shape `(N, K)`, K the contraction.
+        kind: String, the name of a type of GGUF.
+
+    Returns:
+        Pair of a uint8 array, a row of blocks for each row, and whether a scale
+        lies below fp16's normal range and is not exact in it. `(None, False)`
+        if the matrix lies on no grid that the type holds.
+    """
+    for grid in _GRIDS.get(kind, ()):
+        parts, has_tiny = [], False
+        for start in range(0, len(value), _ROWS):
+            part = value[start : start + _ROWS]
+            integers, scales = (x.T for x in round_matrix(part.T, *grid))
+            integers = integers.reshape(len(part), -1, _GROUP)
+            count = integers.shape[1]
+            scales = scales.astype("float32")
+            scales = scales.repeat(-(-count // scales.shape[1]), axis=1)
+            scales = scales[:, :count, None]
+            exact = part.reshape(integers.shape)
+            # The scale of int8, found again, may differ in the last bit.
+            if not np.allclose(integers * scales, exact, rtol=1e-6, atol=0):
+                break
+            d = scales.astype("float16")
+            has_tiny |= bool(((np.abs(scales) < 2**-14) & (d != scales)).any())
+            if kind == "Q4_0":
+                low, high = np.split((integers + 8).view("uint8"), 2, axis=-1)
+                integers = low | high << 4
+            block = np.concatenate(
+                [d.view("uint8"), integers.view("uint8")], -1
+            )
+            parts.append(block.reshape(len(part), -1))
+        else:
+            return np.concatenate(parts), has_tiny
+    return None, False
 
 
 def rope_factors(backbone: Any) -> Any:
@@ -192,6 +272,50 @@ def rope_factors(backbone: Any) -> Any:
     low, high = backbone.rope_low_freq_factor, backbone.rope_high_freq_factor
     share = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - share) / factor + share)).astype("float32")
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Raise ValueError unless fp16 has all values in its range."""
+    largest = np.abs(value).max()
+    if not largest <= np.finfo("float16").max:
+        raise ValueError(
+            "The types f16 and q... take finite weights of at most 65,504, as "
+            "fp16 does. Received: a largest absolute value of "
+            f"{largest} in {variable_path(name)!r}. Use dtype='f32'."
+        )
+
+
+def _warn(named: Any, dtype: str, rounded: Any, tiny: Any) -> None:
+    """Warn of what is not in the file as it is in the model."""
+    packed = [
+        weight
+        for weight in named.values()
+        if isinstance(weight, Reparameterization)
+        and (weight.pattern or dtype.upper() not in _GRIDS)
+    ]
+    texts = []
+    if packed:
+        texts.append(
+            f"{len(packed)} packed weights are exported in dense form. "
+            "`kwm.save_model` keeps them packed, and dtype='q4_0' or 'q8_0' "
+            "the integers of int4 or int8."
+        )
+    if rounded:
+        texts.append(
+            f"{len(rounded)} matrices were rounded to nearest for dtype="
+            f"{dtype!r}, {variable_path(rounded[0])!r} first, which costs "
+            "quality. Round them by `kwm.quantize(model, data)` before, which "
+            "costs less: dtype='q4_0' keeps its integers."
+        )
+    if tiny:
+        texts.append(
+            f"{len(tiny)} matrices, {variable_path(tiny[0])!r} first, have "
+            "scales below fp16's normal range. They were rounded to it, which "
+            "changes weights by at most 4e-6."
+        )
+    for text in texts:
+        # The line that calls `export`.
+        warnings.warn(text, stacklevel=4)
 
 
 def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:

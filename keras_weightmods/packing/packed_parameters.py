@@ -320,13 +320,18 @@ class PackedParameters(Reparameterization):
             return self.effective(None)
         return self._from_arrays()
 
-    def _from_arrays(self):
+    def exact(self):
+        """Return the weight in float32: integers times scales, not rounded."""
+        self.saved()  # Someone else may have set one that is held.
+        return self._from_arrays("float32")
+
+    def _from_arrays(self, dtype=None):
         # Without a large tensor for each step of it, and in order in memory:
         # on torch transposes give strides, by which sums differ.
         arrays = {k: ops.convert_to_numpy(v) for k, v in self.named.items()}
         kernel = self._kernel(self.form.unpack(arrays, self.shape, np))
         kernel = np.ascontiguousarray(ops.convert_to_numpy(kernel))
-        return ops.cast(kernel, self.dtype)
+        return ops.cast(kernel, dtype or self.dtype)
 
     def matrix(self, weight):
         """Return a dense weight as a float32 NumPy matrix (K, N)."""

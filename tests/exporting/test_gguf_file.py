@@ -8,6 +8,7 @@ import pytest
 import keras_weightmods as kwm
 from benchmarks import harness
 from examples.data import smollm2
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
 from tests import models
 
@@ -19,6 +20,7 @@ gguf = pytest.importorskip("gguf")
 SIZES = {"vocabulary_size": 96, "num_layers": 2, "hidden_dim": 64}
 SIZES |= {"intermediate_dim": 96, "num_query_heads": 4}
 SIZES |= {"num_key_value_heads": 2}
+TIED = {"tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,16 @@ def test_matrices_are_rounded_and_vectors_are_not(
     backbone, tmp_path, quantization
 ):
     path = tmp_path / "model.gguf"
-    reader = written(path, backbone, quantization.lower())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        reader = written(path, backbone, quantization.lower())
+    told = [str(w.message) for w in told if w.filename == __file__]
+    if quantization == "Q4_0":
+        (text,) = told
+        assert text.startswith("14 matrices were rounded to nearest")
+        assert "kwm.quantize" in text
+    else:
+        assert told == []
     variables = gguf_file.tensors(backbone)
     assert {t.name for t in reader.tensors} == set(variables)
     for tensor in reader.tensors:
@@ -78,6 +89,141 @@ def test_matrices_are_rounded_and_vectors_are_not(
         # Q4_0 has no +8, so the largest value of a sign loses a step.
         step = {"F32": 0.0, "Q8_0": 0.6 / 127, "Q4_0": 1.01 / 8}[kind]
         np.testing.assert_allclose(found, exact, atol=step * abs(exact).max())
+
+
+def decoded(tensor):
+    """Integers of a tensor of GGUF and their scales, by its definition."""
+    size = {"Q4_0": 18, "Q8_0": 34}[tensor.tensor_type.name]
+    blocks = tensor.data.reshape(len(tensor.data), -1, size)
+    scales = np.frombuffer(blocks[..., :2].tobytes(), "<f2")
+    integers = blocks[..., 2:].view("int8")
+    if size == 18:
+        codes = blocks[..., 2:].astype("int8")
+        integers = np.concatenate([codes & 15, (codes >> 4) & 15], -1) - 8
+    integers = integers.reshape(len(blocks), -1)
+    return integers, scales.repeat(32).reshape(integers.shape)
+
+
+def packed_integers(item):
+    """The same of a packed weight, (N, K) each, by `native/layout.py`."""
+    arrays = {k: models.numpy(v) for k, v in item.named.items()}
+    values, scales, meta = map(arrays.get, ("values", "scale", "meta"))
+    columns, rows, words = values.shape[:3]
+    made = np.zeros((columns, rows, 32, 16), "int32")
+    is_int4 = item.form.dtype == "int4"
+    for slot in range(32 if meta is None else 16):
+        word, place = divmod(slot, 4) if meta is None else (slot % 4, slot // 4)
+        integers = values[:, :, word % words, :, place].astype("int32")
+        if is_int4:
+            integers = integers >> 4 * (word // words) & 15
+            integers -= 16 * (integers > 7)
+        row = np.full(integers.shape, slot)
+        if meta is not None:
+            row = 4 * (slot // 2) + (meta >> 2 * slot & 3)
+        np.put_along_axis(made, row[:, :, None], integers[:, :, None], 2)
+    made = made.transpose(1, 2, 0, 3).reshape(rows * 32, columns * 16)
+    scales = scales.reshape(columns, -1, 16).swapaxes(0, 1)
+    scales = scales.reshape(-1, columns * 16)
+    scales = scales.repeat(64 if is_int4 else rows * 32, axis=0)
+    inputs, units = item.shape
+    return made.T[:units, :inputs], scales.T[:units, :inputs]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sizes"),
+    [
+        ("quantized", "q4_0", {"num_layers": 1, "intermediate_dim": 64}),
+        ("int4", "q4_0", {"dtype": "bfloat16"}),
+        # Rows of a group and a half.
+        ("int4", "q8_0", {"hidden_dim": 96, "tie_word_embeddings": False}),
+        ("2:4", "q4_0", {"hidden_dim": 96, "tie_word_embeddings": False}),
+        ("int8", "q8_0", {"dtype": "bfloat16"}),
+    ],
+)
+def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path):
+    model = models.causal_lm("llama3", **{**SIZES, **TIED, **sizes})
+    models.randomize(model)
+    path = tmp_path / "model.gguf"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`pack` rounded|All was rounded")
+        if kind == "quantized":
+            tokens = np.random.default_rng(0).integers(96, size=(16, 8))
+            x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+            kwm.quantize(model, x, refine=None)
+            plain = written(tmp_path / "plain.gguf", model, dtype).tensors
+        if kind == "2:4":
+            models.make_sparse(model)
+        kwm.pack(model, {"quantized": None, "2:4": "int4"}.get(kind, kind))
+        warnings.filterwarnings("ignore", "14 packed weights .* in dense form")
+        tensors = written(path, model, dtype).tensors
+    if kind == "quantized":
+        for one, other in zip(plain, tensors, strict=True):
+            assert one.data.tobytes() == other.data.tobytes()
+    items = {i.target.path: i for i in reparameterizations(model)}
+    assert (kind == "2:4") is any(i.pattern for i in items.values())
+    for tensor in tensors:
+        item = items.pop(gguf_file.variable_path(tensor.name), None)
+        if item is None:
+            # An untied look-up is not packed.
+            is_table = tensor.name == "token_embd.weight"
+            assert tensor.tensor_type.name == ("Q8_0" if is_table else "F32")
+            continue
+        assert tensor.tensor_type.name == dtype.upper()
+        integers, scales = packed_integers(item)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            heads = item.target.shape[1]
+            integers = gguf_file.permute(integers, heads)
+            scales = gguf_file.permute(scales, heads)
+        found = decoded(tensor)
+        np.testing.assert_array_equal(found[0], integers)
+        # fp16 has all bits of the scales of int4, and 11 of those of int8.
+        tolerance = 2**-11 if kind == "int8" else 0
+        np.testing.assert_allclose(found[1], scales, rtol=tolerance)
+    assert not items
+
+
+def test_groups_of_32_and_scales_that_fp16_has_not(tmp_path):
+    path, rng = tmp_path / "model.gguf", np.random.default_rng(0)
+    backbone = harness.make_llama(**SIZES).backbone
+    for name, variable in gguf_file.tensors(backbone).items():
+        value = gguf_file.tensor_value(name, variable)
+        if value.ndim == 2:
+            # (inputs, units) of all kernels but the embeddings.
+            integers = rng.integers(-8, 8, size=value.T.shape)
+            scales = rng.integers(128, 256, size=value.T.shape) / 2**14
+            scales = scales[::32].repeat(32, axis=0)
+            kernel = (integers * scales).astype("float32")
+            kernel = kernel.T if "embd" in name else kernel
+            variable.assign(kernel.reshape(variable.shape))
+    gate = gguf_file.tensors(backbone)["blk.1.ffn_gate.weight"]
+
+    def check(atol):
+        reader = written(path, backbone, "q4_0")
+        weights = gguf_file.tensors(backbone)
+        for tensor in reader.tensors:
+            exact = gguf_file.tensor_value(tensor.name, weights[tensor.name])
+            if exact.ndim == 2:
+                assert tensor.tensor_type.name == "Q4_0"
+                found = np.multiply(*decoded(tensor))
+                np.testing.assert_allclose(found, exact, rtol=0, atol=atol)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check(0)
+    kernel = models.numpy(gate)
+    kernel[:32] *= 2.0**-20
+    gate.assign(kernel)
+    text = "1 matrices, 'transformer_layer_1/feedforward_gate_dense/kernel'"
+    with pytest.warns(UserWarning, match=text):
+        check(8 / 2**25)
+    path.unlink()
+    for value in (1e5, np.nan):
+        kernel[0, 0] = value
+        gate.assign(kernel)
+        for dtype in ("f16", "q8_0"):
+            with pytest.raises(ValueError, match="Use dtype='f32'"):
+                written(path, backbone, dtype)
+    assert not path.exists()
 
 
 def test_rows_are_permuted_so_that_pairs_rotate():
