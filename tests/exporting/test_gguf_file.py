@@ -8,9 +8,11 @@ import pytest
 import keras_weightmods as kwm
 from benchmarks import harness
 from examples.data import smollm2
+from keras_weightmods import native
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
 from tests import models
+from tests.packing.test_pack import leave_out_native
 
 pytestmark = pytest.mark.one_backend
 
@@ -133,14 +135,18 @@ def packed_integers(item):
     ("kind", "dtype", "sizes"),
     [
         ("quantized", "q4_0", {"num_layers": 1, "intermediate_dim": 64}),
-        ("int4", "q4_0", {"dtype": "bfloat16"}),
+        ("held", "q4_0", {"dtype": "bfloat16"}),
         # Rows of a group and a half.
         ("int4", "q8_0", {"hidden_dim": 96, "tie_word_embeddings": False}),
         ("2:4", "q4_0", {"hidden_dim": 96, "tie_word_embeddings": False}),
         ("int8", "q8_0", {"dtype": "bfloat16"}),
     ],
 )
-def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path):
+def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path, monkeypatch):
+    if kind == "held":
+        # Its layers have dense weights, in their own type.
+        leave_out_native(monkeypatch)
+        monkeypatch.setattr(native, "warn_dense", lambda reason: None)
     model = models.causal_lm("llama3", **{**SIZES, **TIED, **sizes})
     models.randomize(model)
     path = tmp_path / "model.gguf"
@@ -153,7 +159,8 @@ def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path):
             plain = written(tmp_path / "plain.gguf", model, dtype).tensors
         if kind == "2:4":
             models.make_sparse(model)
-        kwm.pack(model, {"quantized": None, "2:4": "int4"}.get(kind, kind))
+        others = {"quantized": None, "2:4": "int4", "held": "int4"}
+        kwm.pack(model, others.get(kind, kind))
         warnings.filterwarnings("ignore", "14 packed weights .* in dense form")
         tensors = written(path, model, dtype).tensors
     if kind == "quantized":
@@ -161,6 +168,7 @@ def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path):
             assert one.data.tobytes() == other.data.tobytes()
     items = {i.target.path: i for i in reparameterizations(model)}
     assert (kind == "2:4") is any(i.pattern for i in items.values())
+    assert (kind == "held") is any(i.is_held for i in items.values())
     for tensor in tensors:
         item = items.pop(gguf_file.variable_path(tensor.name), None)
         if item is None:
