@@ -122,6 +122,10 @@ def rows(data):
     """
     if isinstance(data, str):
         yield data
+    elif hasattr(data, "numpy") and holds_strings(data):
+        # A tensor of TensorFlow.
+        for text in np.ravel(data.numpy()).tolist():
+            yield text.decode()
     elif isinstance(data, dict) and "token_ids" in data:
         tokens = _to_numpy(data["token_ids"])
         used = data.get("padding_mask")
@@ -173,7 +177,7 @@ def preprocess(model, x, y=None, sample_weight=None):
             f"Received: strings, for the model {model.name}"
         )
     if hasattr(x, "map"):
-        return x.map(model.preprocess_samples), y, sample_weight
+        return _mapped(model, x), y, sample_weight
     # KerasHub's tokenizers take lists, not arrays, of strings.
     strings = keras.tree.map_structure(
         lambda a: a.tolist() if isinstance(a, np.ndarray) else a,
@@ -197,6 +201,21 @@ def preprocess(model, x, y=None, sample_weight=None):
         ) from None
     outputs = keras.tree.map_structure(_to_numpy, outputs)
     return keras.utils.unpack_x_y_sample_weight(outputs)
+
+
+def _mapped(model, dataset):
+    """Preprocess the strings of a `tf.data.Dataset`."""
+    spec = dataset.element_spec
+    strings = spec[0] if isinstance(spec, tuple) else spec
+    if isinstance(strings, dict) or not _takes_prompts(model):
+        return dataset.map(model.preprocess_samples)
+    import tensorflow as tf
+
+    def as_responses(x, *labels):
+        x = {"prompts": tf.zeros_like(x), "responses": x}
+        return model.preprocess_samples(x, *labels)
+
+    return dataset.map(as_responses)
 
 
 def _takes_prompts(model):
