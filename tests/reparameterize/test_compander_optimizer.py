@@ -209,3 +209,7 @@ def test_errors():
     with pytest.raises(ValueError, match="found no weight with a compander"):
         optimizer.build(model.trainable_variables)
     assert not optimizer.optimizer.built
+    model, _ = make(optimizer, dtype="bfloat16")
+    message = 'CompanderOptimizer: 1 .*`Adam` are.*"mixed_bfloat16"'
+    with pytest.warns(UserWarning, match=message):
+        optimizer.build(model.trainable_variables)
