@@ -75,12 +75,7 @@ class Steps:
     def call_with_cache(
         self, prefill, token_ids, cache=None, cache_update_index=None, **others
     ):
-        given = any(x is not None for x in others.values())
-        if given or not hasattr(cache, "shape"):
-            raise CannotCompile(
-                "its `call_with_cache` gets more than tokens, one cache and a "
-                "place in it"
-            )
+        check_arguments(cache, others)
         if ops.is_tensor(cache_update_index):
             return self.step(token_ids, cache, cache_update_index)
         if cache_update_index != 0:
@@ -96,6 +91,16 @@ class Steps:
     def step(self, token_ids, cache, index):
         """Read one token."""
         return self.model.call_with_cache(token_ids, cache, index)
+
+
+def check_arguments(cache: Any, others: dict[str, Any]) -> None:
+    """Raise `CannotCompile` for a call with more than what a step is given."""
+    given = any(x is not None for x in others.values())
+    if given or not hasattr(cache, "shape"):
+        raise CannotCompile(
+            "its `call_with_cache` gets more than tokens, one cache and a "
+            "place in it"
+        )
 
 
 def view_of(obj: Any, **attributes: Any) -> Any:

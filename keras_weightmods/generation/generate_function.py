@@ -10,6 +10,7 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.backend.generation import (
     CannotCompile,
+    check_arguments,
     difference,
     view_of,
 )
@@ -127,7 +128,8 @@ class GenerateFunction:
             CannotCompile: If they differ.
         """
 
-        def call_with_cache(token_ids, cache, cache_update_index):
+        def call_with_cache(token_ids, cache, cache_update_index, **others):
+            check_arguments(cache, others)
             if ops.is_tensor(cache_update_index):
                 raise CannotCompile("it does not read the prompt at first")
 

@@ -158,6 +158,16 @@ def check_falls_back(model, match, inputs=None, **kwargs):
 
 
 @pytest.mark.one_backend
+def test_a_cache_in_parts_falls_back():
+    """Gemma 3 has one for each layer, and gives masks with it."""
+    model = language_model("gemma3", preprocessor=models.gemma3_preprocessor())
+    expected = model.generate("abc", max_length=8)
+    kwm.compile_generate(model)
+    with pytest.warns(UserWarning, match="gets more than tokens, one cache"):
+        assert model.generate("abc", max_length=8) == expected
+
+
+@pytest.mark.one_backend
 def test_beam_search_falls_back():
     model = language_model(sampler="beam")
     check_falls_back(model, "BeamSampler has a loop of its own")
