@@ -129,7 +129,9 @@ INTEGERS: dict[str, dict[str, str]] = {
     f"dense {dtype}, int8 head": {"dtype": dtype, "head": "int8"}
     for dtype in ("int8", "int4")
 }
-INTEGERS["dense int4, int4 head"] = {"dtype": "int4"}
+# To llama.cpp it goes as Q4_0, with the same integers.
+INT4 = "dense int4, int4 head"
+INTEGERS[INT4] = {"dtype": "int4"}
 FORMS = {**PACKED, **INTEGERS}
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
@@ -158,7 +160,7 @@ OTHERS = (
             "llama.cpp",
             needs=("llama_cpp", "llama_cpp_py_sync"),
         )
-        for kind in ("BF16", "Q8_0", "Q4_0", "Q4_1")
+        for kind in ("BF16", "Q8_0", "Q4_0", "Q4_1", INT4)
     ),
     *(
         Form(
@@ -451,12 +453,17 @@ def write_gguf(path, args):
         shutil.copy(smollm2.find_gguf(), path)
         return
     model = make_model(args)
+    if path.stem == INT4:
+        source = rounded_file(INT4, args)
+        if source is not None:
+            harness.load_weights(model, source)
+        kwm.pack(model, **FORMS[INT4])
     tokenizer = smollm2.find_gguf()
     kwm.export(
         model,
         path,
         format="gguf",
-        dtype=path.stem.lower(),
+        dtype="q4_0" if path.stem == INT4 else path.stem.lower(),
         tokenizer_from=tokenizer,
     )
 
@@ -485,7 +492,8 @@ def make_files(wanted, args):
     sources = ["tokens.npz"]
     if not args.sparse and any(file in PACKED for file in files):
         sources.append(sparse_file(args).name)
-    rounded = [rounded_file(file, args) for file in files if file in FORMS]
+    names = [file.removesuffix(".gguf") for file in files]
+    rounded = [rounded_file(name, args) for name in names if name in FORMS]
     for path in filter(None, rounded):
         start = path.with_stem(path.stem.removesuffix(HEAD))
         sources += [start.name, path.name]

@@ -58,6 +58,7 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     assert {
         "jax: packed int8, compiled",
         "llama.cpp Q4_0",
+        "llama.cpp dense int4, int4 head",
         "torch: packed int8, compiled",
         "torch: torchao int4, compiled",
     } < set(labels)
