@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
     ReconstructedBlock,
     blocks_table,
@@ -345,10 +346,12 @@ class _Quantizer:
             axes = target.contraction_axes, target.stack_axes
             grid = self.grid_for(target)
             (matrix,) = to_stack(target.variable.value, *axes, 1)
-            parts = [
-                round_kept(matrix[:, i : i + UNITS], None, grid).values
-                for i in range(0, matrix.shape[1], UNITS)
-            ]
+            # On torch it keeps no gradients.
+            with inputs.eager_forward(), inputs.compiled():
+                parts = [
+                    round_kept(matrix[:, i : i + UNITS], None, grid).values
+                    for i in range(0, matrix.shape[1], UNITS)
+                ]
             stack = ops.concatenate(parts, axis=1)[None]
             target.variable.assign(from_stack(stack, target.shape, *axes))
 

@@ -163,6 +163,22 @@ def test_kernels_of_any_shape_and_their_blocks(equation, output, shape):
 
 
 @one_backend
+def test_no_gradients_are_kept(monkeypatch):
+    """On torch they took 92 bytes for each weight of a head."""
+    made = []
+
+    def round_kept(*arguments):
+        made.append(rounded(*arguments))
+        return made[-1]
+
+    rounded = module.round_kept
+    monkeypatch.setattr(module, "round_kept", round_kept)
+    kwm.quantize(make_mlp(), data(), refine=None, verbose=0)
+    assert made
+    assert not any(x.values.requires_grad for x in made)
+
+
+@one_backend
 def test_blocks_of_a_language_model():
     """With three bits; what does not gain is left as it was rounded."""
     llama = models.randomize(models.causal_lm("llama"), scale=0.2)
