@@ -9,7 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
 from keras_weightmods.core.reparameterization import reparameterizations
@@ -25,9 +24,6 @@ from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress, Waiting
-
-# The importance of inputs is measured on so many batches.
-_MEASURED_BATCHES = 8
 
 
 class CAST(LogitsDistiller):
@@ -203,7 +199,7 @@ class CAST(LogitsDistiller):
             # None where it is not planned here, and whether the one-shot start
             # is made.
             self._planned: int | None = None
-            self._is_started = init == "dense"
+            self.is_started = init == "dense"
             self._verbose: Any = 0
             self._building = contextlib.ExitStack()
 
@@ -349,8 +345,8 @@ class CAST(LogitsDistiller):
                 self._build_optimizer()
             cast_run.check_sparsified(self.adam_s, self.targets)
             if not taken:
-                weight = kwargs["sample_weight"]
-                x = self._start(x, batch_size, weight, verbose, began)
+                rows = x, batch_size, kwargs["sample_weight"]
+                x = cast_run.start(self, *rows, verbose, began)
         self._verbose = verbose
         with contextlib.ExitStack() as self._building:
             waiting = Waiting("Building the training step", verbose, began)
@@ -434,7 +430,7 @@ class CAST(LogitsDistiller):
     def save_own_variables(self, store: Any) -> None:
         for place, state in enumerate(self._random_states()):
             store[f"random_{place}"] = ops.convert_to_numpy(state)
-        store["is_started"] = np.asarray(self._is_started)
+        store["is_started"] = np.asarray(self.is_started)
         if self._planned is not None:
             store["planned_batches"] = np.asarray(self._planned)
 
@@ -442,7 +438,7 @@ class CAST(LogitsDistiller):
         # Comes before the optimizer's own state, which loads only into one
         # that is built, and that takes the length of the run.
         saved = {key: np.asarray(store[key]) for key in list(store.keys())}
-        self._is_started = bool(saved.get("is_started", self._is_started))
+        self.is_started = bool(saved.get("is_started", self.is_started))
         for place, state in enumerate(self._random_states()):
             state.assign(saved.get(f"random_{place}", state))
         if not self.compiled:
@@ -477,41 +473,3 @@ class CAST(LogitsDistiller):
 
     def _updates(self, batches: int) -> int:
         return batches // (self.adam_s.gradient_accumulation_steps or 1)
-
-    def _start(
-        self,
-        x: Any,
-        batch_size: int | None,
-        sample_weight: Any,
-        verbose: Any,
-        began: float,
-    ) -> Any:
-        """Do what is done on the first batches; return `x` with all of them."""
-        is_ranked_by_inputs = self.adam_s.criterion == "wanda"
-        if self._is_started and not is_ranked_by_inputs:
-            return x
-        rows = 0 if self._is_started else self.init_rows
-        first, enough, x = data.first_batches(
-            x, _MEASURED_BATCHES, rows, batch_size, sample_weight
-        )
-        if not self._is_started:
-            self.init_report = sparsify.prune(
-                self.student,
-                self.targets,
-                first[:enough],
-                self.pattern,
-                self.init,
-                sparsify.check_refine("init_refine", self.init_refine),
-                verbose=int(verbose in ("auto", 1)),
-            )
-            self._is_started = True
-        if is_ranked_by_inputs:
-            measure_importance(
-                self.adam_s,
-                self.student,
-                self.targets,
-                first[:_MEASURED_BATCHES],
-                verbose,
-                began,
-            )
-        return x

@@ -1,10 +1,12 @@
-"""A run of `CAST`: how it starts, what a checkpoint holds, and its end."""
+"""A run of `CAST`: how it starts, and its end."""
 
 import warnings
 from typing import Any
 
 from keras import ops
 
+from keras_weightmods.calibration.inputs import measure_importance
+from keras_weightmods.core import data
 from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
@@ -22,6 +24,8 @@ _RECIPES = {
 }
 # The share of the run in which the default learning rate rises.
 WARMUP = 0.1
+# The importance of inputs is measured on so many batches.
+_MEASURED_BATCHES = 8
 
 
 def default_recipe(
@@ -45,6 +49,37 @@ def default_recipe(
     rate, ramp, criterion = _RECIPES[start]
     recipe = {"decay": "relative", "ramp": ramp, "criterion": criterion}
     return {"learning_rate": rate, **recipe}
+
+
+def start(
+    cast: Any,
+    x: Any,
+    batch_size: int | None,
+    sample_weight: Any,
+    verbose: Any,
+    began: float,
+) -> Any:
+    """Do what is done on the first batches; return `x` with all of them."""
+    is_ranked_by_inputs = cast.adam_s.criterion == "wanda"
+    if cast.is_started and not is_ranked_by_inputs:
+        return x
+    rows = 0 if cast.is_started else cast.init_rows
+    first, enough, x = data.first_batches(
+        x, _MEASURED_BATCHES, rows, batch_size, sample_weight
+    )
+    own = cast.student, cast.targets
+    if not cast.is_started:
+        refine = sparsify.check_refine("init_refine", cast.init_refine)
+        how = cast.pattern, cast.init, refine
+        is_shown = int(verbose in ("auto", 1))
+        cast.init_report = sparsify.prune(
+            *own, first[:enough], *how, verbose=is_shown
+        )
+        cast.is_started = True
+    if is_ranked_by_inputs:
+        batches = first[:_MEASURED_BATCHES]
+        measure_importance(cast.adam_s, *own, batches, verbose, began)
+    return x
 
 
 def check_sparsified(adam_s: AdamS, targets: Targets) -> None:

@@ -25,14 +25,6 @@ class Structure:
             and so part of what is given back.
     """
 
-    # What Keras' scopes set for this thread. Ctrl-C as one of them ends leaves
-    # it as it was within.
-    _SCOPES = (
-        *("autocast_scope", "stateless_scope", "symbolic_scope"),
-        *("current_call_ctx", "torch_device", "in_tf_graph_scope"),
-        *("name_scope_stack", "uninitialized_variables", "tracking_on"),
-        "distribution",
-    )
     # Of torch, for the parameters of a layer; of TensorFlow; and of what a
     # model was compiled with.
     _HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
@@ -65,12 +57,9 @@ class Structure:
             else:
                 self._find(tuple(before.values()))
             self._attributes.append((part, before))
-        scopes = {
-            name: global_state.get_global_attribute(name)
-            for name in self._SCOPES
-        }
-        self._find(scopes["name_scope_stack"])
-        self._scopes = scopes
+        # What Keras' scopes set for this thread. Ctrl-C as one of them ends
+        # leaves it as it was within.
+        self._find(vars(global_state.GLOBAL_STATE_TRACKER))
 
     def restore_attributes(self) -> None:
         """Give the attributes back.
@@ -85,22 +74,15 @@ class Structure:
 
     def restore(self) -> None:
         """Give all back."""
-        for name, scope in self._scopes.items():
-            global_state.set_global_attribute(name, scope)
         for part, cls in self._classes:
             # Past Keras' attribute tracking.
             object.__setattr__(part, "__class__", cls)
         self.restore_attributes()
         # Past methods of Keras' lists and dicts, which track what comes in.
         for holder, contents in self._found.values():
-            if isinstance(holder, list):
-                list.__setitem__(holder, slice(None), contents)
-            elif isinstance(holder, set):
-                set.clear(holder)
-                set.update(holder, contents)
-            else:
-                dict.clear(holder)
-                dict.update(holder, contents)
+            kind = type(contents)
+            kind.clear(holder)
+            (kind.extend if kind is list else kind.update)(holder, contents)
         for variable, flag in self._flags:
             if flag is not None:
                 variable._value.requires_grad = flag
