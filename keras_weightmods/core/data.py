@@ -70,25 +70,24 @@ def held_out(batches):
     for x, weights in batches:
         rows = np.ones(_row_count(x), bool)
         if weights is not None and not keras.tree.is_nested(weights):
-            rows = _to_numpy(weights).reshape(len(rows), -1).any(axis=1)
+            weights = _to_numpy(weights)
+            rows = weights.any(axis=tuple(range(1, weights.ndim)))
         used.append(rows)
-    total = sum(int(rows.sum()) for rows in used)
-    step = min(_SHARE_HELD, total)
+    all_used = np.concatenate(used)
+    step = min(_SHARE_HELD, int(all_used.sum()))
     if step < 2:
         return batches, []
+    all_held = all_used & (np.cumsum(all_used) % step == 0)
+    ends = np.cumsum([len(rows) for rows in used])
     fit: list[tuple] = []
     held: list[tuple] = []
-    first = 0
-    for batch, rows in zip(batches, used):
-        count = first + np.cumsum(rows)
-        first = count[-1]
-        is_held = rows & (count % step == 0)
+    for batch, is_held in zip(batches, np.split(all_held, ends)):
+        batch = keras.tree.map_structure(_to_numpy, batch)
         for part, own in ((fit, ~is_held), (held, is_held)):
             if own.any():
                 part.append(
                     keras.tree.map_structure(
-                        lambda a, own=own: None if a is None else a[own],
-                        keras.tree.map_structure(_to_numpy, batch),
+                        lambda a, own=own: None if a is None else a[own], batch
                     )
                 )
     return fit, _joined(held, _row_count(batches[0][0]))

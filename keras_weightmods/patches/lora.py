@@ -46,22 +46,12 @@ _FACTOR = re.compile(
 _PLAIN: dict[str, Any] = {
     "peft_type": ("LORA",),
     # Those that leave the base as it is.
-    "init_lora_weights": (
-        *(None, True, False),
-        *("gaussian", "eva", "orthogonal"),
-    ),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         (
-            "alora_invocation_tokens",
-            "alpha_pattern",
-            "arrow_config",
-            "bias",
-            "layer_replication",
-            "lora_bias",
-            "modules_to_save",
-            "trainable_token_indices",
-            "use_dora",
-            "use_qalora",
+            *("alora_invocation_tokens", "alpha_pattern", "arrow_config"),
+            *("bias", "layer_replication", "lora_bias", "modules_to_save"),
+            *("trainable_token_indices", "use_dora", "use_qalora"),
         ),
         (None, False, "none", {}, []),
     ),

@@ -208,13 +208,14 @@ def test_labels_of_strings_may_be_a_list():
 @pytest.mark.one_backend
 @pytest.mark.parametrize("size", [1, 3, 8, 64])
 def test_every_eighth_row_is_held_out(size):
-    """Whatever the batches; rows of weight 0 do not count."""
+    """Whatever the batches, empty ones too; rows of weight 0 do not count."""
     x, weights = np.arange(40), np.ones((40, 3))
     weights[30:] = 0
     pairs = [
         ({"x": x[i : i + size]}, weights[i : i + size])
         for i in range(0, 40, size)
     ]
+    pairs.insert(1, ({"x": x[:0]}, weights[:0]))
     fit, held = (
         np.concatenate([each["x"] for each, _ in part])
         for part in data.held_out(pairs)
