@@ -1,6 +1,25 @@
 """Which cases of a test run on which backend; the rule is in conftest.py."""
 
+import os
+import subprocess
+import sys
+
+import keras
 import pytest
+
+
+def run_python(*arguments, backend=None, cwd=None, **environment):
+    """Run Python in a process of its own; return what it prints."""
+    own = {"KERAS_BACKEND": backend or keras.backend.backend()}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **own, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def breadth(names, cases, *everywhere, **kwargs):

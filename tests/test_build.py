@@ -1,14 +1,13 @@
 """The package is installed with the compiled library, or without it."""
 
 import importlib.util
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
+
+from tests.backends import run_python
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -38,12 +37,7 @@ def wheel_files(folder, **environment):
         "import sys, scikit_build_core.build as backend\n"
         "backend.build_wheel(sys.argv[1])"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=source,
-        env={**os.environ, **environment},
-        check=True,
-    )
+    run_python("-c", code, folder, cwd=source, **environment)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return wheel.name, set(archive.namelist())

@@ -3,12 +3,11 @@
 import inspect
 import pathlib
 import runpy
-import subprocess
-import sys
 
 import pytest
 
 import keras_weightmods as kwm
+from tests.backends import run_python
 
 DOCS = pathlib.Path(__file__).absolute().parent.parent / "docs"
 API = runpy.run_path(str(DOCS / "api_table.py"))
@@ -16,7 +15,7 @@ PUBLIC = API["public_names"]()
 
 
 def run(*lines):
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+    run_python("-c", "\n".join(lines))
 
 
 @pytest.mark.one_backend

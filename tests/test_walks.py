@@ -1,15 +1,13 @@
 """The walks of the documentation: what they leave, in other processes."""
 
 import importlib.util
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from tests.backends import run_python
 from tests.test_docstrings import STEP
 
 PAGE = pathlib.Path(__file__).absolute().parent.parent / "docs" / "walks.md"
@@ -46,29 +44,13 @@ def folder(tmp_path_factory):
     for code, _ in steps:
         lines += [f"exec({code!r}, {{}})", "print('---')"]
         lines.append("keras.utils.clear_session()")
-    printed = run_code("\n".join(lines), folder, os.environ["KERAS_BACKEND"])
+    printed = run_python("-c", "\n".join(lines), cwd=folder)
     parts = printed.split("---")
     for (_, expected), part in zip(steps, parts):
         # Progress is shown where a machine is slow.
         shown = [each for each in part.splitlines() if "\x1b" not in each]
         assert " ".join(shown).split() == expected.split(), part
     return folder
-
-
-def run_code(code, folder, backend):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={
-            **os.environ,
-            "KERAS_BACKEND": backend,
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_export_runs_without_this_package(folder):
@@ -80,7 +62,9 @@ def test_the_export_runs_without_this_package(folder):
         "assert not {'keras', 'keras_weightmods'} & {*sys.modules}\n"
         "print(abs(y - files['y'][:1]).max(), abs(y).max())"
     )
-    error, largest = map(float, run_code(code, folder, "torch").split())
+    error, largest = map(
+        float, run_python("-c", code, backend="torch", cwd=folder).split()
+    )
     # int8 activations are the packed product's own.
     assert error < 0.05 * largest
 
@@ -88,7 +72,7 @@ def test_the_export_runs_without_this_package(folder):
 def test_another_backend_loads_what_was_saved(folder):
     if importlib.util.find_spec("jax") is None:
         pytest.skip("needs JAX")
-    run_code(LOADED.format(backend="jax"), folder, "jax")
+    run_python("-c", LOADED.format(backend="jax"), backend="jax", cwd=folder)
 
 
 def test_what_the_walks_leave_is_what_they_say(folder):

@@ -1,13 +1,10 @@
 """A mesh of JAX, and two devices of TensorFlow; more is in `make devices`."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import pytest
 
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
+from tests.backends import run_python
 
 BACKEND = keras.backend.backend()
 HEAVY = pytest.mark.heavy
@@ -26,8 +23,5 @@ def test_devices_compute_what_one_computes(backend, program, checks):
     if backend != BACKEND:
         pytest.skip(f"for {backend}")
     flags = "--xla_force_host_platform_device_count=8"
-    subprocess.run(
-        [sys.executable, "-m", f"tests.devices.{program}", *checks.split()],
-        env={**os.environ, "XLA_FLAGS": flags},
-        check=True,
-    )
+    program = "-m", f"tests.devices.{program}", *checks.split()
+    run_python(*program, XLA_FLAGS=flags)

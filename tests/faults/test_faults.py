@@ -1,14 +1,12 @@
 """A part of what `make faults` and `make mutants` do."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
-import keras
 import pytest
 
+from tests.backends import run_python
 from tests.faults import (
     formats,
     interrupts,
@@ -39,15 +37,8 @@ pytestmark = [
 )
 def test_killed_trainings_end_as_if_nothing_had_happened(method, policy):
     # In a process that has computed nothing yet: it is forked.
-    command = [sys.executable, "-m", "tests.faults.kills", "--kills", "2"]
-    done = subprocess.run(
-        [*command, "--method", method, "--policy", policy],
-        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
+    chosen = "--kills", 2, "--method", method, "--policy", policy
+    result = json.loads(run_python("-m", "tests.faults.kills", *chosen))
     assert result["kills"] == 2
     assert result["equal"]
 

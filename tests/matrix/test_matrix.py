@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import keras
@@ -17,6 +15,7 @@ import keras_weightmods as kwm
 from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.calibration.walk import Walk
 from tests import models
+from tests.backends import run_python
 from tests.matrix import __main__ as matrix
 from tests.matrix import methods, page
 from tests.matrix.families import families
@@ -32,10 +31,7 @@ def test_a_few_cells(tmp_path):
     """In a process that has computed nothing yet: it is forked."""
     file = tmp_path / "matrix.jsonl"
     cells = "^(Conv3D|nested models|MobileNetBackbone): (pack|save)$"
-    command = [sys.executable, "-m", "tests.matrix", "--only", cells]
-    command += ["--results", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    run_python("-m", "tests.matrix", "--only", cells, "--results", file)
     rows = page.read(file).values()
     assert [row["state"] for row in rows] == ["passed"] * 6
 

@@ -3,11 +3,11 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from keras_weightmods import native
+from tests.backends import run_python
 
 pytestmark = pytest.mark.one_backend
 
@@ -24,14 +24,7 @@ def reason_in(folder, **environment):
         "assert native.is_available() == (not native.reason_unavailable())\n"
         "print(native.reason_unavailable())\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder.parent,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    return run_python("-c", code, cwd=folder.parent, **environment).strip()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
 from tests import models
-from tests.backends import breadth
+from tests.backends import breadth, run_python
 from tests.matrix.families import families
 from tests.matrix.hub import make
 from tests.saving import across as across_backends
@@ -156,18 +154,9 @@ def across(folder, names, order):
     """Save on each backend what the next ones load; return what failed."""
     wrong = []
     for backend in order:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.saving.across", folder, *names],
-            env={
-                **os.environ,
-                "KERAS_BACKEND": backend,
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        wrong += json.loads(done.stdout.splitlines()[-1])
+        program = "-m", "tests.saving.across", folder, *names
+        printed = run_python(*program, backend=backend)
+        wrong += json.loads(printed.splitlines()[-1])
     return wrong
 
 
