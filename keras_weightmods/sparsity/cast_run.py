@@ -70,7 +70,7 @@ def start(
     own = cast.student, cast.targets
     if not cast.is_started:
         refine = sparsify.check_refine("init_refine", cast.init_refine)
-        how = cast.pattern, cast.init, refine
+        how: Any = (cast.pattern, cast.init, refine)
         is_shown = int(verbose in ("auto", 1))
         cast.init_report = sparsify.prune(
             *own, first[:enough], *how, verbose=is_shown
