@@ -23,6 +23,14 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
+def correlated(size, units, rows=200, seed=0):
+    """Return inputs with large correlations, of unlike sizes, and a matrix."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
+    x = rng.normal(size=(rows, size)) @ mix
+    return x, rng.normal(size=(size, units)).astype("float32")
+
+
 def split(x):
     """Return the rows of data that are fitted to, and those held out."""
     is_held = np.arange(len(x)) % 8 == 7

@@ -49,9 +49,10 @@ def calibration_batches(model, data, batch_size):
     if batch_count(x, batch_size) == math.inf:
         expected = "finite, not endless: take a part, with `.take(batches)`"
         raise checks.error("data", expected, type(x))
-    found = list(batches(x, batch_size, weights, model))
+    all_batches = batches(x, batch_size, weights, model)
+    found = [batch for batch in all_batches if _row_count(batch[0])]
     if not found:
-        raise checks.error("data", "one batch at least", type(x))
+        raise checks.error("data", "one batch with rows at least", type(x))
     return found
 
 

@@ -7,15 +7,12 @@ from keras import ops
 from keras_weightmods.ops import nm_project, nm_violations, refine
 from tests import references
 from tests.backends import breadth
-from tests.models import numpy
+from tests.models import correlated, numpy
 
 
 def make(size, units, rows=200, seed=0, pattern="2:4"):
     """A second moment with large correlations, a matrix, and it pruned."""
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
-    x = rng.normal(size=(rows, size)) @ mix
-    w = rng.normal(size=(size, units)).astype("float32")
+    x, w = correlated(size, units, rows, seed)
     return x.T @ x / rows, w, numpy(nm_project(w, pattern))
 
 

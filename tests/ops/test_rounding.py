@@ -7,15 +7,12 @@ from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from tests import references
 from tests.backends import breadth
-from tests.models import numpy
+from tests.models import correlated, numpy
 
 
 def make(size, units, rows=200, seed=0, pattern="2:4"):
     """A second moment with large correlations, and a sparse matrix."""
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
-    x = rng.normal(size=(rows, size)) @ mix
-    w = rng.normal(size=(size, units)).astype("float32")
+    x, w = correlated(size, units, rows, seed)
     h = (x.T @ x / rows).astype("float32")
     return h, numpy(nm_project(w, pattern))
 

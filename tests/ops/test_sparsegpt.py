@@ -7,15 +7,7 @@ from keras import ops
 from keras_weightmods.ops import nm_violations, sparsegpt
 from tests import references
 from tests.backends import breadth
-from tests.models import numpy
-
-
-def make(size, units, rows=200, seed=0):
-    """Inputs that hang together, of different sizes, and a matrix."""
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
-    x = rng.normal(size=(rows, size)) @ mix
-    return x, rng.normal(size=(size, units)).astype("float32")
+from tests.models import correlated, numpy
 
 
 def pruned(w, h, n=2, m=4, damping=0.01):
@@ -25,7 +17,7 @@ def pruned(w, h, n=2, m=4, damping=0.01):
 
 @breadth(("size", "n", "m"), [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4)])
 def test_sparsegpt_is_the_reference(size, n, m):
-    x, w = make(size, 5)
+    x, w = correlated(size, 5)
     h = x.T @ x / len(x)
     expected = references.sparsegpt(w, h, n, m)
     actual = pruned(w, h, n, m)
@@ -38,7 +30,7 @@ def test_sparsegpt_is_the_reference(size, n, m):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("size", [12, 200])
 def test_the_factor(size):
-    x, _ = make(size, 1)
+    x, _ = correlated(size, 1)
     h = x.T @ x / len(x)
     u = sparsegpt.inverse_factor(h, 0.1)
     damped = h + 0.1 * np.trace(h) / size * np.eye(size)
@@ -54,7 +46,7 @@ def test_invariants(groups, units, seed, data):
     n = data.draw(st.integers(1, m))
     # Also fewer rows than inputs, so that only the damping makes it regular.
     rows = data.draw(st.integers(1, 40))
-    x, w = make(groups * m, units, rows, seed)
+    x, w = correlated(groups * m, units, rows, seed)
     result = pruned(w, x.T @ x, n, m)
     counts = np.count_nonzero(result.reshape(groups, m, units), axis=1)
     assert (counts <= n).all()
@@ -66,7 +58,7 @@ def test_invariants(groups, units, seed, data):
 
 
 def test_wanda_is_the_reference():
-    x, w = make(24, 5)
+    x, w = correlated(24, 5)
     norms = np.sqrt((x**2).mean(axis=0))
     for n, m in ((2, 4), (1, 4), (3, 8)):
         actual = numpy(sparsegpt.wanda(w, norms, (n, m)))
@@ -75,7 +67,7 @@ def test_wanda_is_the_reference():
 
 @pytest.mark.one_backend
 def test_inputs_that_are_always_zero():
-    _, w = make(8, 3)
+    _, w = correlated(8, 3)
     x = np.random.default_rng(0).normal(size=(200, 8))
     x[:, [0, 2]] = 0
     result = pruned(w, x.T @ x)
@@ -89,7 +81,7 @@ def test_inputs_that_are_always_zero():
 
 @pytest.mark.one_backend
 def test_low_precision_keeps_its_dtype():
-    x, w = make(16, 4)
+    x, w = correlated(16, 4)
     half = ops.cast(w, "bfloat16")
     result = sparsegpt.sparsegpt(half, sparsegpt.inverse_factor(x.T @ x), "2:4")
     assert "bfloat16" in str(result.dtype)
@@ -98,7 +90,7 @@ def test_low_precision_keeps_its_dtype():
 
 @pytest.mark.one_backend
 def test_wrong_arguments():
-    x, w = make(8, 2)
+    x, w = correlated(8, 2)
     factor = sparsegpt.inverse_factor(x.T @ x)
     with pytest.raises(ValueError, match="finite"):
         sparsegpt.inverse_factor(np.full((4, 4), np.nan))

@@ -205,6 +205,7 @@ X = normal(4, 16)
         ({"criterion": "wanda"}, "calibration data"),
         ({"data": "wanda"}, "Pass `criterion='wanda'`"),
         ({"criterion": "wanda", "data": normal(0, 16)}, "arrays of rows"),
+        ({"criterion": "wanda", "data": iter([normal(0, 16)])}, "with rows"),
         ({"criterion": "wanda", "data": Endless(X, X, 2)}, "endless"),
         ({"data": normal(4, 15)}, "incompatible|shape"),
         (
