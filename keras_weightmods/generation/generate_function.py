@@ -128,8 +128,8 @@ class GenerateFunction:
             CannotCompile: If they differ.
         """
 
-        def call_with_cache(token_ids, cache, cache_update_index, **others):
-            check_arguments(cache, others)
+        def call_with_cache(token_ids, cache, cache_update_index, **more):
+            check_arguments(cache, more)
             if ops.is_tensor(cache_update_index):
                 raise CannotCompile("it does not read the prompt at first")
 

@@ -213,10 +213,12 @@ def rehearsed(description, parts, entries):
                 _, built, _ = build(changed, entries, classes_of(parts))
                 _check_constants(parts, built)
                 states.check_quantizers(parts, built)
-            return changed
         # What the code of a model's classes raises is not known.
         except Exception as error:
             first = first or error
+        else:
+            _warn_of_constraints(parts, built)
+            return changed
     raise ValueError(
         "A model is saved only if it can be built again from what its "
         "`get_config()` returns. Its own classes and functions must be "
@@ -263,6 +265,31 @@ def _check_constants(parts, built):
                 "none of its weights, and would have other values. Compute it "
                 "in the `call` of a layer"
             )
+
+
+def _warn_of_constraints(parts, built):
+    """Warn of constraints that were set on variables, past the config."""
+
+    def constrained(parts):
+        return {
+            f"{name}/{i}": variable.path
+            for name, part in parts.items()
+            if isinstance(part, keras.layers.Layer)
+            for i, variable in enumerate(keras_compat.own_variables(part))
+            if variable.constraint is not None
+        }
+
+    lost = constrained(parts)
+    for key in constrained(built):
+        lost.pop(key, None)
+    if lost:
+        warnings.warn(
+            f"The file does not hold the constraints of {len(lost)} weights, "
+            f"the first {next(iter(lost.values()))!r}: a `fit` after "
+            "`load_model` loses what they keep, unless they are set again, as "
+            "by `SemiStructuredSparse.attach`.",
+            stacklevel=4,
+        )
 
 
 def message(error):

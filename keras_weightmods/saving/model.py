@@ -60,9 +60,11 @@ def save_model(
     of Keras.
 
     Not saved is what `compile` and `fit` add: optimizer, loss, metrics, the
-    sampler of `generate`. LoRA is kept as it is on layers whose weights were
-    changed in place (in `weights` of the loaded layer it comes last), and
-    merged into the kernel on others, as Keras does.
+    sampler of `generate`; nor constraints of variables that no layer's config
+    has, such as those of `SemiStructuredSparse.attach`, with a warning. LoRA is
+    kept as it is on layers whose weights were changed in place (in `weights` of
+    the loaded layer it comes last), and merged into the kernel on others, as
+    Keras does.
 
     The layout is that of safetensors: other tools can read the arrays. It
     holds no code. The file is written beside `filepath` and renamed when it

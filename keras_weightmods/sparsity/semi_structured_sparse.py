@@ -150,10 +150,11 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         axes, and is exactly N:M from now on, before any training. An earlier
         `SemiStructuredSparse` is replaced. The constraint sits on the variable
         only: no file of Keras or of this package holds it, so attach again
-        after loading, or the next `fit` loses the pattern silently. It
-        does not block `enable_lora`, and the saved model loads without this
-        package. If `model` is part of a larger model that was trained before,
-        compile the larger one again, so that its train step is traced anew.
+        after loading, or the next `fit` loses the pattern silently.
+        (`save_model` warns; `model.save` of Keras does not.) It does not block
+        `enable_lora`, and the saved model loads without this package. If
+        `model` is part of a larger model that was trained before, compile the
+        larger one again, so that its train step is traced anew.
 
         Args:
             model: A built Keras model or layer.

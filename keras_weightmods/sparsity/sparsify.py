@@ -110,6 +110,9 @@ def sparsify(
 ) -> SparsifyReport:
     """Make a model N:M sparse in one shot, in place, without training.
 
+    A plain `fit` afterwards loses the pattern: before it call
+    `SemiStructuredSparse.attach(model, pattern, frozen=True)`.
+
     - `"magnitude"` keeps the largest weights of each group.
     - `"wanda"` keeps the largest `|w| * ||x||`, x being the weight's input
       over the calibration data (arXiv 2306.11695).

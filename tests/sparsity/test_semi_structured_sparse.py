@@ -222,6 +222,10 @@ def test_frozen_mask_survives_fit(name, tmp_path):
     assert not np.isin(numpy(kernel)[before != 0], before).any()
     if name == "momentum":
         model.save(tmp_path / "model.keras")
+        match = "does not hold the constraints of 1 weights"
+        with pytest.warns(UserWarning, match=match) as caught:
+            kwm.save_model(model, tmp_path / "model.safetensors")
+        assert caught[0].filename == __file__
         loaded = keras.saving.load_model(tmp_path / "model.keras")
         kernel = loaded.layers[0].kernel
         assert kernel.constraint is None
