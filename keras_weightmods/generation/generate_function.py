@@ -143,10 +143,10 @@ class GenerateFunction:
             if self.rounds_inputs and not reason:
                 # What other tokens at the empty places change alone, at the
                 # same length, is compared more closely.
-                others = ops.cast(token_ids == 0, token_ids.dtype)
+                other_ids = ops.cast(token_ids == 0, token_ids.dtype)
                 is_empty = ops.arange(length) >= known
-                others = read(ops.where(is_empty, others, token_ids))
-                reason = difference(others[:, :known], pair[1], False)
+                again = read(ops.where(is_empty, other_ids, token_ids))
+                reason = difference(again[:, :known], pair[1], False)
             raise _Read(reason)
 
         inputs = {

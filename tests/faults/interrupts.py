@@ -25,6 +25,7 @@ import random
 import re
 import sys
 import tempfile
+import threading
 import time
 import warnings
 
@@ -162,7 +163,9 @@ def made(name):
             keras.utils.set_random_seed(0)
             return call(*objects)
 
-        see = functools.partial(state_of, objects)
+        # One that an earlier case has left behind is told of once.
+        threads = {*threading.enumerate()}
+        see = functools.partial(state_of, objects, threads)
         # On torch a layer lists its parameters when it is first asked.
         see()
         repair = functools.partial(*repair, *objects) if repair else None

@@ -11,13 +11,16 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 
 
-def state_of(objects):
-    """Return what models, optimizers and the folder are, as a flat dict."""
+def state_of(objects, threads):
+    """Return what models, optimizers and the folder are, as a flat dict.
+
+    With the number of threads that are not among `threads`.
+    """
     found = {
         f"file {path}": path.is_file() and path.read_bytes()
         for path in sorted(pathlib.Path().rglob("*"))
     }
-    found["threads"] = threading.active_count()
+    found["threads"] = len({*threading.enumerate()} - threads)
     found["scopes of Keras"] = (
         keras.Variable(0.0, name="probe").path,
         keras_compat.in_stateless_scope(),
