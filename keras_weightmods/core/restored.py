@@ -1,7 +1,6 @@
 """Calls that change models: as a whole, or not at all."""
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -44,23 +43,15 @@ class RestoredOnError:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> None:
         while kind is not None:
             try:
-                self._restore()
+                self.structure.restore()
+                self.give_values_back()
                 return
             except KeyboardInterrupt:
                 # Another one. The first is raised once all is given back.
                 pass
-
-    def _restore(self) -> None:
-        self.structure.restore()
-        self.give_values_back()
 
     def give_values_back(self) -> None:
         """Give the variables their values back, within the scope too."""

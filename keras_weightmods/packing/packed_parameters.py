@@ -25,8 +25,6 @@ from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
 # What files tell of a packed weight.
 _SETTINGS = "format", "trainable", "activations"
-
-
 # The models of which a warning said that a fit does not train all.
 _WARNED: Any = weakref.WeakSet()
 

@@ -122,11 +122,6 @@ def _grouped(skipped: Iterable[Skipped]) -> list[tuple[int, str, str]]:
     return [(len(paths), paths[0], why) for why, paths in groups.items()]
 
 
-def shape_text(shape: Iterable[int]) -> str:
-    """Return `(64, 32)` as `"64x32"`."""
-    return "x".join(map(str, shape)) or "scalar"
-
-
 def size_text(nbytes: float) -> str:
     """Return a number of bytes in KiB or MiB."""
     if nbytes < 2**20:
@@ -199,7 +194,7 @@ def _lines(table: Table, width: int = sys.maxsize) -> list[str]:
 
 def _cell(value: Any, form: str) -> str:
     if isinstance(value, tuple):
-        value = shape_text(value)
+        value = "x".join(map(str, value)) or "scalar"
     # Names from a file may be anything.
     return "" if value is None else printable(format(value, form))
 
