@@ -12,7 +12,7 @@ from keras_weightmods.core import filters, keras_compat, layer_kinds
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.weight_keys import weight_keys
-from keras_weightmods.utils.checks import check_int, check_model, error
+from keras_weightmods.utils.checks import check_int, check_model, cut, error
 from keras_weightmods.utils.report import Report, Skipped, Table
 
 
@@ -330,7 +330,7 @@ def _unused_layers(model: Any) -> list[Any]:
             "The model must be built, so that its weights exist. Call it on "
             "data once, or `model.build(input_shape)`. Received: "
             f"model={model.name!r}, of which these are not built: "
-            + ", ".join((missing or [model.name])[:5])
+            + cut(", ".join((missing or [model.name])[:5]), 1000)
         )
     return unbuilt
 
