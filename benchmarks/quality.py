@@ -259,6 +259,11 @@ def make_methods(steps, **settings):
         "one-shot SparseGPT + swaps + blocks + 4-bit blocks": Rounded(
             OneShot("sparsegpt", ("swaps", "blocks")), "blocks"
         ),
+        "int4 to nearest": to_nearest,
+        "int4 by GPTQ": Quantized(),
+        "int4 by GPTQ + scales": Quantized("scales"),
+        "int4 by GPTQ + blocks": Quantized("blocks"),
+        "int4 by GPTQ + blocks + scales": Quantized(("blocks", "scales")),
         "dense fine-tuned": DenseFineTuning(2e-4),
         "fixed magnitude mask": FixedMask(5e-4),
         "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
@@ -357,6 +362,28 @@ class Rounded:
         kwm.quantize(model, data, **options)
         kwm.assert_sparse(model)
         return details
+
+
+class Quantized:
+    """All kernels and the head of the dense model, rounded to four bits."""
+
+    def __init__(self, refine=None):
+        self.refine = refine
+
+    def __call__(self, model, train):
+        import keras_weightmods as kwm
+
+        data = model_inputs(train[:128, :-1])
+        options = {"refine": self.refine, "batch_size": 4}
+        kwm.quantize(model, data, **options)
+
+
+def to_nearest(model, train):
+    """The same without data."""
+    import keras_weightmods as kwm
+
+    kwm.pack(model, "int4", dense="int4", head="int4", verbose=0)
+    kwm.unpack(model, verbose=0)
 
 
 class DenseFineTuning:
@@ -635,8 +662,10 @@ def report(args, rows):
     import keras
     import keras_hub
 
+    dense = all(row["method"].startswith(("dense", "int4")) for row in rows)
     return {
-        "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
+        "model": "SmolLM2-135M-Instruct, all 210 in-block kernels"
+        + (", and the head" if dense else ", 2:4"),
         "machine": f"{harness.cpu()}, "
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
         "python": platform.python_version(),

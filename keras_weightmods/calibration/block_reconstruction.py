@@ -69,7 +69,7 @@ def train_block(operation, targets, fit, held, epochs, learning_rate):
         A `ReconstructedBlock`; None, with a warning, for a block without a
         float in its outputs.
     """
-    data = _Batches(*fit)
+    data = Batches(*fit)
     if not data.places:
         warnings.warn(
             f"The block {operation.name!r} gives no float, so that its "
@@ -77,35 +77,72 @@ def train_block(operation, targets, fit, held, epochs, learning_rate):
             stacklevel=2,
         )
         return None
-    measured = _Batches(*held) if held[0] else data
-    steps = epochs * len(data)
+    trained = [target.variable for target in targets]
+    for target in targets:
+        item = slots(target.layer).get(target.attribute)
+        trained += item.parameters if item else ()
+    kept = [(target.variable, _Zeros(target.variable)) for target in targets]
+    part = Part(operation, operation, relative_error, data)
+    errors = train_part(
+        part,
+        trained,
+        data,
+        Batches(*held) if held[0] else data,
+        epochs,
+        learning_rate,
+        kept,
+    )
+    return ReconstructedBlock(operation.name, len(targets), *errors)
+
+
+def train_part(
+    part, trained, fit, held, epochs, learning_rate, kept=(), verbose=0
+):
+    """Train some variables of a `Part`, by Adam; return two losses.
+
+    Args:
+        part: `Part`.
+        trained: List of variables of it.
+        fit, held: `Batches`, to train on and to measure on. What is worse on
+            the latter after the training is undone.
+        epochs, learning_rate: As in `train_block`.
+        kept: List of pairs of a variable and its constraint meanwhile.
+        verbose: 0 or 1. 1 shows Keras' progress bars. Defaults to `0`.
+
+    Returns:
+        Pair of floats, the losses on `held` before and after.
+    """
+    steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
-    # On JAX a step that ends with an error loses all that is in the block.
-    undo = RestoredOnError(operation, values=operation.variables)
+    # On JAX a step that ends with an error loses all that is in the part.
+    undo = RestoredOnError(part.operation, values=part.operation.variables)
     with undo, calibration.gradients():
-        _train_alone(operation, targets)
-        block = _Block(operation, data)
-        block.compile(
-            keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
-        )
-        before = block.evaluate(measured, verbose=0)
-        block.fit(data, epochs=epochs, verbose=0)
-        after = block.evaluate(measured, verbose=0)
+        for layer in keras_compat.layers_of(part.operation):
+            layer.trainable = True
+        chosen = set(map(id, trained))
+        for variable in part.operation.variables:
+            variable.trainable = id(variable) in chosen
+        for variable, constraint in kept:
+            variable.constraint = constraint
+        part.compile(keras.optimizers.Adam(schedule), loss=lambda _, loss: loss)
+        before = part.evaluate(held, verbose=0)
+        part.fit(fit, epochs=epochs, verbose=verbose)
+        after = part.evaluate(held, verbose=0)
         if not math.isfinite(after):
             raise ValueError(
-                "The loss of a block must stay finite while it is trained. "
-                f"Received: {after}, at {targets[0].path}, with a learning "
-                f"rate of {learning_rate}. Give a smaller one, or leave "
-                "'blocks' out of `refine`."
+                f"The loss of {part.operation.name!r} must stay finite while "
+                f"it is trained. Received: {after}, at {trained[0].path}, with "
+                f"a learning rate of {learning_rate}. Give a smaller one, or "
+                "leave it out of `refine`."
             )
         if after > before:
             undo.give_values_back()
             after = before
         undo.structure.restore()
-    return ReconstructedBlock(operation.name, len(targets), before, after)
+    return before, after
 
 
-class _Batches(keras.utils.PyDataset):
+class Batches(keras.utils.PyDataset):
     """What a block is called on, what it is to give, and where that counts."""
 
     def __init__(self, calls, taught, used):
@@ -141,14 +178,22 @@ class _Batches(keras.utils.PyDataset):
         self.random.shuffle(self.order)
 
 
-class _Block(keras.Model):
-    """From the inputs of a block, and its dense outputs, to its loss."""
+class Part(keras.Model):
+    """From the inputs of a layer or model, and its outputs taught, to a loss.
 
-    def __init__(self, operation, data):
+    Args:
+        operation: Keras operation that has all variables.
+        run: Keras operation in it, from its inputs to what is compared.
+        loss: Callable from outputs, those taught and the weights of their
+            positions to a loss.
+        data: `Batches`.
+    """
+
+    def __init__(self, operation, run, loss, data):
         # Its own layers cast what they are given.
-        super().__init__(name="block", dtype="float32", autocast=False)
-        self.operation = operation
-        self.run = keras_compat.graph_call(operation)
+        super().__init__(name="part", dtype="float32", autocast=False)
+        self.operation, self.loss_of = operation, loss
+        self.run = keras_compat.graph_call(run)
         self.example, self.places = data.example, data.places
         self.built = True
 
@@ -160,7 +205,7 @@ class _Block(keras.Model):
         args, kwargs = keras.tree.pack_sequence_as(self.example, leaves)
         outputs = keras.tree.flatten(self.run(*args, **kwargs))
         losses = [
-            _relative_error(
+            self.loss_of(
                 outputs[i], inputs[f"taught_{i}"], inputs[f"weights_{i}"]
             )
             for i in self.places
@@ -168,7 +213,7 @@ class _Block(keras.Model):
         return ops.reshape(sum(losses), (1,))
 
 
-def _relative_error(outputs, taught, weights):
+def relative_error(outputs, taught, weights):
     taught = ops.cast(taught, "float32")
     change = ops.cast(outputs, "float32") - taught
     energy = ops.sum(ops.square(taught), axis=-1)
@@ -177,23 +222,6 @@ def _relative_error(outputs, taught, weights):
     errors = ops.sum(ops.square(change), axis=-1) / (energy + floor)
     total = ops.maximum(ops.sum(weights), 1.0)
     return ops.sum(errors * weights) / total
-
-
-def _train_alone(operation, targets):
-    """Let the nonzero weights of targets be all that is trained.
-
-    With the parameters of those that are reparameterized.
-    """
-    trained = {id(target.variable) for target in targets}
-    for target in targets:
-        item = slots(target.layer).get(target.attribute)
-        trained.update(map(id, item.parameters if item else ()))
-    for layer in keras_compat.layers_of(operation):
-        layer.trainable = True
-    for variable in operation.variables:
-        variable.trainable = id(variable) in trained
-    for target in targets:
-        target.variable.constraint = _Zeros(target.variable)
 
 
 class _Zeros(keras.constraints.Constraint):

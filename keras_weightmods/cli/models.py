@@ -10,8 +10,9 @@ from keras_weightmods.cli.files import load_model, read_data, written
     f"model --bits {DATA} --quiet",
     MODELS,
     refine={
-        "choices": ("blocks", "none"),
-        "default": "blocks",
+        "nargs": "+",
+        "choices": ("blocks", "scales", "none"),
+        "default": ("blocks", "scales"),
         "help": "none is several times faster and less exact",
     },
 )
@@ -31,7 +32,7 @@ def _quantize(args):
         model,
         read_data(model, args),
         args.bits,
-        refine=None if args.refine == "none" else args.refine,
+        refine=None if "none" in args.refine else args.refine,
         verbose=not args.quiet,
     )
     return written(model, report, args.output)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, target_of
@@ -50,6 +51,28 @@ class Head:
             call = keras_compat.graph_call(node.operation, training)
             known[id(node.outputs[0])] = call(*args, **kwargs)
         return known[self._exit]
+
+    def function(self, variables: Any, training: bool = False) -> Any:
+        """Return the head as a function of hidden states and some variables.
+
+        Args:
+            variables: List of its variables. The others keep their values.
+            training: Bool, whether layers are run as in training.
+        """
+        named = set(map(id, variables))
+        # Within a scope, what it does not name has not the value of now. On
+        # TensorFlow a value is a variable still, which a gradient asks for.
+        rest = [
+            (v, ops.stop_gradient(v.value))
+            for v in self.variables
+            if id(v) not in named
+        ]
+
+        def logits(hidden: Any, *values: Any) -> Any:
+            with keras.StatelessScope([*zip(variables, values), *rest]):
+                return self(hidden, training)
+
+        return logits
 
     def compute_mask(self, mask: Any) -> Any:
         """Return the mask that the logits have where `hidden` has `mask`."""
@@ -122,8 +145,31 @@ def find_head(model: Any) -> Head | None:
             return Head(model, keras.Function(tensor, outputs[0]))
 
 
+def splittable_head(model: Any) -> Head | None:
+    """Return the head of a model that can be run apart from it, or None."""
+    head = find_head(model)
+    if head is None or any(
+        # Gradients in float16 vanish, as they are taken before the loss is
+        # scaled; those of quantized layers may be no sums of those of parts;
+        # and the loss of activities is a mean over the batch.
+        layer.compute_dtype == "float16"
+        or getattr(layer, "quantization_mode", None)
+        or getattr(layer, "activity_regularizer", None)
+        for layer in head.layers
+    ):
+        return None
+    return head
+
+
 def input_of(model: Any) -> Any:
     """Return the structure of a model's symbolic inputs, or None."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
     return model.input if getattr(model, "inputs", None) else None
+
+
+def output_of(model: Any) -> Any:
+    """Return the structure of a functional model's symbolic outputs."""
+    if isinstance(model, keras.Sequential):
+        return model.outputs[0]
+    return model.output

@@ -223,6 +223,19 @@ def chunked_losses(
     return function(*map(ops.convert_to_tensor, [hidden, *parameters]))
 
 
+# Of the logits of a chunk, in float32; some five such arrays exist at a time.
+CHUNK_BYTES = 64 * 2**20
+# Smaller chunks are products too small to be fast, and each adds to the
+# gradient of the whole head once more, which is as large as their logits where
+# they have as many positions as the head is wide.
+LEAST_POSITIONS = 256
+
+
+def chunk_positions(classes):
+    """Return how many positions have their logits in memory at a time."""
+    return max(LEAST_POSITIONS, CHUNK_BYTES // (4 * classes))
+
+
 def _in_float32(head):
     def logits(hidden, *parameters):
         return ops.cast(head(hidden[None], *parameters)[0], "float32")

@@ -57,11 +57,7 @@ class GridWeights(Reparameterization):
         )
 
     def effective(self, stored: Any) -> Any:
-        stack = self._as_stack(stored)
-        (factor,) = self.parameters
-        scales = self.scales * ops.convert_to_tensor(factor)
-        scales = _straight_through(self.grid.rounded_scales, scales)
-        scales = self._spread(scales)
+        stack, scales = self._as_stack(stored), self._trained_scales()
         integers = ops.clip(stack / scales, self.grid.low, self.grid.high)
         integers = _straight_through(ops.round, integers)
         return self._as_kernel(integers * scales)
@@ -70,9 +66,16 @@ class GridWeights(Reparameterization):
         # Exactly on the grid, which a sum of what is trained may miss.
         (factor,) = self.parameters
         scales = self.grid.rounded_scales(self.scales * factor.value)
+        self.scales = ops.stop_gradient(scales)
         stack = self._as_stack(self.target.variable.value)
-        rounded = self.grid.nearest(stack, self._spread(scales))
+        rounded = self.grid.nearest(stack, self._spread(self.scales))
         return ops.cast(self._as_kernel(rounded), self.dtype)
+
+    def _trained_scales(self) -> Any:
+        (factor,) = self.parameters
+        scales = self.scales * ops.convert_to_tensor(factor)
+        scales = _straight_through(self.grid.rounded_scales, scales)
+        return self._spread(scales)
 
     def _spread(self, scales: Any) -> Any:
         size = self.target.contraction_size
@@ -87,6 +90,29 @@ class GridWeights(Reparameterization):
     def _as_kernel(self, stack: Any) -> Any:
         axes = self.target.contraction_axes, self.target.stack_axes
         return from_stack(stack, self.target.shape, *axes)
+
+
+class GridScales(GridWeights):
+    """Rounded weights of which the scales alone are trained.
+
+    The variable holds the integers meanwhile.
+
+    Args:
+        target, scales, grid: As of `GridWeights`.
+    """
+
+    def __init__(self, target: Target, scales: Any, grid: Grid) -> None:
+        super().__init__(target, None, None, scales, grid)
+
+    def start(self, weight: Any) -> Any:
+        stack = self._as_stack(weight) / self._spread(self.scales)
+        return ops.cast(self._as_kernel(stack), self.dtype)
+
+    def effective(self, stored: Any) -> Any:
+        return self._as_kernel(self._as_stack(stored) * self._trained_scales())
+
+    def folded(self) -> Any:
+        return ops.cast(self.effective(self.target.variable), self.dtype)
 
 
 def _straight_through(function: Callable[[Any], Any], x: Any) -> Any:

@@ -7,7 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs
-from keras_weightmods.core.head import Head, find_head, reversible_embeddings
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.head import Head, reversible_embeddings
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets
 from keras_weightmods.ops.rounding import Grid, round_kept
@@ -21,22 +22,20 @@ UNITS = 4096
 
 
 def find_table(
-    model: Any, targets: Targets
-) -> tuple[Head | None, list[Target], list[Skipped]]:
-    """Return the head of a language model, with its table or why it is left.
-
-    Other models have none of the three.
+    model: Any, head: Head | None, targets: Targets
+) -> tuple[list[Target], list[Skipped]]:
+    """Return the table of a head, or why it is left; neither of none.
 
     Args:
         model: A built Keras model or layer.
+        head: `Head` of it, or None.
         targets: `Targets` of it; a `Dense` head that is not among them is left
             as it is.
     """
-    head = find_head(model)
     known = [*reversible_embeddings(model), *targets]
     found = [t for t in known if head and t.layer in head.layers]
     if not found:
-        return None, [], []
+        return [], []
     (target,) = found
     layer, item = target.layer, slots(target.layer).get(target.attribute)
     if item is not None:
@@ -46,37 +45,38 @@ def find_table(
     elif layer.lora_enabled:
         reason = "LoRA is enabled"
     else:
-        return head, [target], []
-    return head, [], [Skipped(target.path, reason)]
+        return [target], []
+    return [], [Skipped(target.path, reason)]
 
 
 def round_table(
-    head: Head,
     target: Target,
-    batches: Any,
-    held: Any,
+    hidden: Any,
     grid: Grid,
     damping: float,
     verbose: Any,
-) -> tuple[float, float]:
-    """Round a head so that the logits change least; return two errors.
+) -> tuple[Any, float, float]:
+    """Round a head so that the logits change least.
 
     GPTQ and a descent over integers and scales (`ops.rounding`), for the
     hidden states that enter the head; a part that is worse on the rows held
     out is rounded to nearest.
 
+    Args:
+        target: `Target` of the head, the table or the kernel.
+        hidden: `Outputs`.
+        grid: `Grid`.
+        damping, verbose: As of `quantize`.
+
     Returns:
-        `|X W' - X W|^2 / |X W|^2` to nearest, and as it was rounded, on the
-        rows held out.
+        The scales, `(1, groups, classes)`, and `|X W' - X W|^2 / |X W|^2` to
+        nearest, and as it was rounded, on the rows held out.
     """
     began = time.perf_counter()
-    fit, measured = (
-        ops.convert_to_tensor(_second_moment(head, each, verbose))
-        for each in (batches, held or batches)
-    )
+    fit, measured = map(hidden.moment, (hidden.fit, hidden.held))
     axes = target.contraction_axes
     table = ops.cast(to_matrix(target.variable.value, axes), "float32")
-    parts, sums = [], np.zeros(3)
+    parts, scales, sums = [], [], np.zeros(3)
     starts = range(0, table.shape[1], UNITS)
     with (
         Progress(len(starts), "part of the head", verbose, began) as progress,
@@ -85,48 +85,74 @@ def round_table(
     ):
         for start in progress.each(starts):
             units = table[:, start : start + UNITS]
-            after, *_ = round_kept(units, fit, grid, damping)
-            nearest, *_ = round_kept(units, None, grid)
+            after = round_kept(units, fit, grid, damping)
+            nearest = round_kept(units, None, grid)
             errors = []
-            for values in (nearest, after):
-                change, whole = reconstruction_error(units, values, measured)
+            for each in (nearest, after):
+                change, whole = reconstruction_error(
+                    units, each.values, measured
+                )
                 errors.append(change)
             if errors[1] > errors[0]:
                 after, errors[1] = nearest, errors[0]
             sums += (*errors, whole)
-            parts.append(ops.convert_to_numpy(after))
+            parts.append(ops.convert_to_numpy(after.values))
+            scales.append(after.scales)
     rounded = np.concatenate(parts, axis=1)
     target.variable.assign(from_matrix(rounded, target.shape, axes))
     nearest, error = sums[:2] / (sums[2] or 1)
-    return float(nearest), float(error)
+    stack = ops.concatenate(scales, axis=1)[None]
+    return stack, float(nearest), float(error)
 
 
-def _second_moment(head: Head, batches: Any, verbose: Any) -> Any:
-    """Return the mean of h h^T over the hidden states that enter the head.
+class Outputs:
+    """What a model gives now; of a language model, what enters its head.
 
-    Positions of weight 0 are left out.
+    Args:
+        body: Keras model.
+        batches, held: Lists of pairs (inputs, sample weights or None).
+        verbose: 0 or 1, whether to show progress.
+
+    Attributes:
+        batches: List of all of them.
+        fit, held: Slices of it.
+        states: List of outputs, for each batch.
+        used: List of boolean arrays, or None: the positions that count.
     """
-    total: Any = 0.0
-    count = 0
-    with (
-        Progress(len(batches), "batch", verbose) as progress,
-        inputs.eager_forward(),
-    ):
-        for x, weight in progress.each(batches):
-            hidden = ops.convert_to_numpy(head.body(x, training=False))
-            used = inputs.used_positions(weight)
+
+    def __init__(
+        self, body: Any, batches: Any, held: Any, verbose: Any
+    ) -> None:
+        self.batches = batches = [*batches, *held]
+        place = len(batches) - len(held)
+        self.fit = slice(place)
+        self.held = slice(place if held else 0, None)
+        self.used = [inputs.used_positions(weight) for _, weight in batches]
+        with (
+            Progress(len(batches), "batch", verbose) as progress,
+            inputs.eager_forward(),
+        ):
+            call = keras_compat.graph_call(body)
+            self.states = [call(x) for x, _ in progress.each(batches)]
+
+    def moment(self, part: slice) -> Any:
+        """Return the mean of h h^T over positions of some batches."""
+        total: Any = 0.0
+        count = 0
+        for state, used in zip(self.states[part], self.used[part]):
+            hidden = ops.convert_to_numpy(ops.cast(state, "float32"))
             hidden = hidden[inputs.mask_of(used, hidden.shape[:-1])]
             hidden = hidden.astype("float64")
             total = total + hidden.T @ hidden
             count += len(hidden)
-    if not count:
-        raise ValueError(
-            "`data` must have a position whose weight is not 0. Received: "
-            f"{len(batches)} batches with none"
-        )
-    if not np.isfinite(total).all():
-        raise ValueError(
-            "The hidden states before the head must be finite. Received: NaN "
-            "or infinity. Look for what comes in the data."
-        )
-    return (total / count).astype("float32")
+        if not count:
+            raise ValueError(
+                "`data` must have a position whose weight is not 0. Received: "
+                f"{len(self.batches)} batches with none"
+            )
+        if not np.isfinite(total).all():
+            raise ValueError(
+                "The hidden states before the head must be finite. Received: "
+                "NaN or infinity. Look for what comes in the data."
+            )
+        return ops.convert_to_tensor((total / count).astype("float32"))

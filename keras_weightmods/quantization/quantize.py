@@ -26,14 +26,21 @@ from keras_weightmods.calibration.walk import (
 )
 from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.core.head import find_head
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.native.layout import GROUP
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import relative_error
-from keras_weightmods.quantization.grid_weights import GridWeights
-from keras_weightmods.quantization.head import UNITS, find_table, round_table
+from keras_weightmods.quantization.end_to_end import train_scales, values_of
+from keras_weightmods.quantization.grid_weights import GridScales, GridWeights
+from keras_weightmods.quantization.head import (
+    UNITS,
+    Outputs,
+    find_table,
+    round_table,
+)
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.report import (
@@ -46,6 +53,9 @@ from keras_weightmods.utils.report import (
 
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
+_REFINEMENTS = ("blocks", "scales")
+# Epochs, and the peak rate of Adam, of training scales.
+_SCALES = 2, 2e-3
 # What a model writes where no data are given.
 _ROWS, _LENGTH = 128, 256
 
@@ -84,6 +94,9 @@ class QuantizeReport(Report):
             on the rows held out (for a language model of what enters its
             head), `|Y' - Y|^2 / |Y|^2`: each weight to nearest, and as it was
             done. None where nothing was held out.
+        scales: Pair of floats, with `refine="scales"`: the mean loss of a
+            position held out before scales were trained and after it, which
+            for a language model is KL(given || rounded) in nats.
     """
 
     bits: int
@@ -93,6 +106,7 @@ class QuantizeReport(Report):
     blocks: tuple[ReconstructedBlock, ...] = ()
     note: str = ""
     held_out: tuple[float, float] | None = None
+    scales: tuple[float, float] | None = None
 
     def tables(self) -> Iterator[Table]:
         caption = f"{len(self.kernels)} kernels"
@@ -106,6 +120,10 @@ class QuantizeReport(Report):
             nearest, after = self.held_out
             caption += f"; of the model on rows held out {after:.2%}, "
             caption += f"to nearest {nearest:.2%}"
+        if self.scales:
+            caption += "; scales end to end: loss {:.4f} to {:.4f}".format(
+                *self.scales
+            )
         yield Table(
             f"{self.bits} bits, a scale for each {self.group_size} inputs",
             self.kernels,
@@ -121,7 +139,7 @@ def quantize(
     data: Any = None,
     bits: Any = 4,
     *,
-    refine: str | None = "blocks",
+    refine: Any = ("blocks", "scales"),
     head: bool = True,
     targets: Any = None,
     group_size: int = 64,
@@ -147,16 +165,23 @@ def quantize(
     execution, each for the inputs that the rounded ones before it give, as in
     `sparsify`, which says what memory that takes.
 
-    `refine="blocks"` then trains one layer or transformer block after the
-    other, to give the outputs that it has in the model as given: float
-    weights, through their rounding, and scales. This takes most of the time,
-    and gains most: about as long as `epochs + 3` epochs of training on the
-    data. The progress bar shows the time that is left.
+    What that leaves is trained, as `refine` says:
+
+    - `"blocks"` trains one layer or transformer block after the other, to give
+      the outputs that it has in the model as given: float weights, through
+      their rounding, and scales. This takes about as long as `epochs + 3`
+      epochs of training on the data. The progress bar shows the time that is
+      left.
+    - `"scales"` trains the scales of all kernels and of the head at once, with
+      the integers as they are, to give the outputs of the model as given: for
+      a language model by KL(given || rounded) of its logits, for others by the
+      squared error (EfficientQAT, arXiv 2407.11062, section 3.3). This is two
+      epochs of training, and gains most for its time.
 
     Every eighth row of the data is held out. What is worse on these rows than
     rounding to nearest is rounded to nearest: a kernel, or the whole model,
-    of which a warning tells. A block that training makes worse there is left
-    as it was rounded. The errors in the report are those on these rows.
+    of which a warning tells. A block, and scales, that training makes worse
+    there are left as they were. The errors in the report are those there.
 
     For int8, `pack(model, "int8")` rounds by itself, and loses next to
     nothing.
@@ -168,8 +193,9 @@ def quantize(
             for text that the model writes itself first, by `self_generated`.
             Defaults to `None`.
         bits: Int, 2 to 4. Defaults to `4`.
-        refine: `"blocks"` or `None`. A model that is not functional has no
-            blocks; the report says so then. Defaults to `"blocks"`.
+        refine: `"blocks"`, `"scales"`, both in a tuple, or `None`. They take
+            the graph of a functional model; the report says where they are
+            left out. Defaults to both.
         head: Bool, whether the head of a language model is rounded too: the
             table that it shares with the embedding, or one of its own.
             `targets=[]` rounds it alone. Defaults to `True`.
@@ -178,7 +204,7 @@ def quantize(
         group_size: Int, the inputs that share a scale. Packing has 64.
             Defaults to `64`.
         batch_size: Int, the rows run at a time where `data` are arrays or
-            strings, and the rows of a step of `"blocks"`. Defaults to `8`.
+            strings, and the rows of a step of `refine`. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
             diagonal that is added to it. Defaults to `0.01`.
         epochs: Int, passes of `"blocks"` over the data. Defaults to `6`.
@@ -230,20 +256,18 @@ def quantize(
             f"Received: bits={bits!r}"
         )
     checks.check_int("bits", bits, 2, 4)
-    checks.check_choice("refine", refine, ("blocks", None))
+    refinements = checks.check_choices("refine", refine, _REFINEMENTS)
     checks.check_bool("head", head)
     checks.check_int("batch_size", batch_size, 1)
     checks.check_verbose(verbose)
     damping = checks.check_float("damping", damping, above=0)
     checks.check_int("epochs", epochs, 1, 10_000)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
-    fit = {"epochs": epochs, "learning_rate": learning_rate}
-    quantizer = _Quantizer(Grid(bits, group_size), damping, fit)
     targets = resolve_targets(model, targets)
-    found: Any = find_table(model, targets) if head else (None, [], [])
-    found, tables, left = found
+    end = find_head(model)
+    tables, left = find_table(model, end if head else None, targets)
     # It is rounded or left by itself, whatever is found out elsewhere.
-    own = {each.path for each in (*left, *tables)}
+    own = {*(t.path for t in tables), *(s.path for s in left)}
     kernels = [target for target in targets if target.path not in own]
     skipped = *(s for s in targets.skipped if s.path not in own), *left
     if not kernels and not tables:
@@ -263,12 +287,12 @@ def quantize(
             stacklevel=2,
         )
     note = ""
-    if refine and keras_compat.graph_of(model) is None:
-        refine = None
+    if refinements and keras_compat.graph_of(model) is None:
         note = (
-            "Blocks were not trained: they are found in the graph of a "
+            f"Without {' and '.join(refinements)}, which take the graph of a "
             "functional model"
         )
+        refinements = ()
     if data is None:
         if not hasattr(model, "generate"):
             expected = "calibration data, some 100 rows; only a KerasHub "
@@ -279,35 +303,52 @@ def quantize(
     batches, held = data_forms.held_out(
         data_forms.calibration_batches(model, data, batch_size)
     )
+    is_trained = "blocks" in refinements
+    fit = {"epochs": epochs, "learning_rate": learning_rate}
+    quantizer = _Quantizer(
+        Grid(bits, group_size), damping, fit if is_trained else {}
+    )
     rows: list[QuantizedKernel] = []
+    trained: Any = None
     both: Any = None
     changed = [*tables, *kernels]
     undo = RestoredOnError(model, values=[each.variable for each in changed])
     with undo:
+        if tables or "scales" in refinements:
+            body = end.body if end else model
+            outputs = Outputs(body, batches, held, verbose)
+            taught = values_of(end)
         if held:
             measure = HeldOut(model, held)
             quantizer.to_nearest(changed)
-            nearest = measure()
+            plain = measure()
             undo.give_values_back()
         for table in tables:
-            about = quantizer.grid_for(table), damping, verbose
-            errors = round_table(found, table, batches, held, *about)
-            rows.append(
-                QuantizedKernel(table.key, table.path, table.shape, *errors)
+            grid = quantizer.grid_for(table)
+            scales, nearest, error = round_table(
+                table, outputs, grid, damping, verbose
             )
+            quantizer.scales[table.key] = GridScales(table, scales, grid)
+            about = table.key, table.path, table.shape
+            rows.append(QuantizedKernel(*about, nearest, error))
         if kernels:
-            train = quantizer.train if refine else None
+            train = quantizer.train if is_trained else None
             rows += change_kernels(
                 model, kernels, batches, quantizer.round, train, verbose, held
             )
+        if "scales" in refinements:
+            items = [*quantizer.scales.values()]
+            trained = train_scales(
+                model, end, taught, outputs, items, *_SCALES, verbose
+            )
         if held:
             after = measure()
-            if after > nearest or math.isnan(after) > math.isnan(nearest):
+            if after > plain or math.isnan(after) > math.isnan(plain):
                 undo.give_values_back()
                 quantizer.to_nearest(changed)
                 why = (
                     "All was rounded to nearest: on rows held out that changes "
-                    f"the outputs by {nearest:.2%}, where what was fitted to "
+                    f"the outputs by {plain:.2%}, where what was fitted to "
                     f"the data changes them by {after:.2%}"
                 )
                 warnings.warn(
@@ -318,10 +359,11 @@ def quantize(
                 note = f"{note}. {why}".removeprefix(". ")
                 rows = [dataclasses.replace(k, error=k.nearest) for k in rows]
                 quantizer.blocks.clear()
-                after = nearest
-            both = nearest, after
+                trained = None
+                after = plain
+            both = plain, after
     blocks = tuple(quantizer.blocks)
-    done = tuple(rows), skipped, blocks, note, both
+    done = tuple(rows), skipped, blocks, note, both, trained
     return QuantizeReport(bits, group_size, *done)
 
 
@@ -330,7 +372,9 @@ class _Quantizer:
     """Rounds kernels, and trains the blocks that they are in.
 
     Attributes:
+        fit: Options of `train_block`; empty where blocks are not trained.
         items: Dict by key of what has been rounded and not been trained.
+        scales: Dict by key of the `GridScales` of all that has been rounded.
         blocks: List of the `ReconstructedBlock`.
     """
 
@@ -338,6 +382,7 @@ class _Quantizer:
     damping: float
     fit: dict[str, Any]
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
+    scales: dict[str, GridScales] = dataclasses.field(default_factory=dict)
     blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
 
     def to_nearest(self, targets: list[Target]) -> None:
@@ -386,7 +431,9 @@ class _Quantizer:
                     own = f"{own}; to nearest, better on rows held out"
             item = GridWeights(target, before, after, scales, grid)
             target.variable.assign(item.rounded())
-            self.items[target.key] = item
+            self.scales[target.key] = GridScales(target, scales, grid)
+            if self.fit:
+                self.items[target.key] = item
             yield QuantizedKernel(
                 target.key,
                 target.path,
@@ -403,6 +450,8 @@ class _Quantizer:
             block = train_block(operation, group, *calls, **self.fit)
         finally:
             seam.fold(operation, GridWeights)
+        for item in items:
+            self.scales[item.target.key].scales = item.scales
         if block is not None:
             self.blocks.append(block)
 

@@ -40,7 +40,9 @@ def default_recipe(
         ValueError: If no run can start in this way.
     """
     checks.check_choice("init", init, ("dense", *CRITERIA))
-    refinements = sparsify.check_refine("init_refine", init_refine)
+    refinements = checks.check_choices(
+        "init_refine", init_refine, sparsify.REFINEMENTS
+    )
     if refinements and init == "dense":
         expected = "None where `init` is 'dense': nothing is pruned"
         raise checks.error("init_refine", expected, init_refine)
@@ -69,7 +71,9 @@ def start(
     )
     own = cast.student, cast.targets
     if not cast.is_started:
-        refine = sparsify.check_refine("init_refine", cast.init_refine)
+        refine = checks.check_choices(
+            "init_refine", cast.init_refine, sparsify.REFINEMENTS
+        )
         how: Any = (cast.pattern, cast.init, refine)
         is_shown = int(verbose in ("auto", 1))
         cast.init_report = sparsify.prune(

@@ -13,8 +13,8 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.head import find_head
-from keras_weightmods.ops.distillation import chunked_losses
+from keras_weightmods.core.head import splittable_head
+from keras_weightmods.ops.distillation import chunk_positions, chunked_losses
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 
@@ -110,7 +110,7 @@ class LogitsDistiller(keras.distillation.Distiller):
             # A frozen twin has the student's; without a teacher it is not used.
             is_other = not isinstance(self.teacher, FrozenTwin | None)
             models = self.student, self.teacher if is_other else self.student
-            heads = list(map(_splittable_head, models))
+            heads = list(map(splittable_head, models))
             self._heads = None if None in heads else tuple(heads)
 
     def train_step(self, *args, **kwargs):
@@ -189,17 +189,10 @@ class LogitsDistiller(keras.distillation.Distiller):
         """
         head = self._heads[0]
         trained = [v for v in head.variables if v.trainable]
-        # Within a scope, what it does not name has not the value of now.
-        rest = [(v, v.value) for v in head.variables if not v.trainable]
-
-        def student(hidden, *values):
-            with keras.StatelessScope([*zip(trained, values), *rest]):
-                return head(hidden, training)
-
         teacher, taught = self._taught(x)
         weights = _weights(head, hidden, sample_weight)
         losses = chunked_losses(
-            student,
+            head.function(trained, training),
             [v.value for v in trained],
             teacher,
             _flat(hidden),
@@ -225,12 +218,8 @@ class LogitsDistiller(keras.distillation.Distiller):
             values = [v.value for v in head.variables]
             taught = head.body(x, training=False)
         values = list(map(ops.stop_gradient, values))
-
-        def teacher(hidden):
-            with keras.StatelessScope([*zip(head.variables, values)]):
-                return head(hidden)
-
-        return teacher, ops.stop_gradient(_flat(taught))
+        logits = head.function(head.variables)
+        return lambda x: logits(x, *values), ops.stop_gradient(_flat(taught))
 
     def reset_metrics(self) -> None:
         """Reset all metrics; without a teacher there are fewer."""
@@ -287,19 +276,6 @@ def _copied(weights):
     )
 
 
-# Of the logits of a chunk, in float32; some five such arrays exist at a time.
-CHUNK_BYTES = 64 * 2**20
-# Smaller chunks are products too small to be fast, and each adds to the
-# gradient of the whole head once more, which is as large as their logits where
-# they have as many positions as the head is wide.
-LEAST_POSITIONS = 256
-
-
-def chunk_positions(classes):
-    """Return how many positions have their logits in memory at a time."""
-    return max(LEAST_POSITIONS, CHUNK_BYTES // (4 * classes))
-
-
 def _are_of_tokens(y, sample_weight):
     """Return whether labels and weights are those of single tokens."""
     if y is None or any(map(keras.tree.is_nested, (y, sample_weight))):
@@ -341,22 +317,6 @@ def _is_plain_entropy(loss):
         return False
     plain = kind(from_logits=True, name=loss.name)
     return loss.get_config() == plain.get_config()
-
-
-def _splittable_head(model):
-    """Return the head of a model that can be run apart from it, or None."""
-    head = find_head(model)
-    if head is None or any(
-        # Gradients in float16 vanish, as they are taken before the loss is
-        # scaled; those of quantized layers may be no sums of those of parts;
-        # and the loss of activities is a mean over the batch.
-        layer.compute_dtype == "float16"
-        or getattr(layer, "quantization_mode", None)
-        or getattr(layer, "activity_regularizer", None)
-        for layer in head.layers
-    ):
-        return None
-    return head
 
 
 # For the wrappers around the model: its own layers cast what they are given,

@@ -36,7 +36,7 @@ from keras_weightmods.utils.report import (
     skipped_text,
 )
 
-_REFINEMENTS = ("swaps", "blocks")
+REFINEMENTS = ("swaps", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ def sparsify(
     ```
     """
     checks.check_choice("criterion", criterion, CRITERIA)
-    refinements = check_refine("refine", refine)
+    refinements = checks.check_choices("refine", refine, REFINEMENTS)
     damping = checks.check_float("damping", damping, above=0)
     checks.check_int("epochs", epochs, 1, 10_000)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
@@ -246,7 +246,7 @@ def prune(
         model: A built Keras model or layer.
         targets: `Targets` of it that fit the pattern.
         batches: List of pairs (inputs, sample weights or None), or None.
-        refinements: Tuple of strings, as `check_refine` returns it.
+        refinements: Tuple of strings, as `check_choices` returns it.
         pattern, criterion, damping, epochs, learning_rate, verbose: As in
             `sparsify`.
 
@@ -351,12 +351,3 @@ def fitting_targets(
             f"{skipped_text(fitting.skipped)}"
         )
     return fitting
-
-
-def check_refine(argument: str, refine: Any) -> tuple[str, ...]:
-    """Return the names in what an argument such as `refine` received."""
-    names = () if refine is None else refine
-    names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
-    for name in names:
-        checks.check_choice(argument, name, _REFINEMENTS)
-    return names

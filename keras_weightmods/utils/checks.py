@@ -75,6 +75,13 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
+def check_choices(name: str, value: Any, choices: Any) -> tuple[Any, ...]:
+    """Return a tuple of some of `choices`: of one, of several, or of none."""
+    chosen = () if value is None else value
+    chosen = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
+    return tuple(check_choice(name, each, choices) for each in chosen)
+
+
 def check_list(name: str, value: Any, count: int, what: str) -> Any:
     """Return a list or vector of `count` entries, or raise ValueError."""
     is_list = isinstance(value, (list, tuple))

@@ -179,7 +179,7 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(block_reconstruction, "_relative_error", fail)
+    monkeypatch.setattr(block_reconstruction, "relative_error", fail)
     with pytest.raises(KeyboardInterrupt):
         refine(model, x)
     assert_same(weights_of(model), before)

@@ -57,7 +57,8 @@ def test_logits_change_less(kind):
     others = [v for v in model.weights if v is not table]
     kept = [numpy(v) for v in others]
     targets = "head" if kind == "dense" else []
-    report = kwm.quantize(model, TOKENS, targets=targets, verbose=0)
+    options = {"targets": targets, "refine": None, "verbose": 0}
+    report = kwm.quantize(model, TOKENS, **options)
     (found,) = report.kernels
     assert not [skip for skip in report.skipped if skip.path == found.path]
     after = table_of(table)
@@ -76,7 +77,7 @@ def test_positions_of_weight_zero_do_not_count():
         weight = np.ones(TOKENS.shape)
         weight[8:] = 0
         data = (rows, rows, weight[: len(rows)])
-        kwm.quantize(model, data, targets=[], verbose=0)
+        kwm.quantize(model, data, targets=[], refine=None, verbose=0)
         ends.append(numpy(table))
     np.testing.assert_allclose(*ends, atol=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.sparsity.distillation import chunk_positions
+from keras_weightmods.ops.distillation import chunk_positions
 from tests import models, references
 from tests.models import numpy, two_heads
 from tests.sparsity import casts

@@ -6,7 +6,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.watched import called_by
-from keras_weightmods.sparsity import distillation
+from keras_weightmods.ops import distillation
 from tests import models, references
 from tests.backends import breadth
 from tests.models import numpy

@@ -47,11 +47,7 @@ def constants_of(graph: Any) -> list[Any]:
 
 def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
     """Return `inputs` as the flat list that `graph.inputs` stand for."""
-    own = graph._inputs_struct
-    if isinstance(own, dict) and isinstance(inputs, dict):
-        # On torch Keras sorts the keys of dicts, and warns of another order.
-        inputs = {key: inputs[key] for key in own if key in inputs}
-    return graph._standardize_inputs(inputs)
+    return graph._standardize_inputs(in_order(graph, inputs))
 
 
 def graph_outputs(graph: Any, flat: list[Any]) -> Any:
@@ -61,4 +57,21 @@ def graph_outputs(graph: Any, flat: list[Any]) -> Any:
 
 def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     """Return `operation` as a functional model calls it."""
-    return operation_fn(operation, training=training)
+    call = operation_fn(operation, training=training)
+    graph = graph_of(operation)
+
+    def ordered(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1:
+            args = (in_order(graph, args[0]),)
+        return call(*args, **kwargs)
+
+    return call if graph is None else ordered
+
+
+def in_order(graph: Any, inputs: Any) -> Any:
+    """Return `inputs`, if a dict, in the order of those of the graph."""
+    own = graph._inputs_struct
+    if isinstance(own, dict) and isinstance(inputs, dict):
+        # On torch Keras sorts the keys of dicts, and warns of another order.
+        inputs = {key: inputs[key] for key in own if key in inputs}
+    return inputs

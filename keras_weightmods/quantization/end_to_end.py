@@ -1,0 +1,133 @@
+"""Training the scales of a rounded model, through all of it."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.calibration.block_reconstruction import (
+    Batches,
+    Part,
+    relative_error,
+    train_part,
+)
+from keras_weightmods.core import seam
+from keras_weightmods.core.head import Head, input_of, output_of
+from keras_weightmods.ops.distillation import chunk_positions, chunked_losses
+from keras_weightmods.quantization.grid_weights import GridScales
+from keras_weightmods.quantization.head import Outputs
+
+
+def train_scales(
+    model: Any,
+    head: Head | None,
+    values: Any,
+    outputs: Outputs,
+    items: list[GridScales],
+    epochs: int,
+    learning_rate: float,
+    verbose: Any,
+) -> tuple[float, float]:
+    """Train the scales of a model to give the outputs that it had before.
+
+    The integers stay. This is the second phase of EfficientQAT (arXiv
+    2407.11062), with the model itself as the teacher: for a language model
+    the loss is KL(before || now) of the logits, for others that of a block.
+
+    Args:
+        model: A functional Keras model, rounded.
+        head: `Head` of a language model, or None.
+        values: Dict by id of the values of its variables before.
+        outputs: `Outputs` from before, of the head's body or the model.
+        items: List of `GridScales`, not attached.
+        epochs: Int, passes over the data.
+        learning_rate: Float > 0, the peak rate of Adam for factors of the
+            scales, which are 1 at the start.
+        verbose: 0 or 1, whether to show Keras' progress bars.
+
+    Returns:
+        Pair of floats, the mean loss of a position held out: as the model was
+        given, and in the end.
+    """
+    # Without an optimizer, or compiled functions, of its own.
+    whole = keras.Model(input_of(model), output_of(model))
+    calls: Any = [((x,), {}) for x, _ in outputs.batches]
+    calls = keras.tree.map_structure(ops.convert_to_tensor, calls)
+    fit, held = (
+        Batches(calls[part], outputs.states[part], outputs.used[part])
+        for part in (outputs.fit, outputs.held)
+    )
+    seam.attach(whole, items)
+    try:
+        loss = _Divergence(head, values, items) if head else relative_error
+        part = Part(whole, head.body if head else whole, loss, fit)
+        trained = [each for item in items for each in item.parameters]
+        return train_part(
+            part, trained, fit, held, epochs, learning_rate, (), verbose
+        )
+    finally:
+        seam.fold(whole, GridScales)
+
+
+class _Divergence(keras.layers.Layer):
+    """KL(before || now) of a position's logits, from hidden states.
+
+    Args:
+        head: `Head`, as it is now.
+        values: Dict by id of its variables' values before.
+        items: List of `GridScales`, those of the head among them.
+    """
+
+    def __init__(self, head: Head, values: Any, items: Any) -> None:
+        super().__init__(dtype="float32", autocast=False)
+        self.head = head
+        values = dict(values)
+        for item in items:
+            stored = id(item.target.variable)
+            if stored in values:
+                # The head multiplies it by the scales.
+                values[stored] = item.start(values[stored])
+        self.taught = []
+        for variable in head.variables:
+            value = values.get(id(variable), variable.value)
+            copy = self.add_weight(
+                shape=value.shape,
+                dtype=keras.backend.standardize_dtype(value.dtype),
+                trainable=False,
+                autocast=False,
+                initializer="zeros",
+            )
+            # A copy: JAX would share the buffer, and donate it twice.
+            copy.assign(ops.copy(value))
+            self.taught.append(copy)
+        self.built = True
+
+    def call(self, hidden: Any, taught: Any, weights: Any) -> Any:
+        head = self.head
+        trained = [v for v in head.variables if v.trainable]
+        before = head.function(head.variables)
+        values = [ops.convert_to_tensor(copy) for copy in self.taught]
+        weights = ops.reshape(weights, (-1,))
+        total = ops.maximum(ops.sum(weights), 1.0)
+        return chunked_losses(
+            head.function(trained),
+            [v.value for v in trained],
+            lambda x: before(x, *values),
+            ops.reshape(hidden, (-1, hidden.shape[-1])),
+            ops.reshape(taught, (-1, taught.shape[-1])),
+            ops.zeros_like(weights, dtype="int32"),
+            weights / total,
+            1.0,
+            chunk_size=chunk_positions(head.classes),
+        )[0]
+
+
+def values_of(head: Head | None) -> dict[int, Any]:
+    """Return copies of the values of a head's variables, by their ids."""
+    if head is None:
+        return {}
+    dtype = head.layers[0].compute_dtype
+    return {
+        id(each): ops.stop_gradient(ops.copy(ops.cast(each.value, dtype)))
+        for each in head.variables
+    }

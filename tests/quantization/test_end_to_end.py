@@ -1,0 +1,98 @@
+"""Scales that are trained through the whole model."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.core import seam
+from keras_weightmods.ops.rounding import Grid
+from keras_weightmods.quantization.grid_weights import GridScales
+from tests import models, references
+from tests.backends import breadth
+from tests.models import gradients, normal, numpy
+from tests.quantization.test_head import TOKENS, WIDTH, make, table_of
+from tests.quantization.test_quantize import data, kernels_of, quantize
+
+one_backend = pytest.mark.one_backend
+
+
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@breadth("kind", ["dense", "tied", "untied"])
+def test_scales_are_trained_by_the_divergence_of_the_logits(kind):
+    """In three bits. On rows held out; the integers stay."""
+    model, table = make(kind)
+    kernel = model.get_layer("dense").kernel
+    _, held = models.split(TOKENS)
+    given = log_softmax(numpy(model(held)).astype("float64"))
+    before, found, divergence = models.weights_of(model), [], []
+    options = {"bits": 3, "group_size": 32, "verbose": 0, "batch_size": 4}
+    for refine in (None, "scales"):
+        model.set_weights(before)
+        with pytest.warns(UserWarning, match="scale for each 64 inputs"):
+            report = kwm.quantize(model, TOKENS, refine=refine, **options)
+        found.append([table_of(table), numpy(kernel)])
+        now = log_softmax(numpy(model(held)).astype("float64"))
+        divergence.append(np.mean(np.sum(np.exp(given) * (given - now), -1)))
+    np.testing.assert_allclose(report.scales, divergence, rtol=1e-3)
+    assert divergence[1] < 0.97 * divergence[0]
+    for rounded, trained in zip(*found):
+        assert references.is_on_grid(trained, 3, 32)
+        assert (trained != rounded).any()
+        for start in range(0, WIDTH, 32):
+            part = slice(start, start + 32)
+            ratio = trained[part] / np.where(rounded, rounded, 1)[part]
+            spread = np.where(rounded[part], ratio, ratio.max(0)) - ratio.max(0)
+            assert abs(spread).max() < 1e-5
+    assert "scales end to end" in str(report)
+
+
+@one_backend
+def test_scales_of_a_model_without_a_head():
+    """By the squared error of its outputs, on rows held out."""
+    model, x = models.randomize(models.mlp(72, 24, 6)), data()
+    _, held = models.split(x)
+    given = numpy(model(held)).astype("float64")
+    report = quantize(model, x, bits=2, refine="scales")
+    before, after = report.scales
+    assert after < before
+    energy = np.sum(given**2, axis=-1)
+    change = np.sum((numpy(model(held)) - given) ** 2, axis=-1)
+    error = np.mean(change / (energy + 1e-3 * energy.mean()))
+    assert after == pytest.approx(error, rel=1e-3)
+    for w in kernels_of(model):
+        assert references.is_on_grid(w, 2, 64)
+
+
+def test_gradients_of_scales():
+    """The stored weights are integers, and a scale gets the sum of theirs."""
+    model = models.sequential((6,), keras.layers.Dense(3))
+    (target,) = kwm.find_targets(model)
+    scales = normal(2, 3, seed=1).round(1) / 8 + 0.5
+    spread = np.repeat(scales, 4, axis=0)[:6]
+    integers = np.clip(np.rint(4 * normal(6, 3)), -8, 7)
+    target.variable.assign(integers * spread)
+    item = GridScales(
+        target, keras.ops.convert_to_tensor(scales[None]), Grid(4, 4)
+    )
+    seam.attach(model, [item])
+    np.testing.assert_array_equal(numpy(target.variable), integers)
+    (factor,) = item.parameters
+    outer = keras.ops.convert_to_tensor(normal(6, 3, seed=3))
+
+    def loss(value):
+        with keras.StatelessScope([(factor, value)]):
+            return keras.ops.sum(item.effective(integers) * outer)
+
+    (gradient,) = gradients(loss, np.ones((1, 2, 3), "float32"))
+    products = integers * spread * numpy(outer)
+    groups = np.pad(products, ((0, 2), (0, 0)))
+    expected = groups.reshape(2, 4, 3).sum(axis=1)
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-5)
+    factor.assign(numpy(factor) * 1.1)
+    seam.fold(model, GridScales)
+    assert references.is_on_grid(numpy(target.variable), 4, 4)
