@@ -36,6 +36,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
         ):
             warnings.simplefilter("ignore")
             _note_order(model, layers, size, order)
+            # Keras on torch goes on after Ctrl-C in a run on symbols.
             restored.structure.restore_attributes()
             return order
     return {}

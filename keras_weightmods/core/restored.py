@@ -12,6 +12,8 @@ from keras_weightmods.core import keras_compat
 class RestoredOnError:
     """Give objects their state back where a scope ends by an error or Ctrl-C.
 
+    And Keras the scopes that were open: of names, of a device, without values.
+
     Ctrl-C may come between any two bytecodes. Before the scope nothing has
     changed, within it all is given back, and once it ends all has changed. (A
     generator would not do: interrupted when it ends, it would give the state

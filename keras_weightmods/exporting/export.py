@@ -15,6 +15,7 @@ import keras
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.exporting import gguf_file
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.saving.model import copied
@@ -206,7 +207,7 @@ def export(
     is_left = keep_packed or chosen.reads_packed
     items = [] if is_left else reparameterizations(model)
     packed = [item for item in items if not item.keeps_stored]
-    with Progress(1, "step", verbose) as progress:
+    with RestoredOnError(), Progress(1, "step", verbose) as progress:
         if packed:
             progress.total += len(packed)
             model = _dense_copy(model, progress)

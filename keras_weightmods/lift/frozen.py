@@ -22,9 +22,10 @@ def freeze(model: Any, variables: Any) -> None:
 def unfreeze(model: Any) -> None:
     """Give the flags of all frozen variables of a model back."""
     train_step.take_off(model, "frozen weights")
-    with RestoredOnError(*_FROZEN.get(model, ())):
-        _set_trainable(model, _FROZEN.get(model, ()), True)
-        _FROZEN.pop(model, None)
+    variables = _FROZEN.get(model, ())
+    with RestoredOnError(*variables):
+        _set_trainable(model, variables, True)
+    _FROZEN.pop(model, None)
 
 
 def _set_trainable(model: Any, variables: Any, flag: bool) -> None:

@@ -219,6 +219,7 @@ def merge(
             expected = "a file of `save_model`, which ends in .safetensors"
             raise checks.error("output", expected, output)
     with (
+        RestoredOnError(),
         Progress(1, "weight", verbose) as progress,
         contextlib.ExitStack() as stack,
     ):

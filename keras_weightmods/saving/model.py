@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.saving import (
     atomic_file,
     bounded_json,
@@ -126,6 +127,7 @@ def save_model(
     if shared.is_first():
         atomic_file.check_filepath(filepath, overwrite)
     with (
+        RestoredOnError(),
         Progress(1, "weight", verbose) as progress,
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -239,7 +241,7 @@ def load_model(
     ```
     """
     checks.check_verbose(verbose)
-    with Progress(1, "read", verbose) as progress:
+    with RestoredOnError(), Progress(1, "read", verbose) as progress:
 
         def see(name: str, count: int) -> None:
             # Each is checked first, and loaded later.

@@ -2,8 +2,10 @@ import keras
 import numpy as np
 import pytest
 
+import keras_weightmods as kwm
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.restored import RestoredOnError
+from keras_weightmods.saving import description
 from tests import models
 from tests.faults.states import model_state
 
@@ -45,6 +47,32 @@ def test_after_an_error_all_is_as_it_was(error):
     assert model.layers[0].kernel is kernel
     models.assert_same_bits([np.array(kernel)], [value])
     assert keras.Variable(0.0, name="probe").path == "probe"
+
+
+@pytest.mark.one_backend
+def test_a_file_leaves_no_scope_of_keras_open(tmp_path, monkeypatch):
+    """Ctrl-C as one of them ends; torch's would make all models empty."""
+    path = tmp_path / "model"
+    model = models.make_sparse(models.mlp())
+    kwm.save_model(model, path)
+    kwm.pack(model)
+
+    def interrupted(*_):
+        keras.name_scope("left").__enter__()
+        keras.StatelessScope().__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(description, "build", interrupted)
+    for call in (
+        lambda: kwm.save_model(model, path),
+        lambda: kwm.load_model(path),
+        lambda: kwm.export(model, tmp_path / "m.pt2"),
+        lambda: kwm.merge([path, path], tmp_path / "merged"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert not keras_compat.in_stateless_scope()
+        assert keras.Variable(0.0, name="probe").path == "probe"
 
 
 def test_without_an_error_nothing_is_given_back():

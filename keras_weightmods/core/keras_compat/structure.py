@@ -10,6 +10,10 @@ from keras.src.utils.tracking import Tracker
 from keras_weightmods.core.keras_compat.graph import graph_of
 from keras_weightmods.core.keras_compat.layers import layers_of, own_variables
 
+# Of torch, for the parameters of a layer; of TensorFlow; and of what a model
+# was compiled with.
+_HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
+
 
 class Structure:
     """What layers, optimizers and variables are made of, at one moment.
@@ -24,10 +28,6 @@ class Structure:
         released: Iterable of those variables of which the value is taken away,
             and so part of what is given back.
     """
-
-    # Of torch, for the parameters of a layer; of TensorFlow; and of what a
-    # model was compiled with.
-    _HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
 
     def __init__(
         self, objects: Iterable[Any], released: Iterable[Any] = ()
@@ -44,6 +44,10 @@ class Structure:
             parts.setdefault(id(each), each)
         self._classes = [(part, type(part)) for part in parts.values()]
         self._found: dict[int, tuple[Any, Any]] = {}
+        # What Keras' scopes set for this thread. Ctrl-C as one of them ends
+        # leaves it as it was within.
+        self._scopes: dict[int, tuple[Any, Any]] = {}
+        _find(vars(global_state.GLOBAL_STATE_TRACKER), self._scopes)
         self._attributes, self._flags = [], []
         kept = set(map(id, released))
         for part in parts.values():
@@ -55,17 +59,15 @@ class Structure:
                 flag = getattr(part._value, "requires_grad", None)
                 self._flags.append((part, flag))
             else:
-                self._find(tuple(before.values()))
+                _find(tuple(before.values()), self._found)
             self._attributes.append((part, before))
-        # What Keras' scopes set for this thread. Ctrl-C as one of them ends
-        # leaves it as it was within.
-        self._find(vars(global_state.GLOBAL_STATE_TRACKER))
 
     def restore_attributes(self) -> None:
-        """Give the attributes back.
+        """Give the attributes and the scopes back.
 
-        Another thread may be using them: none is gone meanwhile.
+        Another thread may be using the former: none is gone meanwhile.
         """
+        _give_back(self._scopes)
         for part, before in self._attributes:
             own = vars(part)
             own.update(before)
@@ -78,32 +80,33 @@ class Structure:
             # Past Keras' attribute tracking.
             object.__setattr__(part, "__class__", cls)
         self.restore_attributes()
-        # Past methods of Keras' lists and dicts, which track what comes in.
-        for holder, contents in self._found.values():
-            kind = type(contents)
-            kind.clear(holder)
-            (kind.extend if kind is list else kind.update)(holder, contents)
+        _give_back(self._found)
         for variable, flag in self._flags:
             if flag is not None:
                 variable._value.requires_grad = flag
 
-    def _find(self, value: Any) -> None:
-        """Note the lists, dicts and sets in a value, and what is in them."""
-        if type(value).__name__ == "_DictWrapper":  # of TensorFlow
-            value = value.__wrapped__
-        if isinstance(value, tuple):
-            for each in value:
-                self._find(each)
-        elif (
-            isinstance(value, Tracker) or type(value).__name__ in self._HOLDERS
-        ):
-            self._find(vars(value))
-        elif id(value) not in self._found:
-            for kind in (list, dict, set):
-                if isinstance(value, kind):
-                    contents: Any = kind(value)
-                    self._found[id(value)] = value, contents
-                    is_dict = isinstance(contents, dict)
-                    self._find(
-                        tuple(contents.values() if is_dict else contents)
-                    )
+
+def _find(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Note the lists, dicts and sets in a value, and what is in them."""
+    if type(value).__name__ == "_DictWrapper":  # of TensorFlow
+        value = value.__wrapped__
+    if isinstance(value, tuple):
+        for each in value:
+            _find(each, found)
+    elif isinstance(value, Tracker) or type(value).__name__ in _HOLDERS:
+        _find(vars(value), found)
+    elif id(value) not in found:
+        for kind in (list, dict, set):
+            if isinstance(value, kind):
+                contents: Any = kind(value)
+                found[id(value)] = value, contents
+                is_dict = isinstance(contents, dict)
+                _find(tuple(contents.values() if is_dict else contents), found)
+
+
+def _give_back(found: dict[int, tuple[Any, Any]]) -> None:
+    # Past methods of Keras' lists and dicts, which track what comes in.
+    for holder, contents in found.values():
+        kind = type(contents)
+        kind.clear(holder)
+        (kind.extend if kind is list else kind.update)(holder, contents)
