@@ -68,8 +68,9 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     of what the layers compute, an attribute for example, call this again.
 
     Where `generate` cannot be done so it runs as before, and a warning says
-    why: with beam search and other samplers that keep several caches, with
-    images, and with a model that does what cannot be repeated.
+    why: with beam search and other samplers that keep several caches, with a
+    model that has a cache for each layer (Gemma 3) or does what cannot be
+    repeated, and with images.
 
     Nothing of it is saved with the model: call it again after loading.
 
