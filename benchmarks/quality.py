@@ -373,8 +373,8 @@ class Quantized:
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
-        data = model_inputs(train[:128, :-1])
-        options = {"refine": self.refine, "batch_size": 4}
+        data = model_inputs(train[:, :-1])
+        options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
         kwm.quantize(model, data, **options)
 
 
