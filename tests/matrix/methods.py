@@ -189,7 +189,7 @@ def head(family):
 
 def quantize(family):
     model, x = _made(family)
-    states.rounded(model, x)
+    states.rounded(model, x, refine="scales", head=True)
     _sparse_and_finite(model, x)
 
 

@@ -17,9 +17,9 @@ def packed(model, x):
     kwm.pack(model)
 
 
-def rounded(model, x):
+def rounded(model, x, refine=None, head=False):
     kwm.sparsify(model, verbose=0)
-    options = {"refine": None, "head": False, "verbose": 0}
+    options = {"refine": refine, "head": head, "verbose": 0}
     kwm.quantize(model, x, group_size=16, **options)
 
 
