@@ -26,7 +26,7 @@ from keras_weightmods.calibration.walk import (
 )
 from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
-from keras_weightmods.core.head import find_head
+from keras_weightmods.core.head import find_head, splittable_head
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
@@ -293,6 +293,12 @@ def quantize(
             "functional model"
         )
         refinements = ()
+    elif "scales" in refinements and end and splittable_head(model) is None:
+        note = (
+            "Without scales: the head is quantized or has a regularizer of "
+            "activities, or computes in float16, where gradients vanish"
+        )
+        refinements = tuple(each for each in refinements if each != "scales")
     if data is None:
         if not hasattr(model, "generate"):
             expected = "calibration data, some 100 rows; only a KerasHub "

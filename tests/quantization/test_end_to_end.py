@@ -96,3 +96,13 @@ def test_gradients_of_scales():
     factor.assign(numpy(factor) * 1.1)
     seam.fold(model, GridScales)
     assert references.is_on_grid(numpy(target.variable), 4, 4)
+
+
+@one_backend
+def test_a_head_in_float16_is_no_teacher():
+    model, _ = make("dense")
+    for layer in model.layers:
+        layer.dtype_policy = "mixed_float16"
+    report = kwm.quantize(model, TOKENS, refine="scales", verbose=0)
+    assert report.scales is None
+    assert "Without scales" in str(report)
