@@ -46,8 +46,8 @@ def train_scales(
         verbose: 0 or 1, whether to show Keras' progress bars.
 
     Returns:
-        Pair of floats, the mean loss of a position held out: as the model was
-        given, and in the end.
+        Pair of floats, the mean loss of a position held out, before the
+        training and after it. They are equal where the training was undone.
     """
     # Without an optimizer, or compiled functions, of its own.
     whole = keras.Model(input_of(model), output_of(model))

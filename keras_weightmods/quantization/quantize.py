@@ -96,7 +96,8 @@ class QuantizeReport(Report):
             done. None where nothing was held out.
         scales: Pair of floats, with `refine="scales"`: the mean loss of a
             position held out before scales were trained and after it, which
-            for a language model is KL(given || rounded) in nats.
+            for a language model is KL(given || rounded) in nats. They are
+            equal where the training made it worse, and was undone.
     """
 
     bits: int
@@ -124,6 +125,8 @@ class QuantizeReport(Report):
             caption += "; scales end to end: loss {:.4f} to {:.4f}".format(
                 *self.scales
             )
+            if self.scales[0] == self.scales[1]:
+                caption += " (training made it worse, and was undone)"
         yield Table(
             f"{self.bits} bits, a scale for each {self.group_size} inputs",
             self.kernels,
