@@ -83,7 +83,7 @@ def train_block(operation, targets, fit, held, epochs, learning_rate):
         trained += item.parameters if item else ()
     kept = [(target.variable, _Zeros(target.variable)) for target in targets]
     part = Part(operation, operation, relative_error, data)
-    errors = train_part(
+    before, after = train_part(
         part,
         trained,
         data,
@@ -92,6 +92,14 @@ def train_block(operation, targets, fit, held, epochs, learning_rate):
         learning_rate,
         kept,
     )
+    if not math.isfinite(after):
+        raise ValueError(
+            f"The loss of {operation.name!r} must stay finite while it is "
+            f"trained. Received: {after}, at {targets[0].path}, with a "
+            f"learning rate of {learning_rate}. Give a smaller one, or leave "
+            "'blocks' out of `refine`."
+        )
+    errors = before, min(before, after)
     return ReconstructedBlock(operation.name, len(targets), *errors)
 
 
@@ -110,7 +118,8 @@ def train_part(
         verbose: 0 or 1. 1 shows Keras' progress bars. Defaults to `0`.
 
     Returns:
-        Pair of floats, the losses on `held` before and after.
+        Pair of floats, the losses on `held` before and after. What was undone
+        has a larger second one, or NaN.
     """
     steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
@@ -128,16 +137,9 @@ def train_part(
         before = part.evaluate(held, verbose=0)
         part.fit(fit, epochs=epochs, verbose=verbose)
         after = part.evaluate(held, verbose=0)
-        if not math.isfinite(after):
-            raise ValueError(
-                f"The loss of {part.operation.name!r} must stay finite while "
-                f"it is trained. Received: {after}, at {trained[0].path}, with "
-                f"a learning rate of {learning_rate}. Give a smaller one, or "
-                "leave it out of `refine`."
-            )
-        if after > before:
+        # Also where it is NaN.
+        if not after <= before:
             undo.give_values_back()
-            after = before
         undo.structure.restore()
     return before, after
 

@@ -62,9 +62,10 @@ def train_scales(
         loss = _Divergence(head, values, items) if head else relative_error
         part = Part(whole, head.body if head else whole, loss, fit)
         trained = [each for item in items for each in item.parameters]
-        return train_part(
+        before, after = train_part(
             part, trained, fit, held, epochs, learning_rate, (), verbose
         )
+        return before, after if after <= before else before
     finally:
         seam.fold(whole, GridScales)
 

@@ -7,6 +7,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.core import seam
 from keras_weightmods.ops.rounding import Grid
+from keras_weightmods.quantization import quantize as module
 from keras_weightmods.quantization.grid_weights import GridScales
 from tests import models, references
 from tests.backends import breadth
@@ -106,3 +107,17 @@ def test_a_head_in_float16_is_no_teacher():
     report = kwm.quantize(model, TOKENS, refine="scales", verbose=0)
     assert report.scales is None
     assert "Without scales" in str(report)
+
+
+@one_backend
+def test_scales_that_diverge_are_left_as_they_were(monkeypatch):
+    model, x = models.randomize(models.mlp(72, 24, 6)), data()
+    before = models.weights_of(model)
+    quantize(model, x)
+    rounded = kernels_of(model)
+    model.set_weights(before)
+    monkeypatch.setattr(module, "_SCALES", (1, 1e30))
+    report = quantize(model, x, refine="scales")
+    models.assert_same(kernels_of(model), rounded)
+    assert report.scales[0] == report.scales[1]
+    assert "was undone" in str(report)
