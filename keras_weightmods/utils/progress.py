@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
@@ -30,14 +31,16 @@ class _Late:
         is_terminal = getattr(sys.stdout, "isatty", bool)()
         self._is_rewritten = is_terminal or "ipykernel" in sys.modules
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        try:
-            if self._verbose:
-                self._thread.start()
-        except BaseException:
-            # Ctrl-C, once it runs.
-            self._is_over.set()
-            raise
+        # The thread keeps this object no longer than a drawing takes: where
+        # Ctrl-C comes before `__exit__` has begun, it ends with the object.
+        weakref.finalize(self, self._is_over.set)
+        self._thread = threading.Thread(
+            target=_draw_until,
+            args=(self._is_over, self._first, weakref.ref(self)),
+            daemon=True,
+        )
+        if self._verbose:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -47,14 +50,18 @@ class _Late:
             if time.perf_counter() >= self._first:
                 self._draw(True)
 
-    def _run(self) -> None:
-        pause = max(0.0, self._first - time.perf_counter())
-        while not self._is_over.wait(pause):
-            self._draw(False)
-            pause = _EVERY[self._is_rewritten]
-
     def _draw(self, is_last: bool) -> None:
         raise NotImplementedError
+
+
+def _draw_until(
+    is_over: threading.Event, first: float, drawn: weakref.ref[_Late]
+) -> None:
+    pause = max(0.0, first - time.perf_counter())
+    while not is_over.wait(pause) and (late := drawn()):
+        late._draw(False)
+        pause = _EVERY[late._is_rewritten]
+        del late
 
 
 class Progress(_Late):

@@ -2,6 +2,7 @@
 
 import pathlib
 import threading
+import time
 
 import keras
 import numpy as np
@@ -20,6 +21,10 @@ def state_of(objects, threads):
         f"file {path}": path.is_file() and path.read_bytes()
         for path in sorted(pathlib.Path().rglob("*"))
     }
+    end = time.monotonic() + 1
+    # One that ends is not left.
+    while {*threading.enumerate()} - threads and time.monotonic() < end:
+        time.sleep(0.01)
     found["threads"] = len({*threading.enumerate()} - threads)
     found["scopes of Keras"] = (
         keras.Variable(0.0, name="probe").path,

@@ -64,6 +64,15 @@ def test_a_file_gets_few_lines(is_terminal, at_once, monkeypatch):
         assert count > 2 if is_terminal else count == 2
 
 
+def test_the_thread_ends_with_a_bar_that_is_never_left(at_once):
+    # Ctrl-C may come before the first line of `__exit__`.
+    bar = Progress(1, "kernel").__enter__()
+    thread = bar._thread
+    del bar
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def fit_by_lift(verbose):
     x, model = keras.ops.ones((4, 8)), mlp()
     model.compile(kwm.SparseAdamW(0.1), "mse")
