@@ -199,6 +199,11 @@ class Part(keras.Model):
         self.example, self.places = data.example, data.places
         self.built = True
 
+    @property
+    def losses(self):
+        # Not what regularizes the training of its layers.
+        return []
+
     def call(self, inputs):
         leaves = [
             inputs.get(f"call_{i}", x)
