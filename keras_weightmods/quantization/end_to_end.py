@@ -57,17 +57,16 @@ def train_scales(
         Batches(calls[part], outputs.states[part], outputs.used[part])
         for part in (outputs.fit, outputs.held)
     )
+    # On an error the caller restores the model.
     seam.attach(whole, items)
-    try:
-        loss = _Divergence(head, values, items) if head else relative_error
-        part = Part(whole, head.body if head else whole, loss, fit)
-        trained = [each for item in items for each in item.parameters]
-        before, after = train_part(
-            part, trained, fit, held, epochs, learning_rate, (), verbose
-        )
-        return before, after if after <= before else before
-    finally:
-        seam.fold(whole, GridScales)
+    loss = _Divergence(head, values, items) if head else relative_error
+    part = Part(whole, head.body if head else whole, loss, fit)
+    trained = [each for item in items for each in item.parameters]
+    before, after = train_part(
+        part, trained, fit, held, epochs, learning_rate, (), verbose
+    )
+    seam.fold(whole, GridScales)
+    return before, after if after <= before else before
 
 
 class _Divergence(keras.layers.Layer):

@@ -15,6 +15,7 @@ from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
     ReconstructedBlock,
     blocks_table,
+    is_float,
     train_block,
 )
 from keras_weightmods.calibration.held_out import HeldOut
@@ -26,7 +27,7 @@ from keras_weightmods.calibration.walk import (
 )
 from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
-from keras_weightmods.core.head import find_head, splittable_head
+from keras_weightmods.core.head import find_head, output_of, splittable_head
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
@@ -93,7 +94,7 @@ class QuantizeReport(Report):
         held_out: Pair of floats, what rounding changes of the model's outputs
             on the rows held out (for a language model of what enters its
             head), `|Y' - Y|^2 / |Y|^2`: each weight to nearest, and as it was
-            done. None where nothing was held out.
+            done. None where nothing was held out, or nothing can be compared.
         scales: Pair of floats, with `refine="scales"`: the mean loss of a
             position held out before scales were trained and after it, which
             for a language model is KL(given || rounded) in nats. They are
@@ -296,12 +297,16 @@ def quantize(
             "functional model"
         )
         refinements = ()
-    elif "scales" in refinements and end and splittable_head(model) is None:
-        note = (
-            "Without scales: the head is quantized or has a regularizer of "
-            "activities, or computes in float16, where gradients vanish"
-        )
-        refinements = tuple(each for each in refinements if each != "scales")
+    elif "scales" in refinements:
+        if end and splittable_head(model) is None:
+            note = (
+                "Without scales: the head is quantized or has a regularizer of "
+                "activities, or computes in float16, where gradients vanish"
+            )
+        elif not any(map(is_float, keras.tree.flatten(output_of(model)))):
+            note = "Without scales: it gives no vector of floats to compare"
+        if note:
+            refinements = tuple(r for r in refinements if r != "scales")
     if data is None:
         if not hasattr(model, "generate"):
             expected = "calibration data, some 100 rows; only a KerasHub "
@@ -370,7 +375,7 @@ def quantize(
                 quantizer.blocks.clear()
                 trained = None
                 after = plain
-            both = plain, after
+            both = None if math.isnan(plain) else (plain, after)
     blocks = tuple(quantizer.blocks)
     done = tuple(rows), skipped, blocks, note, both, trained
     return QuantizeReport(bits, group_size, *done)
@@ -455,10 +460,8 @@ class _Quantizer:
         """Train the kernels of a block through their rounding."""
         items = [self.items.pop(target.key) for target in group]
         seam.attach(operation, items)
-        try:
-            block = train_block(operation, group, *calls, **self.fit)
-        finally:
-            seam.fold(operation, GridWeights)
+        block = train_block(operation, group, *calls, **self.fit)
+        seam.fold(operation, GridWeights)
         for item in items:
             self.scales[item.target.key].scales = item.scales
         if block is not None:

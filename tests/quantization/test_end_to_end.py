@@ -107,6 +107,11 @@ def test_a_head_in_float16_is_no_teacher():
     report = kwm.quantize(model, TOKENS, refine="scales", verbose=0)
     assert report.scales is None
     assert "Without scales" in str(report)
+    inputs = keras.Input((72,))
+    outputs = keras.ops.squeeze(keras.layers.Dense(1)(inputs), -1)
+    report = quantize(keras.Model(inputs, outputs), data(), refine="scales")
+    assert report.scales is report.held_out is None
+    assert "Without scales: it gives no vector of floats" in str(report)
 
 
 @one_backend
