@@ -155,6 +155,9 @@ class Plan:
             settings = {**outer.get_config(), "inner_optimizer": optimizer}
             new = keras.optimizers.LossScaleOptimizer(**settings)
             new.build(self.variables)
+            if outer.built:
+                new.dynamic_scale.assign(outer.dynamic_scale)
+                new.step_counter.assign(outer.step_counter)
         keras_compat.set_optimizer(model, new)
         return optimizer
 

@@ -46,6 +46,7 @@ _FACTOR = re.compile(
 _PLAIN: dict[str, Any] = {
     "peft_type": ("LORA",),
     # Those that leave the base as it is.
+    "use_rslora": (None, True, False),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         (

@@ -260,6 +260,7 @@ REFUSED = [
             "alora_invocation_tokens": ([1, 2],),
             "peft_type": ("LOHA",),
             "use_dora": (True,),
+            "use_rslora": ("false", 2),
             "modules_to_save": (["head"],),
         }.items()
         for value in values
