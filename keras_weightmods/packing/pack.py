@@ -209,7 +209,9 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
 
     They are bit for bit what was packed where the values are float32, or
     bfloat16 of a bfloat16 kernel; otherwise what rounding made of it. (A
-    negative zero comes back as zero.) The layers are again what they were:
+    negative zero comes back as zero.) A kernel in 16 bits rounds the products
+    of scales and integers once more: `pack(model)` does not find these again,
+    unless `quantize` has chosen them. The layers are again what they were:
     class, list of weights, config. If the model's optimizer has been built,
     the model is left uncompiled. Both kinds of weights are held for a while.
 
