@@ -102,8 +102,8 @@ def reversible_embeddings(model: Any) -> list[Target]:
 def find_head(model: Any) -> Head | None:
     """Return the head of a language model; None if it is not known.
 
-    Known are a `ReversibleEmbedding` and a `Dense`, and what KerasHub's models
-    put after them.
+    Known are a `ReversibleEmbedding`, or in a model with an `Embedding` a
+    `Dense` without activation, and what KerasHub's models put after them.
 
     Args:
         model: A Keras model.
@@ -133,8 +133,13 @@ def find_head(model: Any) -> Head | None:
     (tensor,) = outputs
     while True:
         operation, inputs = keras_compat.producer(tensor)
-        is_head = isinstance(
-            operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
+        is_head = isinstance(operation, keras.layers.ReversibleEmbedding) or (
+            isinstance(operation, keras.layers.Dense)
+            and operation.activation is keras.activations.linear
+            and any(
+                isinstance(layer, keras.layers.Embedding)
+                for layer in keras_compat.layers_of(model)
+            )
         )
         if not is_head and type(operation).__name__ not in _ELEMENTWISE:
             return None

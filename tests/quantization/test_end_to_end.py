@@ -53,9 +53,12 @@ def test_scales_are_trained_by_the_divergence_of_the_logits(kind):
 
 
 @one_backend
-def test_scales_of_a_model_without_a_head():
+@pytest.mark.parametrize("positions", [(), (4,)])
+def test_scales_of_a_model_without_a_head(positions):
     """By the squared error of its outputs, on rows held out."""
-    model, x = models.randomize(models.mlp(72, 24, 6)), data()
+    layers = keras.layers.Dense(24, "relu"), keras.layers.Dense(6)
+    model = models.sequential((*positions, 72), *layers)
+    model, x = models.randomize(model), data().reshape(-1, *positions, 72)
     _, held = models.split(x)
     given = numpy(model(held)).astype("float64")
     report = quantize(model, x, bits=2, refine="scales")
