@@ -96,7 +96,10 @@ class Packed:
 
 
 def pack_kernel(
-    kernel: Any, dtype: str | None = None, activations: str = "float32"
+    kernel: Any,
+    dtype: str | None = None,
+    activations: str = "float32",
+    scale: Any = None,
 ) -> Packed:
     """Pack a 2:4 kernel.
 
@@ -114,6 +117,9 @@ def pack_kernel(
             and float32 for any other.
         activations: String, `"float32"` or `"int8"`, as in `Packed`. Defaults
             to `"float32"`.
+        scale: Array of the scales of `kernel`, which holds integers then that
+            are not rounded: (1, N) with int8, (ceil(K / 64), N) with int4.
+            Defaults to `None`.
 
     Returns:
         `Packed` of NumPy arrays.
@@ -163,11 +169,11 @@ def pack_kernel(
     meta = np.bitwise_or.reduce(bits << shifts, axis=1)
     meta = meta.reshape(rows, columns, COLUMNS).transpose(1, 0, 2)
     meta = np.ascontiguousarray(meta).view(np.int32)
-    scale = None
     if dtype in INTEGERS:
-        # Half as many kept values as rows share a scale.
-        slots, scale = quantize.round_matrix(slots, dtype, GROUP // 2)
-        scale = _lay_out_scale(scale, specs["scale"][0])
+        if scale is None:
+            # Half as many kept values as rows share a scale.
+            slots, scale = quantize.round_matrix(slots, dtype, GROUP // 2)
+        scale = _lay_out_scale(scale, specs["scale"])
     values = _values_of_slots(slots, dtype)
     return Packed(values, meta, scale, shape, dtype, activations)
 
@@ -183,12 +189,13 @@ _PLACES = np.array(
 _IS_BAD = np.array([code.bit_count() > 2 for code in range(16)])
 
 
-def pack_dense(matrix: Any, dtype: str) -> Packed:
+def pack_dense(matrix: Any, dtype: str, scale: Any = None) -> Packed:
     """Round a dense matrix to int8 or int4, for int8 activations.
 
     Args:
         matrix: Array, tensor or variable of shape (K, N), K the contraction.
         dtype: String, `"int8"` or `"int4"`, rounded as in `pack_kernel`.
+        scale: As in `pack_kernel`. Defaults to `None`.
 
     Returns:
         `Packed` of NumPy arrays, without `meta`.
@@ -207,15 +214,16 @@ def pack_dense(matrix: Any, dtype: str) -> Packed:
     assert np.array_equal(unpack_kernel(pack_dense(matrix, "int4")), matrix)
     ```
     """
-    _matrix_shape(matrix)
-    steps, scale = quantize.round_matrix(_to_numpy(matrix, np.float32), dtype)
-    shape = steps.shape
+    shape = _matrix_shape(matrix)
+    steps = _to_numpy(matrix, np.float32)
+    if scale is None:
+        steps, scale = quantize.round_matrix(steps, dtype)
     specs = packed_arrays(shape, dtype, is_dense=True)
     columns, rows = specs["values"][0][:2]
     padded = _pad(steps, columns, rows)
     padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
     values = _halves(padded.transpose(3, 0, 1, 4, 2), dtype)
-    scale = _lay_out_scale(scale, specs["scale"][0])
+    scale = _lay_out_scale(scale, specs["scale"])
     return Packed(values, None, scale, shape, dtype, "int8")
 
 
@@ -358,12 +366,13 @@ def _pad(matrix: Any, columns: int, rows: int) -> Any:
     return np.pad(matrix, ((0, rows * ROWS - k), (0, columns * COLUMNS - n)))
 
 
-def _lay_out_scale(scale: Any, shape: Any) -> Any:
-    """Return scales (groups or 1, columns) in this shape, with ones behind."""
+def _lay_out_scale(scale: Any, spec: Any) -> Any:
+    """Return scales (groups or 1, columns) in a shape, with ones behind."""
+    shape, dtype = spec
     missing = shape[0] * COLUMNS - scale.shape[1]
     padded = np.pad(scale, ((0, 0), (0, missing)), constant_values=1)
     blocks = padded.reshape(len(scale), shape[0], COLUMNS).swapaxes(0, 1)
-    return np.ascontiguousarray(blocks).reshape(shape)
+    return np.ascontiguousarray(blocks, numpy_dtype(dtype)).reshape(shape)
 
 
 def _matrix_shape(matrix: Any) -> tuple[int, int]:

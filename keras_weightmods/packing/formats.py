@@ -57,6 +57,18 @@ class Format:
         """Return the arrays of a NumPy matrix in float32, by their names."""
         raise NotImplementedError
 
+    def pack_integers(self, codes: Any, scale: Any) -> Any:
+        """Return `pack` of integers times their scales, the former as they are.
+
+        Args:
+            codes, scale: Float32 NumPy arrays (K, N).
+
+        Returns:
+            As `pack`, with the scales rounded to their type; None if the format
+            does not hold such integers, or scales of such groups.
+        """
+        return None
+
     def unpack(
         self, arrays: Mapping[str, Any], shape: tuple[int, int], xp: Any
     ) -> Any:
@@ -102,14 +114,30 @@ class NativeFormat(Format):
     def arrays(self, shape):
         return layout.packed_arrays(shape, self.dtype, self.pattern is None)
 
-    def pack(self, matrix):
+    def pack(self, matrix, scale=None):
         if self.pattern is None:
-            packed = native_format.pack_dense(matrix, self.dtype)
+            packed = native_format.pack_dense(matrix, self.dtype, scale)
         else:
-            packed = native_format.pack_kernel(matrix, self.dtype)
+            packed = native_format.pack_kernel(matrix, self.dtype, scale=scale)
         return {
             name: getattr(packed, name) for name in self.arrays(packed.shape)
         }
+
+    def pack_integers(self, codes, scale):
+        if self.dtype not in layout.INTEGERS:
+            return None
+        rows, most = len(codes), 2 ** (int(self.dtype[3:]) - 1) - 1
+        # What multiplies by int8 knows no -128.
+        is_int8 = self.dtype == "int8"
+        least, group = (-most, rows) if is_int8 else (-most - 1, layout.GROUP)
+        own = scale[::group]
+        if (
+            codes.min(initial=0) < least
+            or codes.max(initial=0) > most
+            or not np.array_equal(np.repeat(own, group, axis=0)[:rows], scale)
+        ):
+            return None
+        return self.pack(codes, own)
 
     def unpack(self, arrays, shape, xp):
         packed = self.packed(arrays, shape)

@@ -14,8 +14,10 @@ from keras_weightmods import native
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import find_head, reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.core.targets import resolve_targets
-from keras_weightmods.native.layout import ACTIVATIONS
+from keras_weightmods.core.restored import RestoredOnError
+from keras_weightmods.core.targets import resolve_targets, target_of
+from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.native.layout import ACTIVATIONS, GROUP, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, formats_of
@@ -49,6 +51,12 @@ def pack(
     than three values take 4.25 bits a weight, or 3.25 where they are 2:4. Other
     2:4 kernels keep their values as they are. `pack(model, "int8")` and
     `pack(model, "int4")` round all weights by themselves, 2:4 or not.
+
+    Of layers that Keras has quantized (`model.quantize` in int8, int4, gptq or
+    awq) it takes the integers as they are, less their zero points, where a
+    format holds them, with scales in bfloat16 where they are fewer than 8 bits.
+    The report says so for each. The layers are float layers from then on:
+    `unpack` gives them the product of integers and scales.
 
     Of a 2:4 kernel the kept values are stored, and two bits for the place of
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
@@ -119,7 +127,8 @@ def pack(
 
     Raises:
         ValueError: If nothing is to be rounded and a kernel is neither 2:4 nor
-            on the grid of int4; if a weight is not finite where int8 or int4 is
+            on the grid of int4, or is integers of Keras that no format holds;
+            if a weight is not finite where int8 or int4 is
             asked for; if a weight is scaled (fold first); if there is nothing
             to pack; or if an argument is none of the above. The model is
             unchanged then.
@@ -152,54 +161,75 @@ def pack(
     on_gpu = gpu_plan((1, 1), "float32") is not None
     if activations is None:
         activations = "float32" if on_gpu else "int8"
-    found = resolve_targets(model, targets)
     kind = dtype if head == "auto" else head
     is_left = head is None or (kind and None not in formats_of(kind))
     if head == "auto" and (targets is not None or trainable):
         is_left = True
-    heads = [] if is_left else reversible_embeddings(model)
-    end = find_head(model)
-    if head not in ("auto", None) and end is not None:
-        heads += [target for target in found if target.layer in end.layers]
-    own = {target.path for target in heads}
-    skipped = [skip for skip in found.skipped if skip.path not in own]
-    kernels = [target for target in found if target not in heads]
-    reasons = _shared_variables(model)
-    items: list[Any] = []
-    tables: list[Any] = []
-    inexact: list[Any] = []
-    for target in [*kernels, *heads]:
-        is_head = target in heads
-        made = reasons.get(id(target.variable)) or reason_to_skip(target)
-        made = made or _item(
-            target, kind if is_head else dtype, is_head, trainable, activations
-        )
-        if made is None:
-            inexact.append(target)
-        elif isinstance(made, str):
-            skipped.append(Skipped(target.path, made))
-        else:
-            (tables if is_head else items).append(made)
-    if inexact:
-        raise _not_exact(inexact, len(inexact) + len(items), dtype)
-    if not tables and (head not in ("auto", None) or not items):
-        missing = "head" if items else "kernel"
-        raise ValueError(
-            f"The model has no {missing} that can be packed: a head is a "
-            "`ReversibleEmbedding`, or a `Dense` at the end of a language "
-            f"model. Received: model={model.name!r}, skipped: "
-            f"{skipped_text(skipped)}"
-        )
-    items += tables
-    why_dense = reason_for_dense()
-    has_products = activations != "float32" or on_gpu or why_dense
-    before = bytes_of(model.weights)
-    with Progress(len(items), "kernel", verbose, began) as progress:
-        for item in items:
-            _check_weight(item, has_products)
-        if why_dense:
-            native.warn_dense(why_dense)
-        seam.attach(model, items, drop_optimizer=True, see=progress.add)
+    end, before = find_head(model), bytes_of(model.weights)
+    with RestoredOnError(model):
+        quantized = _make_float(model)
+        found = resolve_targets(model, targets)
+        heads = [] if is_left else reversible_embeddings(model)
+        if head not in ("auto", None) and end is not None:
+            heads += [target for target in found if target.layer in end.layers]
+        heads += [
+            # Keras rounds the two tables of a layer together.
+            target_of(target.layer, "embeddings", keys=weight_keys(model))
+            for target in heads
+            if target.layer in quantized
+            and target.attribute == "reverse_embeddings"
+        ]
+        own = {target.path for target in heads}
+        skipped = [skip for skip in found.skipped if skip.path not in own]
+        kernels = [target for target in found if target not in heads]
+        reasons = _shared_variables(model)
+        items: list[Any] = []
+        tables: list[Any] = []
+        inexact: list[Any] = []
+        for target in [*kernels, *heads]:
+            is_head, integers = target in heads, None
+            if target.layer in quantized:
+                layer, _ = quantized[target.layer]
+                integers = keras_compat.integers_of(layer, target.attribute)
+            made = reasons.get(id(target.variable)) or reason_to_skip(target)
+            made = made or _item(
+                target,
+                kind if is_head else dtype,
+                is_head,
+                trainable,
+                activations,
+                integers,
+            )
+            if made is None:
+                inexact.append((target, None if inexact else integers))
+            elif isinstance(made, str):
+                skipped.append(Skipped(target.path, made))
+            else:
+                (tables if is_head else items).append(made)
+        if inexact:
+            raise _not_exact(inexact, len(inexact) + len(items), dtype)
+        if not tables and (head not in ("auto", None) or not items):
+            missing = "head" if items else "kernel"
+            raise ValueError(
+                f"The model has no {missing} that can be packed: a head is a "
+                "`ReversibleEmbedding`, or a `Dense` at the end of a language "
+                f"model. Received: model={model.name!r}, skipped: "
+                f"{skipped_text(skipped)}"
+            )
+        items += tables
+        why_dense = reason_for_dense()
+        has_products = activations != "float32" or on_gpu or why_dense
+        with Progress(len(items), "kernel", verbose, began) as progress:
+            for item in items:
+                _check_weight(item, has_products)
+            if why_dense:
+                native.warn_dense(why_dense)
+            packed = {item.target.layer for item in items}
+            for layer, (_, structure) in quantized.items():
+                if layer not in packed:
+                    structure.restore()
+            keras_compat.drop_policies(model, packed & {*quantized})
+            seam.attach(model, items, drop_optimizer=True, see=progress.add)
     _warn(items)
     return _report(model, items, skipped, before)
 
@@ -248,8 +278,29 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     return _report(model, items, (), before)
 
 
+def _make_float(model: Any) -> dict[Any, tuple[Any, Any]]:
+    """Make layers that Keras quantized float ones, without values.
+
+    Returns:
+        Dict by layer of a view of what it was, and the `Structure` that gives
+        that back.
+    """
+    found = {}
+    for layer in keras_compat.layers_of(model):
+        if keras_compat.quantized_weights(layer):
+            view = keras_compat.view(layer)
+            found[layer] = view, keras_compat.Structure([layer])
+            keras_compat.make_float(layer)
+    return found
+
+
 def _item(
-    target: Any, dtype: Any, is_head: bool, trainable: bool, activations: str
+    target: Any,
+    dtype: Any,
+    is_head: bool,
+    trainable: bool,
+    activations: str,
+    integers: Any,
 ) -> Any:
     """Return the `PackedParameters` of a weight, or why it has none.
 
@@ -257,27 +308,42 @@ def _item(
     """
     variable, size = target.variable, target.contraction_size
     axes, pattern = target.contraction_axes, None
-    if not (is_head or size % 4 or nm_violations(variable.value, "2:4", axes)):
+    weight = variable.value if integers is None else integers[0]
+    if not (is_head or size % 4 or nm_violations(weight, "2:4", axes)):
         pattern = "2:4"
 
     def form_of(dtype: Any) -> Any:
         forms = formats_of(dtype)
         return forms.get(pattern) or forms.get(None)
 
+    if integers is not None and not trainable:
+        for name in sorted(INTEGERS) if dtype is None else [dtype]:
+            form = form_of(name)
+            if form is None:
+                continue
+            item = PackedParameters(target, form, False, activations)
+            if item.pack_integers(*integers):
+                return item
     form = form_of("int4")
-    if dtype is None and not trainable and _begins_on_grid(target, form):
+    is_own = integers is None and dtype is None and not trainable
+    if is_own and _begins_on_grid(target, form):
         item = PackedParameters(target, form, False, activations)
         item.pack()
         if item.rounding_error == 0:
             return item
     if dtype is None and is_head:
+        if integers is not None:
+            return "no format has its integers; `head='int8'` rounds them again"
         return "not rounded; `head='int8'` or `kwm.quantize` does it"
     if dtype is None and pattern:
         is_half = variable.dtype == "bfloat16" and not trainable
         dtype = "bfloat16" if is_half else "float32"
     form = form_of(dtype)
     if form is not None:
-        return PackedParameters(target, form, trainable, activations)
+        item = PackedParameters(target, form, trainable, activations)
+        if integers is not None:
+            item.pack(integers[0] * integers[1])
+        return item
     return (
         f"contraction size {size} is not a multiple of 4" if size % 4 else None
     )
@@ -311,7 +377,20 @@ def _shared_variables(model: Any) -> dict[int, str]:
 
 def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
     """Return the error for kernels that can be packed by rounding alone."""
-    target, also = targets[0], "" if dtype else ", or rounded"
+    (target, integers), also = targets[0], "" if dtype else ", or rounded"
+    if integers is not None:
+        item = PackedParameters(target, formats_of("int8")[None], False, "int8")
+        item.pack(integers[0] * integers[1])
+        return ValueError(
+            "`pack` keeps the integers that Keras rounded a kernel to where a "
+            "format holds them: in int8 with a scale for each output unit, in "
+            f"fewer bits with one for each {GROUP} inputs of a unit. "
+            f"Received: {len(targets)} of {count} kernels that none holds, the "
+            f"first being {target.path} {target.shape}. "
+            "`kwm.pack(model, 'int8')` rounds them once more, which changes "
+            f"this one by {item.rounding_error:.2%}. To leave them to Keras, "
+            "say which others to pack by `targets`."
+        )
     value, axes = target.variable.value, target.contraction_axes
     return ValueError(
         "The kernels must be exactly 2:4, at most two nonzeros in each group "
@@ -333,7 +412,11 @@ def _check_weight(item: Any, has_products: Any) -> None:
             f"Received: activations='float32' with {variable.path!r}. Leave "
             "`activations` out, or the weight, by `targets` or `head=None`."
         )
-    if item.form.needs_finite and not ops.all(ops.isfinite(variable.value)):
+    if item.named:
+        is_finite = math.isfinite(item.rounding_error or 0)
+    else:
+        is_finite = ops.all(ops.isfinite(variable.value))
+    if item.form.needs_finite and not is_finite:
         raise ValueError(
             f"{item.form.dtype} values need finite weights. Received: "
             f"{variable.path!r}, which holds NaN or infinity."
@@ -354,7 +437,9 @@ def _warn(items: Any) -> None:
     errors = [
         item.rounding_error
         for item in items
-        if item.form.dtype == "int4" and item.rounding_error
+        if item.form.dtype == "int4"
+        and item.rounding_error
+        and item.integers != "kept"
     ]
     if errors:
         warnings.warn(
@@ -388,6 +473,7 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             item.activations,
             item.rounding_error,
             item.pattern,
+            item.integers,
         )
         for item in items
     )

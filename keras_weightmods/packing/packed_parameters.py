@@ -34,8 +34,8 @@ def reason_to_skip(target):
     layer, name = target.layer, target.attribute
     if isinstance(layer, keras.layers.Embedding):
         if name == "embeddings":
-            if not getattr(layer, "tie_weights", False):
-                return "its head has weights of its own"
+            if not isinstance(layer, keras.layers.ReversibleEmbedding):
+                return "looked up, and not multiplied by"
             if layer.lora_enabled:
                 return "LoRA is enabled"
         if layer.mask_zero:
@@ -56,6 +56,7 @@ class PackedParameters(Reparameterization):
     Attributes:
         rounding_error: Float, what rounding changed: the norm of the difference
             over that of the weights. None without rounding, or from a file.
+        integers: String, as of `PackedWeight`.
         is_held: Bool, whether nothing can multiply by the arrays.
         plan: The `Plan` of its products on a GPU; None if they are on a CPU.
         packed: With a `NativeFormat` what `ops.sparse_matmul` takes.
@@ -79,6 +80,7 @@ class PackedParameters(Reparameterization):
     finish = "unpack(model)"
     keeps_stored = False
     rounding_error: float | None = None
+    integers = ""
     is_held = False
     plan: Any = None
     packed: Any = None
@@ -167,10 +169,34 @@ class PackedParameters(Reparameterization):
     def rounds_inputs(self):
         return self.activations != "float32"
 
-    def pack(self):
-        """Pack the weight, before `create_parameters` does it."""
-        matrix = self.matrix(self.target.variable)
+    def pack(self, weight=None):
+        """Pack the weight, before `create_parameters` does it.
+
+        Args:
+            weight: Array, where Keras has rounded it and the variable has no
+                value.
+        """
+        is_float = weight is None
+        self.integers = "" if is_float else "rounded again"
+        matrix = self.matrix(self.target.variable if is_float else weight)
         self.named = dict(self.form.pack(matrix))
+        self._measure(matrix)
+
+    def pack_integers(self, codes, scale):
+        """Pack a weight that Keras has rounded; return whether this could.
+
+        Args:
+            codes, scale: Arrays whose product the weight is. The first are
+                integers, and are kept as they are.
+        """
+        codes, scale = self.matrix(codes), self.matrix(scale)
+        named = self.form.pack_integers(codes, scale)
+        if named is not None:
+            self.named, self.integers = dict(named), "kept"
+            self._measure(codes * scale)
+        return named is not None
+
+    def _measure(self, matrix):
         if self.form.dtype != "float32":
             rest = self.form.unpack(self.named, self.shape, np)
             rest -= matrix

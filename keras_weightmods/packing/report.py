@@ -25,6 +25,9 @@ class PackedWeight:
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
         pattern: String, `"2:4"`, or None where all weights are held.
+        integers: String, `"kept"` where Keras had rounded the weight and the
+            same integers are packed, with scales rounded to their type here,
+            and `"rounded again"` where they are others; empty for floats.
     """
 
     path: str
@@ -35,6 +38,7 @@ class PackedWeight:
     activations: str = "float32"
     rounding_error: float | None = None
     pattern: str | None = None
+    integers: str = ""
 
     @property
     def bits(self) -> float:
@@ -78,6 +82,7 @@ class PackReport(report.Report):
         }
 
     def tables(self) -> Iterable[report.Table]:
+        has_own = any(weight.integers for weight in self.weights)
         rows = [
             (
                 weight.path,
@@ -86,6 +91,7 @@ class PackReport(report.Report):
                 f"{weight.dtype} x {weight.activations}",
                 weight.bits,
                 weight.rounding_error,
+                *[weight.integers] * has_own,
                 *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
             for weight in self.weights
@@ -96,9 +102,9 @@ class PackReport(report.Report):
         yield report.Table(
             f"{len(rows)} packed weights",
             rows,
-            "weight shape pattern values_x_inputs bits:.2f error:.2% dense "
-            "packed share",
-            ("all", *[""] * 5, *_sizes(*sums)),
+            "weight shape pattern values_x_inputs bits:.2f error:.2% "
+            f"{'Keras_integers ' * has_own}dense packed share",
+            ("all", *[""] * (5 + has_own), *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
             f"before, {report.size_text(self.model_bytes)} now"
             + (more if host else ""),

@@ -193,6 +193,10 @@ CASES = {
     "pack": (lambda: trained(sparse()), quiet(kwm.pack)),
     "pack_int8": (mlp, quiet(kwm.pack, "int8")),
     "pack_head": (models.token_net, quiet(kwm.pack, "int8")),
+    "pack_quantized": (
+        lambda: models.changed(mlp(), keras.Model.quantize, "int8"),
+        quiet(kwm.pack),
+    ),
     "unpack": (lambda: trained(packed()), quiet(kwm.unpack)),
     "attach_scaling": (mlp, quiet(kwm.attach_scaling)),
     "attach_compander": (regularized, quiet(kwm.attach_compander)),

@@ -10,5 +10,6 @@ stays in the subclass. `docs/upstream.md` lists what Keras could offer instead.
 from keras_weightmods.core.keras_compat.graph import *  # noqa: F403
 from keras_weightmods.core.keras_compat.layers import *  # noqa: F403
 from keras_weightmods.core.keras_compat.optimizer import *  # noqa: F403
+from keras_weightmods.core.keras_compat.quantized import *  # noqa: F403
 from keras_weightmods.core.keras_compat.structure import *  # noqa: F403
 from keras_weightmods.core.keras_compat.variables import *  # noqa: F403
