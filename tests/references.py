@@ -333,7 +333,8 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
 
     for _ in range(sweeps):
         for group, unit in np.ndindex(scales.shape):
-            part = slice(group * group_size, (group + 1) * group_size)
+            start, stop = group * group_size, (group + 1) * group_size
+            part = slice(start, stop)
             column = result[:, unit].copy()
             integers = np.rint(column[part] / scales[group, unit])
             errors = []
@@ -346,15 +347,16 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
                 if best > 0:
                     scales[group, unit] = bfloat16(best)
                     result[part, unit] = scales[group, unit] * integers
-        integers = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
-        for j, unit in zip(*np.nonzero(w)):
-            column = result[:, unit].copy()
-            tried = scales[j // group_size, unit] * integers
-            errors = []
-            for value in tried:
-                column[j] = value
-                errors.append(error(column, unit))
-            result[j, unit] = tried[np.argmin(errors)]
+            tried = scales[group, unit] * np.arange(
+                -(2 ** (bits - 1)), 2 ** (bits - 1)
+            )
+            for j in start + np.flatnonzero(w[part, unit]):
+                column = result[:, unit].copy()
+                errors = []
+                for value in tried:
+                    column[j] = value
+                    errors.append(error(column, unit))
+                result[j, unit] = tried[np.argmin(errors)]
     return result, scales
 
 

@@ -19,12 +19,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.ops.refine import compiled, damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
-# Inputs after which all others are updated, by one large product.
-_BLOCK = 64
+# Rows that are rounded before others are updated, by one product.
+_ROWS = 16
 
 # Scales that are tried for a group, as shares of max |w| over the largest q.
 _SHARES = np.linspace(0.5, 1.0, 16)
@@ -112,24 +113,23 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
     size, units = matrix.shape
     group_size = min(grid.group_size, size)
     groups = -(-size // group_size)
-    padding = [(0, groups * group_size - size), (0, 0)]
-
-    def grouped(x: Any) -> Any:
-        x = ops.pad(x, padding)
-        return ops.reshape(x, (groups, group_size, units))
-
-    largest = ops.max(grouped(ops.abs(matrix)), axis=1)
+    if filling := groups * group_size - size:
+        matrix = ops.pad(matrix, [(0, filling), (0, 0)])
+        weights = ops.pad(weights, [(0, filling)])
+    matrix = ops.reshape(matrix, (groups, group_size, units))
+    weights = ops.reshape(weights, (groups, 1, group_size))
+    largest = ops.max(ops.abs(matrix), axis=1, keepdims=True)
     empty = largest < _TINY
     best = ops.full_like(largest, float("inf"))
     scales = ops.ones_like(largest)
     for share in _SHARES:
         tried = grid.rounded_scales(largest * float(share / grid.high))
         tried = ops.where(empty, 1.0, tried)
-        change = matrix - grid.nearest(matrix, grid.spread(tried, size))
-        error = ops.sum(grouped(ops.square(change) * weights[:, None]), axis=1)
+        change = matrix - grid.nearest(matrix, tried)
+        error = ops.matmul(weights, ops.square(change))
         scales = ops.where(error < best, tried, scales)
         best = ops.minimum(error, best)
-    return scales
+    return scales[:, 0]
 
 
 def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
@@ -151,22 +151,23 @@ def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
         float32 tensor of shape `(K, R)`.
     """
     size, _ = matrix.shape
-    factor = np.asarray(factor, "float32")
+    # What an error of 1 at an input changes at those after it.
+    factor = np.asarray(factor, "float64")
+    factor = (factor / factor.diagonal()[:, None]).astype("float32")
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
-    spread = grid.spread(scales, size)
-    step = compiled(_gptq_block, 4)
+    step = compiled(_in_order, 4)
     tail, done = matrix, []
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        own = ops.convert_to_tensor(factor[start:stop, start:stop])
-        block = tail[: stop - start]
-        rows = spread[start:stop], kept[start:stop]
-        rounded, errors = step(block, *rows, own, grid)
-        done.append(rounded)
+    for group, start in enumerate(range(0, size, grid.group_size)):
+        stop = min(start + grid.group_size, size)
+        scale = scales[group]
+        own = ops.convert_to_tensor(-factor[start:stop, start:stop].T.copy())
+        targets = tail[: stop - start] / scale
+        rounded, moved = step(targets, own, kept[start:stop], None, grid)
+        done.append(rounded * scale)
         if stop < size:
             across = ops.convert_to_tensor(factor[start:stop, stop:].T.copy())
-            change = ops.matmul(across, errors) * kept[stop:]
-            tail = tail[stop - start :] - change
+            change = ops.matmul(across, moved * scale) * kept[stop:]
+            tail = tail[stop - start :] + change
     return ops.concatenate(done)
 
 
@@ -176,14 +177,15 @@ def descend(
     scales: Any,
     second_moment: Any,
     grid: Grid,
-    sweeps: int = 8,
+    sweeps: int = 3,
 ) -> tuple[Any, Any]:
     """Improve one scale, and one integer, after the other.
 
-    A sweep sets the scale of each group, with its integers, to its best
-    value, `s + q^T c / q^T H q`, rounded; and then each kept weight to the
-    multiple of its scale that is next to `w'_j + c_j / H_jj`. Either is the
-    minimum of a parabola on what is allowed, so no unit's error rises.
+    A sweep goes from group to group. It sets the scale of each, with its
+    integers, to its best value, `s + q^T c / q^T H q`, rounded; and then each
+    of its kept weights to the multiple of that scale which is next to
+    `w'_j + c_j / H_jj`. Either is the minimum of a parabola on what is
+    allowed, so no unit's error rises.
 
     Args:
         matrix: float32 tensor of shape `(K, R)`, the matrix W.
@@ -193,7 +195,7 @@ def descend(
             diagonal.
         grid: `Grid`.
         sweeps: Int, at most how often. It ends when a sweep changes nothing.
-            Defaults to `8`.
+            Defaults to `3`.
 
     Returns:
         Pair of tensors, the new W' and the new scales.
@@ -201,32 +203,23 @@ def descend(
     size, _ = matrix.shape
     h = second_moment
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
-    inverse = 1.0 / ops.diagonal(h)
-    rescale, move = compiled(_best_scale), compiled(_best_integers, 6)
+    inverse = 1.0 / ops.diagonal(h)[:, None]
+    rescale, move = compiled(_best_scale), compiled(_best_integers, 7)
     c = ops.matmul(h, matrix - rounded)
     for _ in range(sweeps):
         before = rounded
         parts, new_scales = [], []
         for group, start in enumerate(range(0, size, grid.group_size)):
             part = slice(start, min(start + grid.group_size, size))
-            scale, integers = rescale(
-                rounded[part], scales[group], h[part, part], c[part]
-            )
+            values, own = rounded[part], h[part, part]
+            scale, integers = rescale(values, scales[group], own, c[part])
             scale = grid.rounded_scales(scale)
-            values = integers * scale
-            c = c - ops.matmul(h[:, part], values - rounded[part])
-            parts.append(values)
+            rows = kept[part], inverse[part], own, c[part]
+            new = move(values, integers, scale, *rows, grid)
+            c = c - ops.matmul(h[:, part], new - values)
+            parts.append(new)
             new_scales.append(scale)
         rounded, scales = ops.concatenate(parts), ops.stack(new_scales)
-        spread = grid.spread(scales, size)
-        parts = []
-        for start in range(0, size, _BLOCK):
-            part = slice(start, min(start + _BLOCK, size))
-            rows = rounded[part], spread[part], kept[part], inverse[part]
-            values = move(*rows, h[part, part], c[part], grid)
-            parts.append(values)
-            c = c - ops.matmul(h[:, part], values - rounded[part])
-        rounded = ops.concatenate(parts)
         if not bool(ops.any(ops.not_equal(rounded, before))):
             break
     return rounded, scales
@@ -295,21 +288,6 @@ def _errors(w: Any, rounded: Any, h: Any) -> Any:
     return ops.sum(rest * ops.matmul(h, rest), axis=0)
 
 
-def _gptq_block(block: Any, scales: Any, kept: Any, factor: Any, grid: Any):
-    """Return rounded rows, and their errors over the factor's diagonal."""
-
-    def step(block: Any, row: Any) -> Any:
-        place, scale, is_kept, along = row
-        value = block[place]
-        rounded = grid.nearest(value, scale) * is_kept
-        error = (value - rounded) / along[place]
-        # The row of the factor is zero to the left of its place.
-        return block - along[:, None] * error * kept, (rounded, error)
-
-    places = ops.arange(block.shape[0])
-    return _scan(step, block, (places, scales, kept, factor))
-
-
 def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
     """Return the best scale of a group for its integers, and these."""
     integers = ops.round(values / scale)
@@ -321,27 +299,68 @@ def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
 
 
 def _best_integers(
-    values: Any, scales: Any, kept: Any, inverse: Any, own: Any, c: Any, grid
+    values: Any,
+    integers: Any,
+    scale: Any,
+    kept: Any,
+    inverse: Any,
+    own: Any,
+    c: Any,
+    grid: Grid,
 ) -> Any:
-    """Return the best values of a block of inputs, one after the other."""
-
-    def step(c: Any, row: Any) -> Any:
-        place, value, scale, is_kept, inverse, column = row
-        best = grid.nearest(value + c[place] * inverse, scale) * is_kept
-        return c - column[:, None] * (best - value), best
-
-    places = ops.arange(values.shape[0])
-    rows = places, values, scales, kept, inverse, own
-    return _scan(step, c, rows)
+    """Return the best values of a group with a new scale."""
+    rescaled = integers * scale
+    c = c - ops.matmul(own, rescaled - values)
+    targets = (rescaled + c * inverse) / scale
+    return _in_order(targets, own * inverse, kept, integers, grid)[0] * scale
 
 
-def _scan(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
-    """Return the outputs of `step`, of one or several tensors each."""
+def _in_order(
+    targets: Any, coupling: Any, kept: Any, before: Any, grid: Grid
+) -> tuple[Any, Any]:
+    """Round rows to integers, each for how those above it have moved.
+
+    Row i is rounded where it is `targets[i] - coupling[i, :i] @ moved[:i]`.
+
+    Args:
+        targets, kept: Tensors of shape `(rows, R)`.
+        coupling: Tensor of shape `(rows, rows)`.
+        before: What integers move from, or None: from what is rounded.
+        grid: `Grid`.
+
+    Returns:
+        Pair of tensors, the integers and `moved`.
+    """
+    size = targets.shape[0]
+    in_place = backend.current().in_place()
+    if in_place:
+        limits = grid.low, grid.high
+        return in_place.round_in_order(targets, coupling, kept, before, *limits)
+    if size > _ROWS:
+        half = size // 2
+        a, b = slice(half), slice(half, size)
+        was = (None, None) if before is None else (before[a], before[b])
+        first = _in_order(targets[a], coupling[a, a], kept[a], was[0], grid)
+        rest = targets[b] - ops.matmul(coupling[b, a], first[1])
+        last = _in_order(rest, coupling[b, b], kept[b], was[1], grid)
+        integers, moved = map(ops.concatenate, zip(first, last))
+        return integers, moved
+
+    def step(targets: Any, row: Any) -> Any:
+        place, along, is_kept, *was = row
+        target = targets[place] * is_kept
+        integer = ops.clip(ops.round(target), grid.low, grid.high)
+        moved = integer - (was[0] if was else target)
+        return targets - along[:, None] * moved, (integer, moved)
+
+    rows: Any = ops.arange(size), ops.transpose(coupling), kept
+    rows = rows if before is None else (*rows, before)
     if keras.backend.backend() == "jax":
-        return ops.scan(step, carry, rows)[1]
+        return ops.scan(step, targets, rows)[1]
     # As ops.scan, which on TensorFlow takes no other structure than carry's.
     outputs = []
     for row in zip(*rows):
-        carry, output = step(carry, row)
+        targets, output = step(targets, row)
         outputs.append(output)
-    return keras.tree.map_structure(lambda *x: ops.stack(x), *outputs)
+    integers, moved = map(ops.stack, zip(*outputs))
+    return integers, moved

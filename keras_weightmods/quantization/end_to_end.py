@@ -24,7 +24,7 @@ def train_scales(
     values: Any,
     outputs: Outputs,
     items: list[GridScales],
-    epochs: int,
+    steps: int,
     learning_rate: float,
     verbose: Any,
 ) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def train_scales(
         values: Dict by id of the values of its variables before.
         outputs: `Outputs` from before, of the head's body or the model.
         items: List of `GridScales`, not attached.
-        epochs: Int, passes over the data.
+        steps: Int, about how many are made: in whole epochs, at least one.
         learning_rate: Float > 0, the peak rate of Adam for factors of the
             scales, which are 1 at the start.
         verbose: 0 or 1, whether to show Keras' progress bars.
@@ -62,6 +62,7 @@ def train_scales(
     loss = _Divergence(head, values, items) if head else relative_error
     part = Part(whole, head.body if head else whole, loss, fit)
     trained = [each for item in items for each in item.parameters]
+    epochs = max(1, round(steps / len(fit)))
     before, after = train_part(
         part, trained, fit, held, epochs, learning_rate, (), verbose
     )

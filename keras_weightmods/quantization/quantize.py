@@ -55,8 +55,8 @@ from keras_weightmods.utils.report import (
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
 _REFINEMENTS = ("blocks", "scales")
-# Epochs, and the peak rate of Adam, of training scales.
-_SCALES = 2, 2e-3
+# Steps, and the peak rate of Adam, of training scales.
+_SCALES = 32, 2e-3
 # What a model writes where no data are given.
 _ROWS, _LENGTH = 128, 256
 
@@ -179,8 +179,9 @@ def quantize(
     - `"scales"` trains the scales of all kernels and of the head at once, with
       the integers as they are, to give the outputs of the model as given: for
       a language model by KL(given || rounded) of its logits, for others by the
-      squared error (EfficientQAT, arXiv 2407.11062, section 3.3). This is two
-      epochs of training, and gains most for its time.
+      squared error (EfficientQAT, arXiv 2407.11062, section 3.3). This is one
+      epoch of training, or as many as make about 32 steps, and gains most for
+      its time.
 
     Every eighth row of the data is held out. What is worse on these rows than
     rounding to nearest is rounded to nearest: a kernel, or the whole model,

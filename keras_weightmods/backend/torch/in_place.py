@@ -174,3 +174,20 @@ def distillation_gradient(log_p, soft, q, labels, by_label, by_teacher):
     elif q is not None:
         slope.add_(soft.exp_().sub_(q).mul_(by_teacher))
     return slope.scatter_add_(1, labels.long(), -by_label)
+
+
+@torch.no_grad()
+def round_in_order(targets, coupling, kept, before, low, high):
+    """See `_in_order` of `ops.rounding`."""
+    targets, moved = targets * kept, torch.empty_like(targets)
+    integers = torch.empty_like(targets)
+    columns = moved.T
+    for i in range(len(targets)):
+        target, integer = targets[i], integers[i]
+        if i:
+            change = torch.mv(columns[:, :i], coupling[i, :i])
+            target.sub_(change.mul_(kept[i]))
+        torch.round(target, out=integer).clamp_(low, high)
+        origin = target if before is None else before[i]
+        torch.sub(integer, origin, out=moved[i])
+    return integers, moved
