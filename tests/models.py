@@ -43,6 +43,14 @@ def sequential(shape, *layers, name=None, dtype=None):
     return keras.Sequential([inputs, *layers], name=name)
 
 
+def share_kernel(first, second):
+    """Have a built layer hold the kernel of another one as its own."""
+    second._tracker.unlock()
+    second._untrack_variable(second._kernel)
+    second._kernel = first._kernel
+    second._tracker.lock()
+
+
 def mlp(*sizes, activation="relu", name=None, **kwargs):
     """Return Dense layers: inputs, then units. 8, 16 and 4 by default.
 

@@ -5,6 +5,7 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
+import collections
 import dataclasses
 import time
 import weakref
@@ -78,8 +79,10 @@ def attach_to_targets(
     checks.check_verbose(verbose)
     found = resolve_targets(model, targets, depthwise)
     items, skipped = [], list(found.skipped)
+    shared = shared_variables(model)
     for target in found:
-        made = reason_to_skip(target) or make_item(target)
+        made = shared.get(id(target.variable)) or reason_to_skip(target)
+        made = made or make_item(target)
         if isinstance(made, str):
             skipped.append(Skipped(target.path, made))
         else:
@@ -114,6 +117,20 @@ def reason_to_skip(target: Target) -> str | None:
     )
 
 
+def shared_variables(model: Any) -> dict[int, str]:
+    """Return {id: reason} of the variables that several layers hold.
+
+    Only one of these would compute with another weight than it stores.
+    """
+    counts = collections.Counter(
+        key
+        for layer in keras_compat.layers_of(model)
+        for key in {id(v) for v in keras_compat.own_variables(layer)}
+    )
+    shared = [key for key, count in counts.items() if count > 1]
+    return dict.fromkeys(shared, "shared by several layers")
+
+
 def attach(
     model: Any,
     items: Sequence[Any],
@@ -135,6 +152,13 @@ def attach(
             f"with {len(taken)} of the targets reparameterized already, the "
             f"first being {taken[0].path!r}. Call `{finish}` first, or leave "
             "these targets out."
+        )
+    shared = shared_variables(model)
+    if both := [t.path for t in targets if id(t.variable) in shared]:
+        raise ValueError(
+            "A weight can be reparameterized in one layer alone. Received: "
+            f"{len(both)} targets that several layers share, the first being "
+            f"{both[0]!r}. Leave these out of `targets`."
         )
     if not drop_optimizer and has_built_optimizer(model):
         raise ValueError(

@@ -1,6 +1,5 @@
 """Packing of the 2:4 kernels of a finished model, and back."""
 
-import collections
 import math
 import time
 import warnings
@@ -182,7 +181,7 @@ def pack(
         own = {target.path for target in heads}
         skipped = [skip for skip in found.skipped if skip.path not in own]
         kernels = [target for target in found if target not in heads]
-        reasons = _shared_variables(model)
+        reasons = seam.shared_variables(model)
         items: list[Any] = []
         tables: list[Any] = []
         inexact: list[Any] = []
@@ -362,17 +361,6 @@ def _begins_on_grid(target: Any, form: Any) -> bool:
     return np.array_equal(same, first) and any(
         np.unique(values).size > 3 for values in (first, matrix)
     )
-
-
-def _shared_variables(model: Any) -> dict[int, str]:
-    """{id: reason} of the variables that several layers hold as their own."""
-    counts = collections.Counter(
-        key
-        for layer in keras_compat.layers_of(model)
-        for key in {id(v) for v in keras_compat.own_variables(layer)}
-    )
-    shared = [key for key, count in counts.items() if count > 1]
-    return dict.fromkeys(shared, "shared by several layers")
 
 
 def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:

@@ -351,8 +351,13 @@ def quantize(
             rows += change_kernels(
                 model, kernels, batches, quantizer.round, train, verbose, held
             )
-        if "scales" in refinements:
-            items = [*quantizer.scales.values()]
+        shared = seam.shared_variables(model)
+        items = [
+            item
+            for item in quantizer.scales.values()
+            if id(item.target.variable) not in shared
+        ]
+        if "scales" in refinements and items:
             trained = train_scales(
                 model, end, taught, outputs, items, *_SCALES, verbose
             )

@@ -455,17 +455,21 @@ def test_a_failure_while_attaching_is_rolled_back(kind, model, monkeypatch):
 
 
 @pytest.mark.one_backend
-def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
+def test_a_layer_with_a_saver_of_its_own_and_a_shared_kernel_are_skipped(kind):
     class Counting(keras.layers.Dense):
         def save_own_variables(self, store):
             super().save_own_variables(store)
             store["calls"] = np.ones(())
 
-    model = sequential((16,), Counting(8), keras.layers.Dense(4))
+    shared = keras.layers.Dense(8), keras.layers.Dense(8)
+    model = sequential((16,), Counting(8), *shared, keras.layers.Dense(4))
+    models.share_kernel(*shared)
     report = kind.attach(make_sparse(model))
     (row,) = rows(report)
     assert row.shape == (8, 4)
-    assert any("save_own_variables" in s.reason for s in report.skipped)
+    reasons = [skip.reason for skip in report.skipped]
+    assert "save_own_variables" in reasons[0]
+    assert reasons[1:] == ["shared by several layers"]
 
 
 @pytest.mark.one_backend

@@ -148,11 +148,7 @@ def test_what_stays_dense_is_reported():
         Conv2D(3, 1, name="packed"),
         Conv2D(2, 3, name="odd"),
     )
-    first, second = shared
-    second._tracker.unlock()
-    second._untrack_variable(second._kernel)
-    second._kernel = first._kernel
-    second._tracker.lock()
+    models.share_kernel(*shared)
     x = normal(1, 8, 8, 8)
     before = outputs(make_sparse(model), x)
     report = kwm.pack(model)

@@ -118,6 +118,23 @@ def test_a_head_in_float16_is_no_teacher():
 
 
 @one_backend
+@pytest.mark.filterwarnings("ignore:All was rounded to nearest")
+def test_a_kernel_that_two_layers_share_keeps_its_scales(monkeypatch):
+    shared = keras.layers.Dense(72), keras.layers.Dense(72)
+    model = models.sequential((72,), *shared, keras.layers.Dense(6))
+    models.share_kernel(*shared)
+    seen = []
+
+    def trained(model, head, values, outputs, items, *_):
+        seen.extend(item.target.layer for item in items)
+        return 1.0, 0.9
+
+    monkeypatch.setattr(module, "train_scales", trained)
+    quantize(models.randomize(model), data(), refine="scales")
+    assert seen == [model.layers[-1]]
+
+
+@one_backend
 def test_scales_that_diverge_are_left_as_they_were(monkeypatch):
     model, x = models.randomize(models.mlp(72, 24, 6)), data()
     before = models.weights_of(model)
