@@ -151,7 +151,7 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.example = calls[0]
         outputs = list(map(keras.tree.flatten, taught))
-        # Of several outputs each float counts.
+        # Each of several outputs counts, if it is one of floats.
         self.places = [i for i, x in enumerate(outputs[0]) if is_float(x)]
         self.inputs = []
         for call, flat, mask in zip(calls, outputs, used):

@@ -16,11 +16,11 @@ _LOGITS = 2**26
 
 
 class HeldOut:
-    """Measure what changes of a model's weights change of its outputs.
+    """Measure how far changes of its weights move the outputs of a model.
 
-    It is `|Y' - Y|^2 / |Y|^2`: Y are the outputs of the model when this is
-    made, Y' those when it is measured. Of a large vocabulary some positions
-    are measured, far apart.
+    The measure is `|Y' - Y|^2 / |Y|^2`: Y are the outputs of the model when
+    this is made, Y' those when it is called. With a large vocabulary only
+    some positions are measured, far apart.
 
     Args:
         model: A built Keras model or layer.

@@ -26,11 +26,11 @@ def self_generated(
 ) -> np.ndarray:
     """Let a causal language model write text from random first tokens.
 
-    For who has no text of the kind that a model was trained on: data near to
-    it make the best calibration, and what the dense model writes is near
-    (arXiv 2410.17711). Each row begins with the start token, if the tokenizer
-    has one, and a token at random; the rest is sampled. Of what is written,
-    the rows of the highest perplexity are thrown away.
+    Use it where you have no text of the kind that a model was trained on:
+    such data make the best calibration, and what the dense model writes is
+    near to them (arXiv 2410.17711). Each row begins with the start token, if
+    the tokenizer has one, and a token at random; the rest is sampled. The
+    rows of the highest perplexity are thrown away.
 
     Another model on the same backbone writes, by `compile_generate`, with a
     sampler of its own. Call it on the dense model, before it is made sparse.

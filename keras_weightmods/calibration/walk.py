@@ -283,7 +283,7 @@ class Walk:
 
         And their `Moments`; None if there was no call.
         """
-        # Of the rows to fit to, and of those held out.
+        # Sums over the rows to fit to, and over those held out.
         totals: list[Any] = [0.0, 0.0]
         rows_seen, first = [0, 0], None
         # By the place of a target: its calls, and those with the same inputs.

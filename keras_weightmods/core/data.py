@@ -20,7 +20,7 @@ from keras_weightmods.backend import processes
 from keras_weightmods.core.head import input_of
 from keras_weightmods.utils import checks
 
-# Of so many rows one is held out.
+# One row in so many is held out.
 _SHARE_HELD = 8
 
 FORMS = (
@@ -63,9 +63,9 @@ def held_out(batches):
         batches: List of pairs (inputs, sample weights or None).
 
     Returns:
-        Pair of such lists. Of eight rows the last is held out, or of all where
-        these are fewer; rows whose weights are all 0 do not count. A single
-        row stays in the first list.
+        Pair of such lists. The last of each eight rows is held out, or of all
+        rows if they are fewer; rows whose weights are all 0 do not count. A
+        single row stays in the first list.
     """
     used = []
     for x, weights in batches:
@@ -382,7 +382,7 @@ def batch_count(x, batch_size=None, validation_split=0.0):
     if isinstance(x, keras.utils.PyDataset):
         return math.inf if x.num_batches is None else x.num_batches
     if hasattr(x, "cardinality"):
-        # Of tf.data: -1 if endless, -2 if unknown.
+        # In tf.data -1 is endless, and -2 unknown.
         count = int(x.cardinality())
         return count if count >= 0 else math.inf if count == -1 else None
     try:

@@ -116,7 +116,7 @@ def convolution(layer: Any, multiply: Any, inputs: Any) -> Any:
     """Call a Conv1D to Conv3D, as a product of the patches of its input."""
     x = patches(inputs, layer)
     if layer.groups > 1:
-        # Of each tap the channels of one group.
+        # The channels of one group, for each tap.
         channels = x.shape[-1] // layer.groups
         x = _reshape_last(x, len(x.shape) - 1, (layer.groups, channels))
         x = ops.swapaxes(x, -3, -2)
@@ -168,7 +168,7 @@ def patches(inputs: Any, layer: Any) -> Any:
     parts = []
     for place in itertools.product(*map(range, layer.kernel_size)):
         window = [
-            # Of all taps as many pixels, the first of each being `start`.
+            # As many pixels for each tap; its first is the start.
             slice(tap * step, (tap - count + 1) * step or None, stride)
             for tap, (count, stride, step) in zip(place, axes)
         ]

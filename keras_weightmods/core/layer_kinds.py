@@ -261,8 +261,8 @@ _DEPTHWISE = Kernel(
     unread=_NOT_ALONE,
     depthwise=True,
 )
-# (spatial..., out, in). Of a pixel of the output each sums over other taps, so
-# that the product is of a pixel of the input: its channels are contracted.
+# (spatial..., out, in). Each pixel of the output sums over other taps, so the
+# product is with a pixel of the input: its channels are contracted.
 _TRANSPOSED = Kernel(
     (-1,), dense="of a transposed convolution, which adds up its products"
 )

@@ -195,7 +195,7 @@ class _KerasLM:
         )
         tokens = _new_tokens(view, prompt, count, sorted(stops))
         tokens = itertools.takewhile(lambda token: token not in ends, tokens)
-        # Of both together: alone, the first word could lose its space.
+        # Both together: alone, the first word could lose its space.
         text = tokenizer.detokenize([*prompt, *tokens])
         text = text[len(tokenizer.detokenize(prompt)) :]
         for stop in until:

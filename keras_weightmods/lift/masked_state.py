@@ -235,7 +235,7 @@ class MaskedState(keras.optimizers.Optimizer):
     def load_own_variables(self, store):
         """Restore the state, which must have been built."""
         held, wanted = len(store.keys()), len(self.variables)
-        # Of a model that was not trained: the iterations and the rate at most.
+        # An untrained model's has the iterations and the rate at most.
         if held > 2 and held != wanted:
             raise ValueError(
                 "The file holds the state of another optimizer, whose masks "

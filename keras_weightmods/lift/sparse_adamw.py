@@ -12,7 +12,7 @@ from keras_weightmods.core.wrapping_optimizer import warn_about_16_bits
 from keras_weightmods.lift.masked_state import MaskedState, put, split_of, taken
 from keras_weightmods.utils import checks, dtypes
 
-# Of each variable; the last, what it was before it was rounded, in 16 bits.
+# State of a variable; the last, what it was before it was rounded to 16 bits.
 _STATE = "momentum", "velocity", "master"
 
 
@@ -20,7 +20,7 @@ _STATE = "momentum", "velocity", "master"
 class SparseAdamW(MaskedState):
     r"""AdamW that keeps moments for the principal weights alone.
 
-    The optimizer of LIFT (arXiv 2506.00772, algorithm 1). Of each kernel W
+    The optimizer of LIFT (arXiv 2506.00772, algorithm 1). For a kernel W
     with a mask M of k entries, at step t = 1, 2, ...:
 
         g = G[M]

@@ -361,7 +361,7 @@ def keep_probabilities(
     """Return the probabilities that DELLA (arXiv 2406.11617) keeps entries.
 
     From `density - epsilon` for the smallest magnitude of a row to `density +
-    epsilon` for its largest, in equal steps from rank to rank. Of sizes that
+    epsilon` for its largest, in equal steps from rank to rank. Where sizes
     are equal in float32, the first is the lower.
 
     Args:

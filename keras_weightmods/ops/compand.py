@@ -162,7 +162,7 @@ def _arctan(u: Any) -> Any:
     return 2 * t * series
 
 
-# Of the polynomial with the least relative error on [0, 1], highest first.
+# The polynomial with the least relative error on [0, 1], highest power first.
 _COEFFICIENTS = (
     0.00284993384,
     -0.0160688699,

@@ -223,7 +223,7 @@ def chunked_losses(
     return function(*map(ops.convert_to_tensor, [hidden, *parameters]))
 
 
-# Of the logits of a chunk, in float32; some five such arrays exist at a time.
+# The logits of a chunk, in float32; some five such arrays exist at a time.
 CHUNK_BYTES = 64 * 2**20
 # Smaller chunks are products too small to be fast, and each adds to the
 # gradient of the whole head once more, which is as large as their logits where

@@ -199,7 +199,7 @@ def _orthonormal(block, near, bases):
         gram = ops.convert_to_numpy(_inner(block, block))
         inverse, skew = _inverse_root(gram)
         block = ops.matmul(ops.convert_to_tensor(inverse), block)
-        # Of the squares of the rows, which were ones or zeros.
+        # The squares of the rows were ones or zeros.
         inside = (1 - np.diag(gram)[np.diag(gram) > 0]).max(initial=0)
         if outside is bases and inside < 1e-4 and skew < 0.01:
             break

@@ -179,7 +179,7 @@ def _swap(
     )
     diagonal = ops.diagonal(own)[:, None]
     price = weights * (2.0 * slope + weights * diagonal)
-    # Of q, when p is removed: axes p, q, units.
+    # Slopes of q when p is removed: axes p, q, units.
     slopes = slope[None] + weights[:, None] * own[:, :, None]
     values = slopes * inverse
     change = price[:, None] - (1.0 - _ROUNDING) * slopes * values

@@ -51,13 +51,13 @@ def pack(
     2:4 kernels keep their values as they are. `pack(model, "int8")` and
     `pack(model, "int4")` round all weights by themselves, 2:4 or not.
 
-    Of layers that Keras has quantized (`model.quantize` in int8, int4, gptq or
-    awq) it takes the integers as they are, less their zero points, where a
+    From layers that Keras has quantized (`model.quantize` in int8, int4, gptq
+    or awq) it takes the integers as they are, less their zero points, where a
     format holds them, with scales in bfloat16 where they are fewer than 8 bits.
     The report says so for each. The layers are float layers from then on:
     `unpack` gives them the product of integers and scales.
 
-    Of a 2:4 kernel the kept values are stored, and two bits for the place of
+    A 2:4 kernel is stored as its kept values, and two bits for the place of
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
     0.10 in int4. Packed are the kernels of Dense, EinsumDense, Conv1D to Conv3D
     (which then multiply the patches of their input), of separable convolutions,

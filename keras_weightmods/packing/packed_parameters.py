@@ -102,7 +102,7 @@ class PackedParameters(Reparameterization):
         self.kind = kind_with_call(target.layer)
         axes = target.contraction_axes, target.stack_axes
         self.stacks, rows, self.units = stack_shape(target.shape, *axes)
-        # Of several kernels each begins a block of the format.
+        # Each of several kernels begins a block of the format.
         self.width = self.units
         if target.stack_axes:
             self.width = -(-self.units // form.columns) * form.columns

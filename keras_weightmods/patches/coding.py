@@ -4,13 +4,13 @@ A byte plane is coded with the Huffman codes of DEFLATE and without its search
 for what is repeated: that is fast, and what repeats here are single bytes.
 
 - Rising places become the gaps between them, a byte each; a byte of 255 stands
-  for as many more without a place. Of places at random with a density of 5 % a
-  gap takes 5.8 bits, where 5.73 is the least possible, and less where their
+  for as many more without a place. A gap between random places with a density
+  of 5 % takes 5.8 bits, where 5.73 is the least possible, and less where their
   density changes along the array. The array is gone through row by row or
   column by column, as takes less: principal masks are denser in some columns of
   a kernel than in others.
-- Of values the exponents are coded, of which most are alike, and the signs and
-  mantissas kept as they are.
+- The exponents of values are coded, as most are alike. The signs and mantissas
+  are kept as they are.
 """
 
 import math

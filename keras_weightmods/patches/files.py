@@ -32,7 +32,7 @@ from keras_weightmods.utils.dtypes import numpy_dtype
 FORMAT = "keras_weightmods.patch"
 VERSION = 1
 CONFIG = "patch.json"
-# Of the differences of a delta.
+# Dtypes of the differences of a delta.
 DIFFERENCES = ("bfloat16", "float32")
 _ABOUT = {
     "method": str,

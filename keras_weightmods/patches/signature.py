@@ -88,8 +88,8 @@ class WeightSignature(Patch):
         `get_weights()` returns; all three have one architecture and share
         their start. A weight that clean training did not move keeps its whole
         d_c. Weight and bias of a layer are two tensors, and so are gamma and
-        beta of a normalization. Of models with companders it is what these
-        store, and goes onto models with the same ones alone. Models with
+        beta of a normalization. For models with companders it holds what
+        these store, and goes onto models with the same ones alone. Models with
         LoRA are refused: call `merge_lora` first. So are models that Keras has
         quantized.
 

@@ -74,9 +74,9 @@ class AdamS(keras.optimizers.Optimizer):
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
             without arguments. It should reach about zero at the end, since
-            masked weights are left at about the last rate. Of sparsified
-            kernels `v` is taken from `mixed`, not from `g`, so their steps
-            are up to 4 times Adam's: use about a quarter of Adam's rate.
+            masked weights are left at about the last rate. Sparsified kernels
+            take `v` from `mixed`, not from `g`, so their steps are up to 4
+            times Adam's: use about a quarter of Adam's rate.
             Defaults to `1e-4`.
         total_steps: Int, the optimizer steps of the whole run. `CAST.fit`
             fills it in; elsewhere it is required when the optimizer is built.

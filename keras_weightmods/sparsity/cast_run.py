@@ -14,9 +14,9 @@ from keras_weightmods.sparsity.criteria import CRITERIA
 from keras_weightmods.utils import checks
 
 # The learning rate, ramp and criterion for a dense start, a one-shot start and
-# one of whole blocks. The first chosen by benchmarks/quality.py, the second
-# with the rate of Adam that is best under a fixed mask, over four, and not
-# searched for. Of the third 4e-5 and 1e-4 are as good for 25,600 tokens.
+# one of whole blocks. benchmarks/quality.py chose the first. The second has a
+# quarter of Adam's best rate under a fixed mask, and was not searched for. For
+# 25,600 tokens the third is as good with 4e-5 and 1e-4.
 _RECIPES = {
     "dense": (1.5e-4, 0.4, "wanda"),
     "sparse": (2.5e-4, 0.0, "magnitude"),

@@ -54,7 +54,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         if teacher is model or not (is_self or is_other or teacher is None):
             expected = '"self" for a frozen copy, another built `keras.Model`'
             raise checks.error("teacher", f"{expected} or None", teacher)
-        # Of a copy; another model has its own.
+        # Only a copy is cast; another model has its own.
         dtypes = ("float32", "bfloat16", "float16") if is_self else ()
         checks.check_choice("teacher_dtype", teacher_dtype, (None, *dtypes))
         weight = checks.check_float("distillation_weight", weight, 0, 1)

@@ -217,8 +217,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 constraint = cls(pattern, axes, frozen)
                 variable.assign(nm.nm_project(variable, pattern, axes))
                 if frozen:
-                    # Of the projected kernel, so that the weights alone
-                    # determine the mask and attaching after a reload finds it.
+                    # The projected kernel alone determines the mask, so
+                    # that attaching after a reload finds it.
                     mask = nm.nm_mask(variable, pattern, axes)
                     constraint._mask = nm.pack_bits(mask), target.shape
                 variable.constraint = constraint

@@ -255,7 +255,7 @@ def prune(
     """
     check_finite([t.variable for t in targets])
     blocks: list[ReconstructedBlock] = []
-    # Of each kernel: its error, and that by magnitude.
+    # For each kernel its error, and that by magnitude.
     errors: list[Any] = []
     held = None
     if batches and (CRITERIA[criterion].needs_data or refinements):

@@ -59,7 +59,7 @@ class _TensorFlow(Backend):
 
     def view_of(self, tensor):
         device = tf.DeviceSpec.from_string(tensor.device).device_type
-        # Of a scalar in bfloat16 NumPy makes no array.
+        # NumPy makes no array of a scalar in bfloat16.
         if device != "CPU" or not tensor.shape.rank:
             return None
         return np.asarray(tensor)

@@ -133,8 +133,8 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
         variable: `keras.Variable`.
         gradient: Tensor, compact where there are indices.
         indices: `keras.Variable` with the entries to update; None for all.
-        state: List of `keras.Variable`, the moments; of a weight in 16 bits
-            also its master.
+        state: List of `keras.Variable`, the moments, and the master of a
+            weight in 16 bits.
         weight_decay: Float.
     """
     weight = variable.value.data
@@ -142,7 +142,7 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
     places = None if indices is None else indices.value.data.long()
     entries = flat if places is None else flat.index_select(0, places)
     momentum, velocity, *master = (own.value.data.view(-1) for own in state)
-    # Of a weight in 16 bits, what is updated is its master.
+    # The update of a weight in 16 bits is that of its master.
     wide = entries
     for own in master:
         wide = own.copy_(restored(entries, own))

@@ -10,8 +10,8 @@ from keras.src.utils.tracking import Tracker
 from keras_weightmods.core.keras_compat.graph import graph_of
 from keras_weightmods.core.keras_compat.layers import layers_of, own_variables
 
-# Of torch, for the parameters of a layer; of TensorFlow; and of what a model
-# was compiled with.
+# Classes of torch, for the parameters of a layer, of TensorFlow, and of what a
+# model was compiled with.
 _HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
 
 
