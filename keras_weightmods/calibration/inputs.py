@@ -19,6 +19,19 @@ from keras_weightmods.core.watched import called_by
 from keras_weightmods.saving import shared
 from keras_weightmods.utils.matrix import contraction_size
 from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.report import Skipped, skipped_text
+
+UNREACHED = "the data do not reach it"
+
+
+def unreached(left, way_out):
+    """Return the error for data that reached none of the kernels `left`."""
+    return ValueError(
+        "The kernels are fitted to data, and these reach none of them. "
+        f"Received: {skipped_text(left)}. Pass other `data` or `targets`, so "
+        "that a call of the model on them runs their layers; "
+        f"`kwm.register_layer_kind` makes layers known. {way_out}"
+    )
 
 
 def input_norms(model, targets, batches):
@@ -92,12 +105,13 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
     Args:
         optimizer: A built `AdamS`.
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
-            that are not among `targets`, or whose inputs could not be read,
-            of which a warning tells, are ranked by magnitude alone.
+            that are not among `targets`, or that got no inputs but zeros, of
+            which a warning tells, are ranked by magnitude alone.
         verbose, since: As in `Progress`.
 
     Raises:
-        ValueError: If inputs are not finite; it names the kernel.
+        ValueError: If inputs are not finite; it names the kernel. Or if no
+            kernel got any.
     """
     with Progress(len(batches), "batch", verbose, since) as progress:
         norms = input_norms(model, targets, progress.each(batches))
@@ -109,14 +123,22 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
                 "Look for what comes in the data, or pass "
                 "`AdamS(criterion='magnitude')`."
             )
-    unknown = [t.path for t, norm in zip(targets, norms) if norm is None]
+    known, unknown = {}, []
+    for target, norm in zip(targets, norms):
+        if norm is not None and norm.any():
+            known[id(target.variable)] = norm
+            continue
+        why = reason_unread(target.layer, target.attribute) or UNREACHED
+        why = why if norm is None else "its inputs are all 0"
+        unknown.append(Skipped(target.path, why))
+    if unknown and not known:
+        raise unreached(unknown, "`AdamS(criterion='magnitude')` takes none.")
     if unknown:
         warnings.warn(
-            "CAST ranks the weights of these kernels by magnitude alone, "
-            f"since their layers' inputs could not be read: {unknown[:5]}",
+            f"CAST ranks the weights of {len(unknown)} kernels by magnitude "
+            f"alone: {skipped_text(unknown)}",
             stacklevel=4,
         )
-    known = {id(t.variable): norm for t, norm in zip(targets, norms)}
     importance = []
     for variable, axes, _ in optimizer.sparsified_state:
         norm = known.get(id(variable))

@@ -12,8 +12,8 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.utils.report import Skipped
 
-_UNREACHED = "the data do not reach it"
 _METRIC = "output error"
 
 
@@ -98,6 +98,18 @@ def change_kernels(
     return rows
 
 
+def check_reached(rows, way_out):
+    """Raise ValueError if the data reached no kernel at all.
+
+    Args:
+        rows: List of what `change_kernels` returns, with a `path` and a `note`.
+        way_out: String, what takes no data.
+    """
+    if all(row.error is None for row in rows):
+        left = [Skipped(row.path, row.note) for row in rows]
+        raise calibration.unreached(left, way_out)
+
+
 def check_stored(caller, targets):
     """Raise ValueError for a target that is reparameterized."""
     taken = [t.path for t in targets if t.attribute in slots(t.layer)]
@@ -174,7 +186,7 @@ class Walk:
         with calibration.eager_forward():
             self.run(model, calls)
         for target in self.pending:
-            self.visit([target], None, _UNREACHED)
+            self.visit([target], None, calibration.UNREACHED)
 
     def run(self, operation, calls, is_repeated=False):
         """Visit what is pending in an operation, then run it.
@@ -271,7 +283,9 @@ class Walk:
         if note is None:
             here = [t for t in here if not reason_unread(t.layer, t.attribute)]
             group, moments = self._shared_inputs(call, calls, here)
-            note = _UNREACHED if moments is None else _idle_note(moments.fit)
+            note = calibration.UNREACHED
+            if moments is not None:
+                note = _idle_note(moments.fit)
         else:
             note = f"its inputs cannot be read: {note}"
         self.pending = [t for t in self.pending if t not in group]

@@ -23,6 +23,7 @@ from keras_weightmods.calibration.self_generated import self_generated
 from keras_weightmods.calibration.walk import (
     change_kernels,
     check_finite,
+    check_reached,
     check_stored,
 )
 from keras_weightmods.core import data as data_forms
@@ -225,8 +226,9 @@ def quantize(
 
     Raises:
         ValueError: If an argument is outside the ranges above, `data` are
-            empty or endless, or missing for a model that writes no text, there
-            is no kernel, a target is reparameterized, or an activation or a
+            empty or endless, or reach no kernel, or are missing for a model
+            that writes no text, there is no kernel, a target is
+            reparameterized, or an activation or a
             weight is not finite. The model is unchanged then, as it is after
             any other error.
 
@@ -351,6 +353,7 @@ def quantize(
             rows += change_kernels(
                 model, kernels, batches, quantizer.round, train, verbose, held
             )
+        check_reached(rows, "`kwm.pack(model, 'int4')` rounds without data.")
         shared = seam.shared_variables(model)
         items = [
             item

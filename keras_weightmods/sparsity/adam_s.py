@@ -413,7 +413,8 @@ class AdamS(keras.optimizers.Optimizer):
         Args:
             importance: A list with, for each of `sparsified`, an array of
                 shape `(K,)`, K being the size of its flattened contraction
-                axes. Entries must be finite and not negative.
+                axes. Entries must be finite and not negative, and those of a
+                kernel not all 0, which ranks nothing.
 
         Raises:
             ValueError: If the list does not fit, or the optimizer was made
@@ -431,9 +432,13 @@ class AdamS(keras.optimizers.Optimizer):
         given = importance if is_list else ()
         arrays = [checks.check_array("importance", a, "float32") for a in given]
         if shapes != [array.shape for array in arrays] or not all(
-            np.all((array >= 0) & np.isfinite(array)) for array in arrays
+            np.all((array >= 0) & np.isfinite(array)) and array.any()
+            for array in arrays
         ):
-            expected = f"a list of finite arrays, >= 0, of shapes {shapes}"
+            expected = (
+                "a list of finite arrays, >= 0 and none of them all 0, of "
+                f"shapes {shapes}"
+            )
             raise checks.error("importance", expected, importance)
         with RestoredOnError(values=variables):
             for variable, array in zip(variables, arrays):

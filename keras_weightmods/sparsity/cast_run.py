@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.core import data
+from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
@@ -69,20 +70,22 @@ def start(
     first, enough, x = data.first_batches(
         x, _MEASURED_BATCHES, rows, batch_size, sample_weight
     )
-    own = cast.student, cast.targets
-    if not cast.is_started:
-        refine = checks.check_choices(
-            "init_refine", cast.init_refine, sparsify.REFINEMENTS
-        )
-        how: Any = (cast.pattern, cast.init, refine)
-        is_shown = int(verbose in ("auto", 1))
-        cast.init_report = sparsify.prune(
-            *own, first[:enough], *how, verbose=is_shown
-        )
-        cast.is_started = True
-    if is_ranked_by_inputs:
-        batches = first[:_MEASURED_BATCHES]
-        measure_importance(cast.adam_s, *own, batches, verbose, began)
+    own, report = (cast.student, cast.targets), cast.init_report
+    changed = [] if cast.is_started else [t.variable for t in cast.targets]
+    with RestoredOnError(values=changed if is_ranked_by_inputs else ()):
+        if not cast.is_started:
+            refine = checks.check_choices(
+                "init_refine", cast.init_refine, sparsify.REFINEMENTS
+            )
+            how: Any = (cast.pattern, cast.init, refine)
+            is_shown = int(verbose in ("auto", 1))
+            report = sparsify.prune(
+                *own, first[:enough], *how, verbose=is_shown
+            )
+        if is_ranked_by_inputs:
+            batches = first[:_MEASURED_BATCHES]
+            measure_importance(cast.adam_s, *own, batches, verbose, began)
+    cast.init_report, cast.is_started = report, True
     return x
 
 

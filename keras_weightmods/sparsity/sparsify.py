@@ -17,6 +17,7 @@ from keras_weightmods.calibration.block_reconstruction import (
 from keras_weightmods.calibration.walk import (
     change_kernels,
     check_finite,
+    check_reached,
     check_stored,
 )
 from keras_weightmods.core.data import calibration_batches, held_out
@@ -181,9 +182,9 @@ def sparsify(
 
     Raises:
         ValueError: If an argument is outside the ranges above, `data` is
-            missing, empty or endless, no target fits the pattern, a target is
-            reparameterized, or an activation is not finite. The model is
-            unchanged then, as it is after any other error.
+            missing, empty or endless, or reaches no target, no target fits the
+            pattern, a target is reparameterized, or an activation is not
+            finite. The model is unchanged then, as it is after any other error.
 
     Example:
 
@@ -311,6 +312,8 @@ def prune(
         kernels = change_kernels(
             model, targets, batches, change, train, verbose, held
         )
+        if held is not None:
+            check_reached(kernels, "`criterion='magnitude'` takes no data.")
     error, plain = np.mean(errors, axis=0) if errors else (0.0, 0.0)
     # By more than what differs from one choice of rows to another.
     if error > 1.1 * plain:

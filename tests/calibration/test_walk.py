@@ -1,6 +1,7 @@
 """The walk of `sparsify` through a model."""
 
 import contextlib
+import warnings
 import weakref
 from functools import partial
 
@@ -199,3 +200,68 @@ def test_a_layer_that_nobody_can_read_goes_by_magnitude():
     assert "magnitude" in report.table()
     expected = before * references.nm_mask(before, 2, 4, 0)
     np.testing.assert_array_equal(numpy(model.layers[0].kernel), expected)
+
+
+class Unused(models.Subclassed):
+    """Holds a layer that no call of it leads to."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = keras.layers.Dense(8, name="spare")
+        self.spare.build((None, 16))
+
+
+def train(criterion, init):
+    def fit(model, x, targets):
+        teacher = Unused()
+        teacher(x)
+        options = {"teacher": teacher, "scaling_groups": 0}
+        cast = kwm.CAST(model, targets=targets, init=init, **options)
+        options = {"decay": "relative", "criterion": criterion}
+        cast.compile(kwm.AdamS(1e-3, 4, **options), "mse", run_eagerly=True)
+        cast.fit(x, np.zeros((len(x), 4)), 16, verbose=0)
+        return cast.init_report
+
+    return fit
+
+
+REACH = {
+    "quantize": lambda m, x, t: kwm.quantize(m, x, targets=t, verbose=0),
+    "wanda": lambda m, x, t: kwm.sparsify(
+        m, "2:4", x, criterion="wanda", targets=t, verbose=0
+    ),
+    "sparsegpt": lambda m, x, t: kwm.sparsify(
+        m, "2:4", x, criterion="sparsegpt", targets=t, verbose=0
+    ),
+    "swaps": lambda m, x, t: kwm.sparsify(
+        m, "2:4", x, refine="swaps", targets=t, verbose=0
+    ),
+    "CAST by inputs": train("wanda", "dense"),
+    "CAST pruned by inputs": train("magnitude", "wanda"),
+    "CAST pruned, by inputs": train("wanda", "magnitude"),
+}
+
+
+@breadth("name", REACH, 0, 1, 6)
+def test_data_that_reach_no_kernel_are_refused(name):
+    model, x = Unused(), normal(16, 8)
+    model(x)
+    randomize(model)
+    before = models.weights_of(model)
+    with pytest.raises(ValueError, match=r"reach none.*spare/kernel: the data"):
+        REACH[name](model, x, model.spare)
+    models.assert_same_bits(models.weights_of(model), before)
+
+
+@one_backend
+@pytest.mark.parametrize("name", REACH)
+def test_a_kernel_that_no_data_reach_is_named(name):
+    model, x = Unused(), normal(16, 8)
+    model(x)
+    randomize(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = REACH[name](model, x, [model.spare, model.last])
+    told = [str(each.message) for each in caught]
+    told += [f"{k.path}: {k.note}" for k in getattr(report, "kernels", ())]
+    assert any("spare/kernel: the data do not reach it" in x for x in told)
