@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import warnings
 
 import keras
@@ -169,6 +170,7 @@ class Batches(keras.utils.PyDataset):
             self.inputs.append(inputs)
         self.order = np.arange(len(calls))
         self.random = np.random.default_rng(0)
+        self._begin_apart()
 
     def __len__(self):
         return len(self.order)
@@ -178,6 +180,21 @@ class Batches(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.random.shuffle(self.order)
+        self._begin_apart()
+
+    def _begin_apart(self):
+        """Have the first two batches differ in most of their dimensions.
+
+        On TensorFlow Keras takes from these which dimensions are open.
+        """
+        shapes = [
+            [size for x in self.inputs[i].values() for size in x.shape[1:]]
+            for i in self.order
+        ]
+        differ = [sum(map(operator.ne, x, shapes[0])) for x in shapes]
+        if any(differ):
+            other = int(np.argmax(differ))
+            self.order[[1, other]] = self.order[[other, 1]]
 
 
 class Part(keras.Model):

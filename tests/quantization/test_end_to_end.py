@@ -117,6 +117,19 @@ def test_a_head_in_float16_is_no_teacher():
     assert "Without scales: it gives no vector of floats" in str(report)
 
 
+def test_batches_of_several_lengths():
+    """Also the third that Keras sees, and those that it shuffles."""
+    layers = keras.layers.Dense(24, "relu"), keras.layers.Dense(6)
+    model = models.randomize(models.sequential((None, 72), *layers))
+    lengths = (4, 4, 4, 3, 5)
+    x = (data(8 * t, 72).reshape(8, t, 72) for t in lengths)
+    report = quantize(model, x, refine=("blocks", "scales"), epochs=2)
+    assert len(report.blocks) == 2
+    assert report.scales[1] <= report.scales[0]
+    for w in kernels_of(model):
+        assert references.is_on_grid(w, 4, 64)
+
+
 @one_backend
 @pytest.mark.filterwarnings("ignore:All was rounded to nearest")
 def test_a_kernel_that_two_layers_share_keeps_its_scales(monkeypatch):
