@@ -106,7 +106,7 @@ def round_table(
 
 
 class Outputs:
-    """What a model gives now; of a language model, what enters its head.
+    """The outputs of a model now, or what enters a language model's head.
 
     Args:
         body: Keras model.

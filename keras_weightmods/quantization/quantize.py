@@ -93,9 +93,9 @@ class QuantizeReport(Report):
         blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
         note: String, what was not done as it was asked for, and why.
         held_out: Pair of floats, what rounding changes of the model's outputs
-            on the rows held out (for a language model of what enters its
-            head), `|Y' - Y|^2 / |Y|^2`: each weight to nearest, and as it was
-            done. None where nothing was held out, or nothing can be compared.
+            on the rows held out, `|Y' - Y|^2 / |Y|^2`: each weight to nearest,
+            and as it was done. Y are the logits of a language model. None
+            where nothing was held out, or nothing can be compared.
         scales: Pair of floats, with `refine="scales"`: the mean loss of a
             position held out before scales were trained and after it, which
             for a language model is KL(given || rounded) in nats. They are
@@ -334,7 +334,7 @@ def quantize(
         if tables or "scales" in refinements:
             body = end.body if end else model
             outputs = Outputs(body, batches, held, verbose)
-            taught = values_of(end)
+            taught = values_of(end) if "scales" in refinements else {}
         if held:
             measure = HeldOut(model, held)
             quantizer.to_nearest(changed)
