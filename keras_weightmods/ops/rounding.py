@@ -79,12 +79,10 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
     def rounded_scales(self, scales: Any) -> Any:
-        """Round floats to the significant bits of a scale.
-
-        Not within compiled functions: compilers contract, and drop casts.
-        """
-        # As Dekker (1971), for any number of bits.
-        shifted = scales * float(2 ** (24 - self.precision) + 1)
+        """Round floats to the significant bits of a scale."""
+        # As Dekker (1971), for any number of bits. The product is exact, so
+        # that a compiler that contracts it and the sum changes nothing.
+        shifted = scales * float(2 ** (24 - self.precision)) + scales
         return shifted - (shifted - scales)
 
     def spread(self, scales: Any, size: int) -> Any:

@@ -37,14 +37,15 @@ class GridWeights(Reparameterization):
 
     def rounded(self) -> Any:
         """Return `values` as a kernel, in its own type."""
-        return ops.cast(self._as_kernel(self.values), self.dtype)
+        values = self._as_kernel(self._grouped(self.values))
+        return ops.cast(values, self.dtype)
 
     def start(self, weight: Any) -> Any:
         # Next to the weights, among all that are rounded to the values.
-        reach = 0.45 * self._spread(self.scales)
-        weights = ops.cast(self.weights, "float32")
-        change = ops.clip(weights - self.values, -reach, reach)
-        stored = ops.where(weights == 0, 0.0, self.values + change)
+        reach = 0.45 * self.scales[:, :, None]
+        weights, values = map(self._grouped, (self.weights, self.values))
+        change = ops.clip(weights - values, -reach, reach)
+        stored = ops.where(weights == 0, 0.0, values + change)
         return ops.cast(self._as_kernel(stored), self.dtype)
 
     def create_parameters(self, add_weight: Callable[..., Any]) -> None:
@@ -57,38 +58,63 @@ class GridWeights(Reparameterization):
         )
 
     def effective(self, stored: Any) -> Any:
-        stack, scales = self._as_stack(stored), self._trained_scales()
-        integers = ops.clip(stack / scales, self.grid.low, self.grid.high)
-        integers = _straight_through(ops.round, integers)
-        return self._as_kernel(integers * scales)
+        low, high = self.grid.low, self.grid.high
+
+        @ops.custom_gradient
+        def through_rounding(groups: Any, scales: Any) -> Any:
+            ratio = groups / scales
+            integers = ops.round(ops.clip(ratio, low, high))
+
+            def pullback(*args: Any, upstream: Any = None) -> Any:
+                # torch passes the inputs, too.
+                slope = args[0] if upstream is None else upstream
+                inside = ops.logical_and(ratio >= low, ratio <= high)
+                by_groups = slope * ops.cast(inside, slope.dtype)
+                by_scales = slope * integers - by_groups * ratio
+                return by_groups, ops.sum(by_scales, axis=2, keepdims=True)
+
+            return integers * scales, pullback
+
+        groups = self._grouped(self._as_stack(stored))
+        return self._as_kernel(through_rounding(groups, self._trained_scales()))
 
     def folded(self) -> Any:
         # Exactly on the grid, which a sum of what is trained may miss.
         (factor,) = self.parameters
         scales = self.grid.rounded_scales(self.scales * factor.value)
         self.scales = ops.stop_gradient(scales)
-        stack = self._as_stack(self.target.variable.value)
-        rounded = self.grid.nearest(stack, self._spread(self.scales))
+        groups = self._grouped(self._as_stack(self.target.variable.value))
+        rounded = self.grid.nearest(groups, self.scales[:, :, None])
         return ops.cast(self._as_kernel(rounded), self.dtype)
 
     def _trained_scales(self) -> Any:
+        """Return the scales of groups, of shape `(S, G, 1, R)`."""
         (factor,) = self.parameters
         scales = self.scales * ops.convert_to_tensor(factor)
-        scales = _straight_through(self.grid.rounded_scales, scales)
-        return self._spread(scales)
+        # Straight through.
+        rounded = self.grid.rounded_scales(scales)
+        return (scales + ops.stop_gradient(rounded - scales))[:, :, None]
 
-    def _spread(self, scales: Any) -> Any:
+    def _grouped(self, stack: Any) -> Any:
+        """Return a stack as `(S, G, group, R)`, the last group filled up."""
+        stacks, groups, units = self.scales.shape
         size = self.target.contraction_size
         group_size = min(self.grid.group_size, size)
-        return ops.repeat(scales, group_size, axis=1)[:, :size]
+        if filling := groups * group_size - size:
+            stack = ops.pad(stack, [(0, 0), (0, filling), (0, 0)])
+        return ops.reshape(stack, (stacks, groups, group_size, units))
 
     def _as_stack(self, kernel: Any) -> Any:
         axes = self.target.contraction_axes, self.target.stack_axes
         stack = to_stack(kernel, *axes, self.scales.shape[0])
         return ops.cast(stack, "float32")
 
-    def _as_kernel(self, stack: Any) -> Any:
+    def _as_kernel(self, groups: Any) -> Any:
+        """Return the kernel of what `_grouped` returns."""
         axes = self.target.contraction_axes, self.target.stack_axes
+        stacks, _, units = self.scales.shape
+        stack = ops.reshape(groups, (stacks, -1, units))
+        stack = stack[:, : self.target.contraction_size]
         return from_stack(stack, self.target.shape, *axes)
 
 
@@ -105,15 +131,16 @@ class GridScales(GridWeights):
         super().__init__(target, None, None, scales, grid)
 
     def start(self, weight: Any) -> Any:
-        stack = self._as_stack(weight) / self._spread(self.scales)
-        return ops.cast(self._as_kernel(stack), self.dtype)
+        groups = self._grouped(self._as_stack(weight))
+        groups = groups / self.scales[:, :, None]
+        return ops.cast(self._as_kernel(groups), self.dtype)
 
     def effective(self, stored: Any) -> Any:
-        return self._as_kernel(self._as_stack(stored) * self._trained_scales())
+        groups = self._grouped(self._as_stack(stored))
+        return self._as_kernel(groups * self._trained_scales())
 
     def folded(self) -> Any:
-        return ops.cast(self.effective(self.target.variable), self.dtype)
-
-
-def _straight_through(function: Callable[[Any], Any], x: Any) -> Any:
-    return x + ops.stop_gradient(function(x) - x)
+        # JAX divides by a product with the inverse, and misses the integers.
+        integers = self._grouped(self._as_stack(self.target.variable.value))
+        values = ops.round(integers) * self._trained_scales()
+        return ops.cast(self._as_kernel(values), self.dtype)
