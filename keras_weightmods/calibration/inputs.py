@@ -105,8 +105,8 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
     Args:
         optimizer: A built `AdamS`.
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
-            that are not among `targets`, or that got no inputs but zeros, of
-            which a warning tells, are ranked by magnitude alone.
+            that are not among `targets`, or that got no inputs but zeros, are
+            ranked by magnitude alone. A warning names the latter.
         verbose, since: As in `Progress`.
 
     Raises:

@@ -164,7 +164,7 @@ def export(
               By default it is that of the model's preprocessor, where this is
               a `Llama3Tokenizer`, and none, for prompts of token ids, where
               the model has no preprocessor.
-            - `context_length`: int, the positions that the file tells of.
+            - `context_length`: int, the context length that the file states.
               Defaults to `8192`.
 
             `"transformers"` takes none, and the others what

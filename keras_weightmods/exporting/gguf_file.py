@@ -70,7 +70,7 @@ def writer(
         tokenizer_from: Path of a GGUF file whose tokenizer is copied. By
             default that of the model, a `Llama3Tokenizer`; none without a
             preprocessor.
-        context_length: Int, the positions that the file tells of.
+        context_length: Int, the context length that the file states.
 
     Raises:
         ValueError: If the model is no such model, or an argument not as above.

@@ -184,10 +184,10 @@ def quantize(
       epoch of training, or as many as make about 32 steps, and gains most for
       its time.
 
-    Every eighth row of the data is held out. What is worse on these rows than
-    rounding to nearest is rounded to nearest: a kernel, or the whole model,
-    of which a warning tells. A block, and scales, that training makes worse
-    there are left as they were. The errors in the report are those there.
+    Every eighth row of the data is held out. A kernel that is worse on these
+    rows than rounded to nearest is rounded to nearest, and so is the whole
+    model, with a warning. Blocks and scales that training makes worse there
+    stay as they were. The errors in the report are those on these rows.
 
     For int8, `pack(model, "int8")` rounds by itself, and loses next to
     nothing.
@@ -228,9 +228,8 @@ def quantize(
         ValueError: If an argument is outside the ranges above, `data` are
             empty or endless, or reach no kernel, or are missing for a model
             that writes no text, there is no kernel, a target is
-            reparameterized, or an activation or a
-            weight is not finite. The model is unchanged then, as it is after
-            any other error.
+            reparameterized, or an activation or a weight is not finite. The
+            model is unchanged then, as it is after any other error.
 
     Example:
 

@@ -176,9 +176,9 @@ def sparsify(
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
-        A `SparsifyReport`. Kernels
-        whose layers' inputs cannot be read (`register_layer_kind`), or that the
-        data do not reach, are pruned by magnitude; the report names them.
+        A `SparsifyReport`. Kernels whose layers' inputs cannot be read
+        (`register_layer_kind`), or that the data do not reach, are pruned by
+        magnitude; the report names them.
 
     Raises:
         ValueError: If an argument is outside the ranges above, `data` is
