@@ -343,9 +343,17 @@ def _build(description, custom_objects):
 
 
 def classes_of(parts):
-    """Return {name: class}: what a user gives `load_model` if need be."""
+    """Return {name: class}: what a user gives `load_model` if need be.
+
+    Keras finds its own by their modules, where a layer may have the name of an
+    operation.
+    """
     classes = {type(plain_view(part)) for part in parts.values()}
-    return {keras.saving.get_registered_name(cls): cls for cls in classes}
+    return {
+        keras.saving.get_registered_name(cls): cls
+        for cls in classes
+        if not cls.__module__.startswith("keras.")
+    }
 
 
 def _rows(parts):

@@ -92,7 +92,8 @@ def functional():
     x = inputs = keras.Input((8,))
     shared = keras.layers.Dense(8, name="shared")
     left, right = shared(x), keras.layers.Dense(8)(shared(x))
-    x = keras.layers.Add()([left, right])
+    # The layer and the operation have one name in their modules.
+    x = keras.layers.Add()([left, right]) + 3.0
     return keras.Model(inputs, [mlp(8, 8)(x), left])
 
 
