@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.reparameterized_layer import plain_view
 from keras_weightmods.core.targets import Target, target_of
 from keras_weightmods.core.weight_keys import weight_keys
 
@@ -39,7 +40,9 @@ class Head:
         found = [v for layer in self.layers for v in layer.variables]
         return list({id(variable): variable for variable in found}.values())
 
-    def __call__(self, hidden: Any, training: bool = False) -> Any:
+    def __call__(
+        self, hidden: Any, training: bool = False, plain: bool = False
+    ) -> Any:
         """Return the logits of any number of positions.
 
         Past the check of a `keras.Function` that there are as many as in the
@@ -48,16 +51,21 @@ class Head:
         known = {self._entry: hidden}
         for node in self._nodes:
             args, kwargs = node.arguments.fill_in(known)
-            call = keras_compat.graph_call(node.operation, training)
+            operation = plain_view(node.operation) if plain else node.operation
+            call = keras_compat.graph_call(operation, training)
             known[id(node.outputs[0])] = call(*args, **kwargs)
         return known[self._exit]
 
-    def function(self, variables: Any, training: bool = False) -> Any:
+    def function(
+        self, variables: Any, training: bool = False, plain: bool = False
+    ) -> Any:
         """Return the head as a function of hidden states and some variables.
 
         Args:
             variables: List of its variables. The others keep their values.
             training: Bool, whether layers are run as in training.
+            plain: Bool, whether they multiply by what they store, and not by
+                what their reparameterizations make of it.
         """
         named = set(map(id, variables))
         # Within a scope, what it does not name has not the value of now. On
@@ -70,7 +78,7 @@ class Head:
 
         def logits(hidden: Any, *values: Any) -> Any:
             with keras.StatelessScope([*zip(variables, values), *rest]):
-                return self(hidden, training)
+                return self(hidden, training, plain)
 
         return logits
 

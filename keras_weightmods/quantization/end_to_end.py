@@ -82,14 +82,11 @@ class _Divergence(keras.layers.Layer):
     def __init__(self, head: Head, values: Any, items: Any) -> None:
         super().__init__(dtype="float32", autocast=False)
         self.head = head
-        values = dict(values)
-        for item in items:
-            stored = id(item.target.variable)
-            if stored in values:
-                # The head multiplies it by the scales.
-                values[stored] = item.start(values[stored])
+        self.items = {id(item.target.variable): item for item in items}
+        parameters = {id(p) for item in items for p in item.parameters}
+        self.stored = [v for v in head.variables if id(v) not in parameters]
         self.taught = []
-        for variable in head.variables:
+        for variable in self.stored:
             value = values.get(id(variable), variable.value)
             copy = self.add_weight(
                 shape=value.shape,
@@ -104,22 +101,27 @@ class _Divergence(keras.layers.Layer):
         self.built = True
 
     def call(self, hidden: Any, taught: Any, weights: Any) -> Any:
-        head = self.head
-        trained = [v for v in head.variables if v.trainable]
-        before = head.function(head.variables)
-        values = [ops.convert_to_tensor(copy) for copy in self.taught]
+        # What the head multiplies by, once and not for each chunk.
+        now = [
+            self.items[id(v)].effective(v.value)
+            if id(v) in self.items
+            else ops.convert_to_tensor(v.value)
+            for v in self.stored
+        ]
+        before = [ops.convert_to_tensor(copy) for copy in self.taught]
+        logits = self.head.function(self.stored, plain=True)
         weights = ops.reshape(weights, (-1,))
         total = ops.maximum(ops.sum(weights), 1.0)
         return chunked_losses(
-            head.function(trained),
-            [v.value for v in trained],
-            lambda x: before(x, *values),
+            logits,
+            now,
+            lambda x: logits(x, *before),
             ops.reshape(hidden, (-1, hidden.shape[-1])),
             ops.reshape(taught, (-1, taught.shape[-1])),
             ops.zeros_like(weights, dtype="int32"),
             weights / total,
             1.0,
-            chunk_size=chunk_positions(head.classes),
+            chunk_size=chunk_positions(self.head.classes),
         )[0]
 
 

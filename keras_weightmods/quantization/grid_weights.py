@@ -132,15 +132,13 @@ class GridScales(GridWeights):
 
     def start(self, weight: Any) -> Any:
         groups = self._grouped(self._as_stack(weight))
-        groups = groups / self.scales[:, :, None]
-        return ops.cast(self._as_kernel(groups), self.dtype)
+        # JAX divides by a product with the inverse, and misses the integers.
+        integers = ops.round(groups / self.scales[:, :, None])
+        return ops.cast(self._as_kernel(integers), self.dtype)
 
     def effective(self, stored: Any) -> Any:
         groups = self._grouped(self._as_stack(stored))
         return self._as_kernel(groups * self._trained_scales())
 
     def folded(self) -> Any:
-        # JAX divides by a product with the inverse, and misses the integers.
-        integers = self._grouped(self._as_stack(self.target.variable.value))
-        values = ops.round(integers) * self._trained_scales()
-        return ops.cast(self._as_kernel(values), self.dtype)
+        return ops.cast(self.effective(self.target.variable), self.dtype)
