@@ -58,6 +58,8 @@ _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
 _REFINEMENTS = ("blocks", "scales")
 # Steps, and the peak rate of Adam, of training scales.
 _SCALES = 32, 2e-3
+# Positions of texts that kernels and blocks are fitted to.
+_POSITIONS = 2**14
 # What a model writes where no data are given.
 _ROWS, _LENGTH = 128, 256
 
@@ -168,14 +170,16 @@ def quantize(
     and one scale, after the other is set to its best value. The head of a
     language model comes first, on what enters it. Kernels go in the order of
     execution, each for the inputs that the rounded ones before it give, as in
-    `sparsify`, which says what memory that takes.
+    `sparsify`, which says what memory that takes. Kernels and blocks of a
+    language model are fitted to the first 16,384 positions of the data, 64
+    rows of 256 tokens; its head and scales to all.
 
     What that leaves is trained, as `refine` says:
 
     - `"blocks"` trains one layer or transformer block after the other, to give
       the outputs that it has in the model as given: float weights, through
       their rounding, and scales. This takes about as long as `epochs + 3`
-      epochs of training on the data. The progress bar shows the time that is
+      epochs of training on these data. The progress bar shows the time that is
       left.
     - `"scales"` trains the scales of all kernels and of the head at once, with
       the integers as they are, to give the outputs of the model as given: for
@@ -213,7 +217,7 @@ def quantize(
             strings, and the rows of a step of `refine`. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
             diagonal that is added to it. Defaults to `0.01`.
-        epochs: Int, passes of `"blocks"` over the data. Defaults to `6`.
+        epochs: Int, passes of `"blocks"` over its data. Defaults to `6`.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
             Defaults to `4e-4`.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
@@ -349,8 +353,10 @@ def quantize(
             rows.append(QuantizedKernel(*about, nearest, error))
         if kernels:
             train = quantizer.train if is_trained else None
+            most = _POSITIONS // 8 if end else math.inf
+            shown, measured = _first(batches, 7 * most), _first(held, most)
             rows += change_kernels(
-                model, kernels, batches, quantizer.round, train, verbose, held
+                model, kernels, shown, quantizer.round, train, verbose, measured
             )
         check_reached(rows, "`kwm.pack(model, 'int4')` rounds without data.")
         shared = seam.shared_variables(model)
@@ -387,6 +393,12 @@ def quantize(
     blocks = tuple(quantizer.blocks)
     done = tuple(rows), skipped, blocks, note, both, trained
     return QuantizeReport(bits, group_size, *done)
+
+
+def _first(batches: list[Any], positions: float) -> list[Any]:
+    """Return the first batches of texts with at least so many positions."""
+    sizes = [math.prod(keras.tree.flatten(x)[0].shape) for x, _ in batches]
+    return batches[: 1 + int(np.sum(np.cumsum(sizes) < positions))]
 
 
 @dataclasses.dataclass

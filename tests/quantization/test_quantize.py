@@ -214,6 +214,25 @@ def test_blocks_of_a_language_model():
     assert second[1] == second[0] == pytest.approx(first[0], rel=1e-2)
 
 
+@one_backend
+def test_kernels_are_fitted_to_the_first_positions_of_texts(monkeypatch):
+    llama = models.causal_lm("llama")
+    ids = np.zeros((32, 12), "int32")
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    found = []
+
+    def change_kernels(model, kernels, batches, *rest):
+        for part in (batches, rest[-1]):
+            found.append(sum(len(x["token_ids"]) for x, _ in part))
+        return []
+
+    monkeypatch.setattr(module, "change_kernels", change_kernels)
+    for positions in (96, 10_000):
+        monkeypatch.setattr(module, "_POSITIONS", positions)
+        quantize(llama, x, batch_size=4)
+    assert found == [7, 4, 28, 4]
+
+
 def test_straight_through():
     """The forward pass rounds; the gradients pass, but for what is clipped."""
     model = make_sparse(models.sequential((6,), keras.layers.Dense(3)), "1:2")
