@@ -108,17 +108,19 @@ def pack_24(kernel, dtype):
     return values, meta.view(np.int32), scale if has_scale else None
 
 
-def round_int4(weights):
-    """int4 steps of weights with one scale, and that scale."""
+def round_int4(weights, bits=4):
+    """int4 steps of weights with one scale, and that scale; or of few bits."""
     weights = np.asarray(weights, "float64")
     largest = np.float32(np.abs(weights).max(initial=0))
     found = [(np.inf, np.zeros(len(weights)), ml_dtypes.bfloat16(1))]
-    for step in (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9):
+    most = 2 ** (bits - 1)
+    ends = np.arange(2 * most - 1, 2 * most + 3) / 2
+    for step in (*range(1, most), *ends, *-ends):
         scale = ml_dtypes.bfloat16(largest / np.float32(step))
         if scale == 0 or not np.isfinite(scale):
             continue
         quotients = weights.astype("float32") / np.float32(scale)
-        steps = np.clip(np.rint(quotients), -8, 7)
+        steps = np.clip(np.rint(quotients), -most, most - 1)
         error = sum((weights - steps * np.float64(scale)) ** 2)
         found.append((error, steps, scale))
     # The first of the best.

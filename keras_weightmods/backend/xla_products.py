@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.native.layout import dense_dtype
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
 _MATMUL = "kwm_xla_matmul"
@@ -64,8 +65,8 @@ def _product(xla, target, x, values, meta, scale, size):
     def gradient(x, values, meta, scale, dy):
         inner = x.shape[-1]
         if len(meta.shape) == 1:
-            dtype = "int8" if _dtype(values) == "int8" else "int4"
-            kernel = Packed(values, None, scale, (inner, size), dtype, "int8")
+            kind = (inner, size), dense_dtype(values), "int8"
+            kernel = Packed(values, None, scale, *kind)
             dx = ops.matmul(dy, ops.transpose(unpack_tensor(kernel)))
             return ops.cast(dx, dy.dtype), None, None, None
         is_transposed = target == _TRANSPOSED

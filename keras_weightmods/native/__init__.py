@@ -13,7 +13,10 @@ from typing import Any
 _ABI_VERSION = 6
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
-TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+TYPES = {
+    **{"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3},
+    **{"int2": 4, "int3": 5, "int5": 6, "int6": 7},
+}
 
 # C's types, by the letters of Python's `struct`.
 _C_TYPES = {

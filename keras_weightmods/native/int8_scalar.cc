@@ -2,7 +2,7 @@
 
 #include <math.h>
 
-#include "kernels.h"
+#include "tile_rows.h"
 
 namespace {
 
@@ -38,19 +38,29 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
 }
 
 // Entries of x by values of a column, in 32 rows.
-template <bool kDense>
+template <bool kDense, int kBits>
 int32_t multiply_block(const int8_t* x, const Packed& w, int64_t place,
                        int lane) {
   int32_t sum = 0;
   if (kDense) {
-    auto values = static_cast<const uint8_t*>(w.values_at(place));
-    for (int i = 0; i < kBlockRows; ++i) {
-      if (w.type == KWM_INT8) {
-        const uint8_t byte = values[(i / 4 * kLanes + lane) * 4 + i % 4];
-        sum += x[i] * static_cast<int8_t>(byte);
-      } else {
-        const uint8_t byte = values[(i / 4 % 4 * kLanes + lane) * 4 + i % 4];
-        sum += x[i] * (i < 16 ? kwm::low_four(byte) : kwm::high_four(byte));
+    auto values = static_cast<const uint8_t*>(w.values_at(place)) + lane * 4;
+    constexpr int kSign = 1 << (kBits - 1);
+#pragma GCC unroll 8
+    for (int word = 0; word < 8; ++word) {
+      int value[4] = {};
+#pragma GCC unroll 8
+      for (int bit = 0, next = 0; bit < kBits; ++bit) {
+        if (bit != next) continue;
+        const kwm::Place at = kwm::place_of(kBits, word, bit);
+        const uint8_t* four = values + at.line * kLanes * 4;
+        const int mask = (1 << at.run) - 1;
+        for (int q = 0; q < 4; ++q) {
+          value[q] |= (four[q] >> at.bit & mask) << bit;
+        }
+        next += at.run;
+      }
+      for (int q = 0; q < 4; ++q) {
+        sum += x[4 * word + q] * ((value[q] ^ kSign) - kSign);
       }
     }
     return sum;
@@ -64,7 +74,7 @@ int32_t multiply_block(const int8_t* x, const Packed& w, int64_t place,
   return sum;
 }
 
-template <bool kDense>
+template <bool kDense, int kBits>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   const int64_t row_blocks = w.row_blocks();
@@ -77,28 +87,28 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
         for (int64_t b = 0; b < row_blocks; ++b) {
           auto bytes = reinterpret_cast<const int8_t*>(x.bytes) +
                        (b * x.rows + row) * kBlockRows;
-          const int32_t sum = multiply_block<kDense>(
+          const int32_t sum = multiply_block<kDense, kBits>(
               bytes, w, column_block * row_blocks + b, lane);
           const float scale =
-              w.type == KWM_INT4 ? w.scale_at(column_block, b, lane) : 1;
+              kBits == 8 ? 1 : w.scale_at(column_block, b, lane);
           total += x.steps[b * x.rows + row] * static_cast<float>(sum) *
                    scale;
         }
-        if (w.type == KWM_INT8) total *= w.int8_scale(column_block)[lane];
+        if (kBits == 8) total *= w.int8_scale(column_block)[lane];
         y[row * y_stride + lane] = total;
       }
     }
   }
 }
 
-constexpr int kTileRows[] = {1, 4, 0};
+template <bool kDense, int kBits>
+struct Own {
+  static constexpr Int8Kernels kernels{TileRows<1, 4>::kSizes, quantize,
+                                       multiply<kDense, kBits>};
+};
 
 }  // namespace
 
-const Int8Kernels* kwm::scalar_int8_kernels(int, bool dense) {
-  static const Int8Kernels kernels[2] = {
-      {kTileRows, quantize, multiply<false>},
-      {kTileRows, quantize, multiply<true>},
-  };
-  return &kernels[dense];
+const Int8Kernels* kwm::scalar_int8_kernels(int type, bool dense) {
+  return int8_kernels_of<Own>(type, dense);
 }

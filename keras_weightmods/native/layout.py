@@ -12,15 +12,21 @@ say which. The arrays come in blocks of 16 columns and 32 rows:
   with slot p + 4q at [:, :, p, :, q]; int4, as uint8 (NB, KB, 2, 16, 4), the
   words p and p + 2 of int8 in the low and the high half of each byte, in two's
   complement.
-- `scale`, with int8 float32 (NB, 16), one for each column; with int4 bfloat16
-  (NB, ceil(KB / 2), 16), one for each 64 rows of a column.
+- `scale`, with int8 float32 (NB, 16), one for each column; with fewer bits
+  bfloat16 (NB, ceil(KB / 2), 16), one for each 64 rows of a column.
 
 That is 0.53 of the bytes of a float32 kernel, 0.28 in bfloat16, 0.16 in int8,
 0.10 in int4 (3.25 bits a weight).
 
-A dense matrix in int8 or int4 has no `meta`, and all its rows: row 4g + q of a
-block in int8 at [:, :, g, :, q] of (NB, KB, 8, 16, 4); in int4 as uint8
-(NB, KB, 4, 16, 4), the words g and g + 4 in the two halves. Scales as above.
+A dense matrix in integers of b bits, 2 to 6 or 8, has no `meta`, and all its
+rows: `values` (NB, KB, b, 16, 4), of int8 or as uint8, are b lines for the
+eight words of a block. Word g holds the rows 4g + q, and in int8 is line g.
+With fewer bits, line p holds the words p, p + b, ... that find room in its
+bytes whole, from the lowest bits on. What is left of the bytes of all lines,
+after one another, holds the other words. So in int4 the words g and g + 4 are
+the halves of a byte; in int3 line p has the words p and p + 3, and the three
+bits of word 6 are bits 6 and 7 of line 0, and bit 6 of line 1. With the scales,
+as above, that is b + 1/4 bits a weight.
 """
 
 from typing import Any
@@ -33,10 +39,11 @@ COLUMNS = 16
 ROWS = 32
 SLOTS = 16
 
-GROUP = 64  # rows of a scale of int4 values
+GROUP = 64  # rows of a scale of integers of fewer than 8 bits
 
 VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
-INTEGERS = ("int8", "int4")
+# Those of dense matrices.
+INTEGERS = ("int8", "int6", "int5", "int4", "int3", "int2")
 ACTIVATIONS = ("float32", "int8")
 
 
@@ -48,13 +55,14 @@ def packed_arrays(
     Args:
         shape: Pair of ints (K, N), the shape of the kernel.
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
-            `"int8"` or `"int4"`.
-        is_dense: Bool, True for a dense matrix without `"meta"`, in int8 or
-            int4. Defaults to False.
+            `"int8"` or `"int4"`; of a dense matrix `"int8"`, or `"int2"` to
+            `"int6"`.
+        is_dense: Bool, True for a dense matrix without `"meta"`. Defaults to
+            False.
 
     Returns:
-        Dict of `(shape, dtype)` for `"values"`, `"meta"` and, with int8 and
-        int4, `"scale"`.
+        Dict of `(shape, dtype)` for `"values"`, `"meta"` and, with integers,
+        `"scale"`.
 
     Raises:
         ValueError: If `shape` or `dtype` is none of these.
@@ -76,34 +84,65 @@ def packed_arrays(
     checks.check_bool("is_dense", is_dense)
     checks.check_choice("dtype", dtype, INTEGERS if is_dense else VALUE_TYPES)
     rows, columns = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
-    slots = ROWS if is_dense else SLOTS
-    values = {
-        "float32": ((columns, rows * slots, COLUMNS), "float32"),
-        "bfloat16": ((columns, rows * slots // 2, COLUMNS, 2), "bfloat16"),
-        "int8": ((columns, rows, slots // 4, COLUMNS, 4), "int8"),
-        "int4": ((columns, rows, slots // 8, COLUMNS, 4), "uint8"),
-    }
-    scales = {
-        "int8": ((columns, COLUMNS), "float32"),
-        "int4": ((columns, -(-rows // 2), COLUMNS), "bfloat16"),
-    }
-    arrays: dict[str, Any] = {"values": values[dtype]}
+    arrays: dict[str, Any] = {}
+    if dtype in INTEGERS:
+        lines = (ROWS if is_dense else SLOTS) * bits_of(dtype) // ROWS
+        kind = "int8" if dtype == "int8" else "uint8"
+        arrays["values"] = (columns, rows, lines, COLUMNS, 4), kind
+    elif dtype == "bfloat16":
+        arrays["values"] = (columns, rows * SLOTS // 2, COLUMNS, 2), dtype
+    else:
+        arrays["values"] = (columns, rows * SLOTS, COLUMNS), dtype
     if not is_dense:
         arrays["meta"] = (columns, rows, COLUMNS), "int32"
-    if dtype in scales:
-        arrays["scale"] = scales[dtype]
+    if is_grouped(dtype):
+        arrays["scale"] = (columns, -(-rows // 2), COLUMNS), "bfloat16"
+    elif dtype == "int8":
+        arrays["scale"] = (columns, COLUMNS), "float32"
     return arrays
 
 
+def bits_of(dtype: str) -> int:
+    """Return the bits of a type of integers."""
+    return int(dtype.removeprefix("int"))
+
+
+def is_grouped(dtype: str) -> bool:
+    """Return whether each `GROUP` rows of a column have a scale."""
+    return dtype in INTEGERS and dtype != "int8"
+
+
+def dense_dtype(values: Any) -> str:
+    """Return the type of the values of a dense matrix."""
+    return f"int{values.shape[2]}"
+
+
 def words(xp: Any, values: Any, dtype: str) -> Any:
-    """Return int8 values as they are, int4 ones as int32 laid out as int8."""
+    """Return int8 values as they are, others as int32 laid out as int8."""
     if dtype == "int8":
         return values
-    values = cast(xp, values, "int32")
-    low = xp.bitwise_and(values, 15 * xp.ones((1,), dtype="int32"))
-    high = xp.right_shift(values, 4 * xp.ones((1,), dtype="int32"))
-    halves = xp.concatenate([low, high], axis=2)
-    return halves - 16 * cast(xp, xp.greater(halves, 7), "int32")
+    bits, (*blocks, lines, columns, run) = bits_of(dtype), xp.shape(values)
+    count, left = 8 // bits, 8 % bits
+    values = cast(xp, values, "int32")[:, :, None]
+
+    def fields(places: Any, size: int) -> Any:
+        """Return `size` bits from each of these bits of the bytes on."""
+        places = xp.reshape(places, (-1, 1, 1, 1))
+        mask = (2**size - 1) * xp.ones((1,), dtype="int32")
+        return xp.bitwise_and(xp.right_shift(values, places), mask)
+
+    found = fields(xp.arange(0, count * bits, bits, dtype="int32"), bits)
+    found = xp.reshape(found, (*blocks, count * lines, columns, run))
+    if left:
+        # A bit of all lines after the other.
+        stream = fields(xp.arange(count * bits, 8, dtype="int32"), 1)
+        stream = xp.swapaxes(stream, 2, 3)
+        stream = xp.reshape(stream, (*blocks, left, bits, columns, run))
+        places = xp.reshape(xp.arange(bits, dtype="int32"), (-1, 1, 1))
+        others = xp.sum(xp.left_shift(stream, places), axis=3)
+        found = xp.concatenate([found, cast(xp, others, "int32")], axis=2)
+    sign = 2 ** (bits - 1)
+    return found - 2 * sign * cast(xp, xp.greater_equal(found, sign), "int32")
 
 
 def cast(xp: Any, array: Any, dtype: str) -> Any:

@@ -15,7 +15,9 @@ from keras_weightmods.native.layout import (
     INTEGERS,
     ROWS,
     SLOTS,
+    bits_of,
     cast,
+    is_grouped,
     packed_arrays,
     words,
 )
@@ -35,11 +37,9 @@ class Packed:
     Args:
         values: Array of the kept values.
         meta: int32 array of their places, two bits each.
-        scale: float32 array of a scale for each column with int8 values,
-            else None.
+        scale: Array of the scales of integers, else None.
         shape: Pair of ints (K, N), the shape of the kernel.
-        dtype: String, type of the values: `"float32"`, `"bfloat16"` or
-            `"int8"`.
+        dtype: String, type of the values, as of `packed_arrays`.
 
     Raises:
         ValueError: If an array has not the shape and type that it must have.
@@ -67,7 +67,7 @@ class Packed:
         checks.check_choice("activations", self.activations, ACTIVATIONS)
         if self.activations == "int8" and self.dtype not in INTEGERS:
             raise ValueError(
-                "int8 activations need int8 or int4 values. Received: "
+                "int8 activations need values in integers. Received: "
                 f"activations='int8' with values of type {self.dtype}"
             )
         if self.is_dense and self.activations != "int8":
@@ -190,11 +190,12 @@ _IS_BAD = np.array([code.bit_count() > 2 for code in range(16)])
 
 
 def pack_dense(matrix: Any, dtype: str, scale: Any = None) -> Packed:
-    """Round a dense matrix to int8 or int4, for int8 activations.
+    """Round a dense matrix to integers, for int8 activations.
 
     Args:
         matrix: Array, tensor or variable of shape (K, N), K the contraction.
-        dtype: String, `"int8"` or `"int4"`, rounded as in `pack_kernel`.
+        dtype: String, `"int8"`, or `"int2"` to `"int6"`, which are rounded as
+            int4 in `pack_kernel`.
         scale: As in `pack_kernel`. Defaults to `None`.
 
     Returns:
@@ -222,7 +223,7 @@ def pack_dense(matrix: Any, dtype: str, scale: Any = None) -> Packed:
     columns, rows = specs["values"][0][:2]
     padded = _pad(steps, columns, rows)
     padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
-    values = _halves(padded.transpose(3, 0, 1, 4, 2), dtype)
+    values = _lines(padded.transpose(3, 0, 1, 4, 2), dtype)
     scale = _lay_out_scale(scale, specs["scale"])
     return Packed(values, None, scale, shape, dtype, "int8")
 
@@ -303,9 +304,9 @@ def _unpack(
         values = xp.transpose(values, order)
         values = xp.reshape(values, (blocks, rows, slots, COLUMNS))
         scale = cast(xp, scale, "float32")
-        count = 1 if packed.dtype == "int8" else -(-rows // 2)
+        count = -(-rows // 2) if is_grouped(packed.dtype) else 1
         scale = xp.reshape(scale, (blocks, count, 1, COLUMNS))
-        if packed.dtype == "int4":
+        if is_grouped(packed.dtype):
             scale = xp.stack([scale, scale], axis=2)
             scale = xp.reshape(scale, (blocks, 2 * count, 1, COLUMNS))
             scale = scale[:, :rows]
@@ -333,13 +334,25 @@ def _unpack(
     return kernel[: packed.shape[0], : packed.shape[1]]
 
 
-def _halves(words: Any, dtype: str) -> Any:
-    """Return what `words` undoes: int8 words, of int4 two in a byte."""
+def _lines(words: Any, dtype: str) -> Any:
+    """Return what `words` undoes, from words of int8."""
     words = np.ascontiguousarray(words, np.int8)
     if dtype == "int8":
         return words
-    low, high = np.split(words.view(np.uint8), 2, axis=2)
-    return (low & 15) | (high << 4)
+    bits = bits_of(dtype)
+    words = words.view(np.uint8) & (2**bits - 1)
+    lines = words.shape[2] * bits // 8
+    ends = 8 // bits * lines
+    found = np.zeros((*words.shape[:2], lines, *words.shape[3:]), np.uint8)
+    for i in range(8 // bits):
+        found |= words[:, :, i * lines : (i + 1) * lines] << bits * i
+    # What is left of the bytes, a bit after the other.
+    left = 8 % bits
+    for i in range(left * lines):
+        (word, bit), (line, place) = divmod(i, bits), divmod(i, left)
+        one = words[:, :, ends + word] >> bit & 1
+        found[:, :, line] |= one << (8 - left + place)
+    return found
 
 
 def _values_of_slots(slots: Any, dtype: str) -> Any:
@@ -350,7 +363,7 @@ def _values_of_slots(slots: Any, dtype: str) -> Any:
     rows, columns = slots.shape[0] // SLOTS, slots.shape[1] // COLUMNS
     if dtype in INTEGERS:
         slots = slots.reshape(rows, 4, 4, columns, COLUMNS)
-        return _halves(slots.transpose(3, 0, 2, 4, 1), dtype)
+        return _lines(slots.transpose(3, 0, 2, 4, 1), dtype)
     if dtype == "bfloat16":
         slots = slots.reshape(rows * SLOTS // 2, 2, columns, COLUMNS)
         slots = slots.transpose(2, 0, 3, 1)

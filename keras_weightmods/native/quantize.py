@@ -1,14 +1,15 @@
-"""Rounding to int8 and int4, so that the bits are the same everywhere.
+"""Rounding to integers, so that the bits are the same everywhere.
 
 int8 values are rounded to multiples of max |w| / 127 of the column. Those of
-int4, -8 to 7, to multiples of one scale for each column and group of 64 rows:
-with m the largest |w| of the group, the first of the candidates m / q, q as in
-`_INT4_STEPS`, each divided in float32 and rounded to bfloat16, with the least
-sum of squared errors. A kernel that lies on such a grid is kept as it is. To
-have the same bits everywhere: values are divided by the scale in float32,
-rounded to even, and clipped; the squares are summed in float64, one row after
-the other. Candidates that are 0 or not finite are passed over; if none is left,
-the scale is NaN where m is not finite, else 1, and the values are 0.
+fewer bits b, -2^(b-1) to 2^(b-1) - 1, to multiples of one scale for each column
+and group of 64 rows: with m the largest |w| of the group, the first of the
+candidates m / q, q as of `_candidates`, each divided in float32 and rounded to
+bfloat16, with the least sum of squared errors. A kernel that lies on such a
+grid is kept as it is. To have the same bits everywhere: values are divided by
+the scale in float32, rounded to even, and clipped; the squares are summed in
+float64, one row after the other. Candidates that are 0 or not finite are passed
+over; if none is left, the scale is NaN where m is not finite, else 1, and the
+values are 0.
 """
 
 from typing import Any
@@ -17,29 +18,33 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_weightmods.native.layout import GROUP, INTEGERS, ROWS
+from keras_weightmods.native.layout import (
+    GROUP,
+    INTEGERS,
+    ROWS,
+    bits_of,
+    is_grouped,
+)
 from keras_weightmods.utils import checks
 
-# Largest |w| over scale. With a negative scale the largest can be -8 times it.
-_INT4_STEPS = (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9)
-_INT4_CHUNK = 1 << 11  # groups that are rounded at a time, in a cache
+_CHUNK = 1 << 11  # groups that are rounded at a time, in a cache
 
 
 def round_matrix(matrix: Any, dtype: str, group: int = GROUP) -> Any:
-    """Round a matrix to int8 or int4.
+    """Round a matrix to integers.
 
     Args:
         matrix: float32 NumPy array of shape (K, N), K the contraction.
-        dtype: String, `"int8"` or `"int4"`.
-        group: Int, the rows that share a scale of int4. Defaults to 64.
+        dtype: String, `"int8"`, or `"int2"` to `"int6"`.
+        group: Int, the rows that share a scale, but of int8. Defaults to 64.
 
     Returns:
         Pair of an int8 array (K, N), the values, and their scales: float32
-        (1, N) with int8, bfloat16 (ceil(K / group), N) with int4.
+        (1, N) with int8, else bfloat16 (ceil(K / group), N).
     """
     checks.check_choice("dtype", dtype, INTEGERS)
-    if dtype == "int4":
-        return _round_groups(matrix, group)
+    if is_grouped(dtype):
+        return _round_groups(matrix, group, bits_of(dtype))
     largest = np.abs(matrix).max(axis=0, initial=0)
     scale = np.where(np.isfinite(largest), largest / np.float32(127), np.nan)
     scale[scale == 0] = 1
@@ -72,8 +77,8 @@ def round_activations(x: Any) -> Any:
     return x + (rounded - ops.stop_gradient(x))
 
 
-def _round_groups(matrix: Any, size: int) -> Any:
-    """Return int4 steps, and a scale for each `size` rows of a column."""
+def _round_groups(matrix: Any, size: int, bits: int) -> Any:
+    """Return steps, and a scale for each `size` rows of a column."""
     rows, columns = matrix.shape
     count = -(-rows // size)
     padded = np.pad(matrix, ((0, count * size - rows), (0, 0)))
@@ -82,25 +87,35 @@ def _round_groups(matrix: Any, size: int) -> Any:
     groups = apart.reshape(size, count * columns)
     steps = np.empty(groups.shape, np.int8)
     scale = np.empty(groups.shape[1], ml_dtypes.bfloat16)
-    for start in range(0, len(scale), _INT4_CHUNK):
-        part = slice(start, start + _INT4_CHUNK)
-        chosen = _round_int4(np.ascontiguousarray(groups[:, part]))
+    for start in range(0, len(scale), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        chosen = _round_group(np.ascontiguousarray(groups[:, part]), bits)
         steps[:, part], scale[part] = chosen
     together = steps.reshape(size, count, columns).swapaxes(0, 1)
     rounded = together.reshape(count * size, columns)[:rows]
     return rounded, scale.reshape(count, columns)
 
 
-def _round_int4(group: Any) -> Any:
-    """int4 steps of rows with one scale for each column, and the scales."""
+def _candidates(bits: int) -> tuple[float, ...]:
+    """Return the largest |w| over the scales that are tried.
+
+    With a negative scale the largest can be -2^(bits - 1) times it.
+    """
+    high = 2 ** (bits - 1) - 1
+    ends = high + 0.5, high + 1, high + 1.5, high + 2
+    return *range(1, high + 1), *ends, *(-end for end in ends)
+
+
+def _round_group(group: Any, bits: int) -> Any:
+    """Return steps of rows with one scale for each column, and the scales."""
     largest = np.abs(group).max(axis=0, initial=0)
     best = np.full(largest.shape, np.inf)
     chosen = np.where(np.isfinite(largest), 1, np.nan).astype(np.float32)
     with np.errstate(all="ignore"):
-        for step in _INT4_STEPS:
+        for step in _candidates(bits):
             scale = (largest / np.float32(step)).astype(ml_dtypes.bfloat16)
             scale = scale.astype(np.float32)
-            left = _int4_steps(group, scale).astype(np.float64)
+            left = _steps(group, scale, bits).astype(np.float64)
             left *= scale
             np.subtract(group, left, out=left)
             left *= left
@@ -110,9 +125,11 @@ def _round_int4(group: Any) -> Any:
             usable = np.isfinite(scale) & (scale != 0) & (error < best)
             best = np.where(usable, error, best)
             chosen = np.where(usable, scale, chosen)
-        steps = np.where(np.isfinite(best), _int4_steps(group, chosen), 0)
+        steps = _steps(group, chosen, bits)
+        steps = np.where(np.isfinite(best), steps, 0)
     return steps.astype(np.int8), chosen.astype(ml_dtypes.bfloat16)
 
 
-def _int4_steps(values: Any, scale: Any) -> Any:
-    return np.clip(np.rint(values / scale), -8, 7)
+def _steps(values: Any, scale: Any, bits: int) -> Any:
+    size = 2 ** (bits - 1)
+    return np.clip(np.rint(values / scale), -size, size - 1)

@@ -4,8 +4,9 @@
 //
 // The weights of the products are `values`, whose element type is the type
 // of the packed weights, `meta` as int32, and `scale` as float32, empty unless
-// the values are int8, or as bfloat16 for int4, which is uint8 here. Without
-// meta (empty) the matrix is dense. All leading axes of an activation are rows.
+// the values are int8, or as bfloat16 for fewer bits, which are uint8 here.
+// Without meta (empty) the matrix is dense, and the third axis of its values is
+// as long as they have bits. All leading axes of an activation are rows.
 
 #include <cstring>
 #include <functional>
@@ -64,16 +65,23 @@ ffi::Error Invalid(const char* what) {
                     std::string("keras_weightmods: ") + what);
 }
 
-int TypeOf(ffi::DataType type) {
-  switch (type) {
+int TypeOf(const ffi::AnyBuffer& values, bool dense = false) {
+  switch (values.element_type()) {
     case ffi::F32:
       return KWM_FLOAT32;
     case ffi::BF16:
       return KWM_BFLOAT16;
     case ffi::S8:
       return KWM_INT8;
-    case ffi::U8:
-      return KWM_INT4;
+    case ffi::U8: {
+      if (!dense) return KWM_INT4;
+      const auto sizes = values.dimensions();
+      const int64_t bits = sizes.size() == 5 ? sizes[2] : 0;
+      for (int type = KWM_INT4; type < kwm::kTypes; ++type) {
+        if (kwm::kTypeBits[type] == bits) return type;
+      }
+      return -1;
+    }
     default:
       return -1;
   }
@@ -83,13 +91,13 @@ int TypeOf(ffi::DataType type) {
 ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
                  const ffi::AnyBuffer& values, const Meta& meta,
                  const Scale* scale, bool dense = false) {
-  const int type = TypeOf(values.element_type());
+  const int type = TypeOf(values, dense);
   if (type < 0) return Invalid("values are float32, bfloat16, int8 or uint8");
   if (x.count != y.count) return Invalid("as many rows must come out as go in");
   const auto has = [](const auto& buffer, int64_t bytes) {
     return static_cast<int64_t>(buffer.size_bytes()) == bytes;
   };
-  const bool scaled = type == KWM_INT8 || type == KWM_INT4;
+  const bool scaled = type >= KWM_INT8;
   if (!has(values, kwm::values_bytes(k, n, type, dense)) ||
       !has(meta, dense ? 0 : kwm::meta_bytes(k, n)) ||
       (scaled && !has(*scale, kwm::scale_bytes(k, n, type)))) {
@@ -97,7 +105,8 @@ ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
   }
   if (scaled &&
       scale->element_type() != (type == KWM_INT8 ? ffi::F32 : ffi::BF16)) {
-    return Invalid("scales are float32 for int8 values, bfloat16 for int4");
+    return Invalid(
+        "scales are float32 for int8 values, bfloat16 for int4 and others");
   }
   return ffi::Error::Success();
 }
@@ -113,7 +122,7 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
       Check(in, out, in.size, out.size, values, meta, &scale);
   if (error.failure()) return error;
   kwm_matmul(x.typed_data(), in.count, in.size, out.size,
-             TypeOf(values.element_type()), values.untyped_data(), Words(meta),
+             TypeOf(values), values.untyped_data(), Words(meta),
              scale.untyped_data(), y->typed_data(), ParallelForOf(threads),
              &threads);
   return ffi::Error::Success();
@@ -154,11 +163,12 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
     if (!values || !meta || !scale || !y) {
       return Invalid("meta is of int32, and results are of float32");
     }
-    const int own = TypeOf(values->element_type());
     const bool is_dense = meta->element_count() == 0;
+    const int own = TypeOf(*values, is_dense);
     if (i == 0) type = own, dense = is_dense;
-    if (type != KWM_INT8 && type != KWM_INT4) {
-      return Invalid("int8 activations need values of int8 or uint8");
+    if (type < KWM_INT8) {
+      return Invalid(
+          "int8 activations need values of int8, or uint8 of 2 to 6 bits");
     }
     if (own != type || is_dense != dense) {
       return Invalid("matrices of one call are of one type");
@@ -185,7 +195,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool threads, Activations dy,
       Check(in, out, out.size, in.size, values, meta, &scale);
   if (error.failure()) return error;
   kwm_matmul_transposed(dy.typed_data(), in.count, out.size, in.size,
-                        TypeOf(values.element_type()), values.untyped_data(),
+                        TypeOf(values), values.untyped_data(),
                         Words(meta), scale.untyped_data(), dx->typed_data(),
                         ParallelForOf(threads), &threads);
   return ffi::Error::Success();

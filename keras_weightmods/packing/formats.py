@@ -195,7 +195,7 @@ class NativeFormat(Format):
         found = ops.reshape(found, (*leading, blocks * layout.ROWS))
         found = ops.cast(found[..., :size], "float32")
         scale = ops.cast(take(scale, scale.shape[1], 1)[..., 0], "float32")
-        if self.dtype == "int4":
+        if layout.is_grouped(self.dtype):
             scale = ops.repeat(scale, layout.GROUP, axis=-1)[..., :size]
         return found * scale
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_weightmods.native import packed as module
+from keras_weightmods.native.layout import INTEGERS
 from keras_weightmods.native.quantize import round_activations
 from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
 from tests import references
@@ -64,7 +65,7 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
     np.testing.assert_array_equal(unpacked, expected)
 
 
-@breadth("dtype", [*DTYPES, "dense int8", "dense int4"], 3)
+@breadth("dtype", [*DTYPES, *(f"dense {i}" for i in INTEGERS)], 3, 7, 8)
 def test_tensors_and_variables_unpack_alike(dtype):
     if dtype.startswith("dense"):
         packed = module.pack_dense(kernel_of(100, 20), dtype.split()[1])
@@ -120,14 +121,16 @@ def test_not_finite_values_stay_in_their_place():
         np.testing.assert_array_equal(unpacked[:, 2], 0)
 
 
-def grid(k, n, seed=0):
+def grid(k, n, bits=4, seed=0):
     """-8 to 7 times a bfloat16 scale, of either sign, a group and column."""
+    most = 2 ** (bits - 1)
     rng = np.random.default_rng(seed)
     scale = rng.normal(size=(-(-k // 64), n)) * 2.0 ** rng.integers(-9, 9, n)
     scale = scale.astype(ml_dtypes.bfloat16).astype("float32")
-    least = rng.integers(-8, 1, scale.shape)
+    least = rng.integers(-most, 1, scale.shape)
     steps = [rng.integers(low, 1 - low) for low in np.repeat(least, 64, 0)[:k]]
-    return np.clip(steps, -8, 7) * np.repeat(scale, 64, axis=0)[:k]
+    steps = np.clip(steps, -most, most - 1)
+    return steps * np.repeat(scale, 64, axis=0)[:k]
 
 
 @pytest.mark.one_backend
@@ -138,9 +141,11 @@ def test_what_lies_on_a_grid_of_int4_is_kept(shape):
     np.testing.assert_array_equal(
         unpack_kernel(pack_kernel(kernel, "int4")), kernel
     )
-    np.testing.assert_array_equal(
-        unpack_kernel(module.pack_dense(matrix, "int4")), matrix
-    )
+    for bits in range(2, 7):
+        matrix = grid(*shape, bits).astype("float32")
+        np.testing.assert_array_equal(
+            unpack_kernel(module.pack_dense(matrix, f"int{bits}")), matrix
+        )
 
 
 @pytest.mark.one_backend
@@ -157,32 +162,42 @@ def test_int4_at_the_ends_of_float32():
             assert np.isfinite(unpack_kernel(packed)).all()
 
 
+def dense_step(lines, word):
+    """An integer of a byte of each line, by the layout."""
+    bits = len(lines)
+    whole = 8 // bits * bits
+    if word < whole:
+        step = int(lines[word % bits]) >> word // bits * bits
+    else:
+        rest = [int(byte) >> i & 1 for byte in lines for i in range(whole, 8)]
+        first = (word - whole) * bits
+        step = sum(bit << i for i, bit in enumerate(rest[first:][:bits]))
+    step %= 2**bits
+    return step - 2**bits if step >= 2 ** (bits - 1) else step
+
+
 @pytest.mark.one_backend
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("shape", [(64, 16), (101, 21), (5, 2), (0, 3), (4, 0)])
 def test_dense_matrices(shape, dtype):
     k, n = shape
+    bits = int(dtype[3:])
     matrix = np.random.default_rng(1).normal(size=shape).astype("float32")
     packed = module.pack_dense(matrix, dtype)
     assert packed.activations == "int8"
-    words = packed.values
-    if dtype == "int4":
-        nibbles = (words & 15, words >> 4)
-        words = np.concatenate(nibbles, 2).astype("int32")
-        words = np.where(words > 7, words - 16, words)
     expected = np.zeros(shape, "float32")
     for column in range(n):
         block, lane = divmod(column, 16)
         for row in range(k):
             g, q = divmod(row % 32, 4)
             scale = packed.scale[block]
-            scale = scale[row // 64, lane] if dtype == "int4" else scale[lane]
-            step = words[block, row // 32, g, lane, q]
+            scale = scale[row // 64, lane] if bits < 8 else scale[lane]
+            step = dense_step(packed.values[block, row // 32, :, lane, q], g)
             expected[row, column] = step * np.float32(scale)
-        if dtype == "int4":
+        if bits < 8:
             for start in range(0, k, 64):
                 group = matrix[start : start + 64, column]
-                _, scale = references.round_int4(group)
+                _, scale = references.round_int4(group, bits)
                 assert packed.scale[block, start // 64, lane] == scale
     np.testing.assert_array_equal(unpack_kernel(packed), expected)
     if dtype == "int8":
@@ -212,13 +227,14 @@ def test_wrong_arguments():
     for wrong in np.zeros((4, 4, 4)), np.zeros(2):
         with pytest.raises(ValueError, match=r"must be a matrix .* axes"):
             pack_kernel(wrong)
-    with pytest.raises(ValueError, match=r"`dtype` must be .*dtype='int2'"):
-        pack_kernel(np.zeros((4, 4)), "int2")
+    for wrong in ("int2", "int7"):
+        with pytest.raises(ValueError, match=f"`dtype` must .*dtype='{wrong}'"):
+            pack_kernel(np.zeros((4, 4)), wrong)
     with pytest.raises(ValueError, match=r"`dtype` must be .*'bfloat16'"):
         module.pack_dense(np.zeros((4, 4)), "bfloat16")
     with pytest.raises(ValueError, match=r"`activations` .*'bfloat16'"):
         pack_kernel(np.zeros((4, 4)), "int8", "bfloat16")
-    with pytest.raises(ValueError, match=r"need int8 or int4 .*bfloat16"):
+    with pytest.raises(ValueError, match=r"need values in integers.*bfloat16"):
         pack_kernel(np.zeros((4, 4)), "bfloat16", "int8")
 
 

@@ -8,6 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from keras_weightmods.native import layout
+from keras_weightmods.native.packed import (
+    _lines as lines,
+)
 from keras_weightmods.native.packed import (
     pack_dense,
     pack_kernel,
@@ -26,7 +30,7 @@ KINDS = [
     ("bfloat16", "bfloat16"),
     *(
         ("int8", dtype)
-        for dtype in ("int8", "int4", "dense int8", "dense int4")
+        for dtype in ("int8", "int4", *(f"dense {i}" for i in layout.INTEGERS))
     ),
 ]
 INTEGERS = KINDS[5:]
@@ -88,7 +92,7 @@ def expected(x, packed, transposed=False):
         whole = dataclasses.replace(packed, scale=np.ones_like(packed.scale))
         kernel = np.pad(unpack_kernel(whole), ((0, -x.shape[1] % 32), (0, 0)))
         kernel = kernel.reshape(-1, 32, packed.shape[1])
-        if packed.dtype == "int4":
+        if packed.dtype != "int8":
             scale = scale.transpose(1, 0, 2).repeat(2, axis=0)[: len(kernel)]
         scale = scale.reshape(-1, kernel.shape[-1] + -kernel.shape[-1] % 16)
         scale = scale[:, : kernel.shape[-1]].astype("float64")
@@ -245,8 +249,12 @@ def test_several_of_one_input(rows, kind, name, rng):
 @integers
 def test_largest_integers_do_not_overflow(kind, name, rng):
     packed = make(rng, kind, 128, 32, any_meta=True)
-    for value in [0x81, 0x7F] if packed.dtype == "int8" else [0x88, 0x77]:
-        packed.values.view("uint8")[...] = value
+    most = 2 ** (layout.bits_of(packed.dtype) - 1)
+    shape = list(packed.values.shape)
+    shape[2] = 8 if packed.is_dense else 4
+    for value in (-127, 127) if most == 128 else (-most, most - 1):
+        words = np.full(shape, value, "int8")
+        packed.values[...] = lines(words, packed.dtype)
         for sign in [-1, 1]:
             x = np.full((5, 128), sign * 3.0, "float32")
             with library.isa(name):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods import native
+from keras_weightmods.native.layout import INTEGERS
 from keras_weightmods.native.packed import pack_dense
 from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
 from tests import models, references
@@ -49,12 +50,12 @@ CASES = [
     *((dtype, "float32") for dtype in DTYPES),
     *(
         (dtype, "int8")
-        for dtype in ("int8", "int4", "int8 dense", "int4 dense")
+        for dtype in ("int8", "int4", *(f"{i} dense" for i in INTEGERS))
     ),
 ]
 
 
-@breadth(("dtype", "activations"), CASES, 0, 5, 7)
+@breadth(("dtype", "activations"), CASES, 0, 5, 9, 10)
 @breadth(
     ("leading", "k", "n"),
     [((3, 2), 37, 21), ((1,), 64, 48), ((19,), 132, 17), ((), 5, 2)],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.native.layout import COLUMNS, GROUP, ROWS
+from keras_weightmods.native.layout import COLUMNS, GROUP, ROWS, is_grouped
 from keras_weightmods.native.packed import Packed
 
 
@@ -86,7 +86,7 @@ def split_of(layout, contraction_axes, matrix_shape, dtype, sides):
     if found is None:
         return None, []
     mesh, axes = found
-    block = {"rows": GROUP if dtype == "int4" else ROWS, "columns": COLUMNS}
+    block = {"rows": GROUP if is_grouped(dtype) else ROWS, "columns": COLUMNS}
     sizes = dict(zip(("rows", "columns"), matrix_shape))
     blocks = {
         side: sizes[side] // block[side] if not sizes[side] % block[side] else 1

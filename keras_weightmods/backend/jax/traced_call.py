@@ -182,7 +182,8 @@ def _shared_products(jaxpr, equations):
             if all(isinstance(a, core.Literal) or a in known for a in arrays):
                 # One call takes matrices of one type.
                 values, meta = (a.aval for a in arrays[:2])
-                found[x, values.dtype, meta.ndim].append(equation)
+                kind = values.dtype, values.shape[2], meta.ndim
+                found[x, *kind].append(equation)
     return {
         group[0].outvars[0]: group for group in found.values() if len(group) > 1
     }

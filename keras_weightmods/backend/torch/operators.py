@@ -12,9 +12,10 @@ import math
 import torch
 
 from keras_weightmods import native
-from keras_weightmods.native.layout import packed_arrays
+from keras_weightmods.native.layout import dense_dtype, packed_arrays
 from keras_weightmods.utils import checks
 
+# Dense integers say by their shape how many bits they have.
 _TYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -53,7 +54,7 @@ def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
     if meta is None and not rounded:
         form = importlib.import_module("keras_weightmods.native.packed")
         shape = (size, inner) if transposed else (inner, size)
-        kind = shape, _TYPES[values.dtype], "int8"
+        kind = shape, dense_dtype(values), "int8"
         matrix = form.unpack_tensor(form.Packed(values, None, scale, *kind))
         return x @ (matrix.T if transposed else matrix)
     arrays = values, meta, scale
@@ -200,6 +201,8 @@ def weights_of(k, n, values, meta, scale):
     dtype = _TYPES.get(values.dtype)
     if dtype is None:
         raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
+    if meta is None and values.dim() == 5:
+        dtype = dense_dtype(values)
     given = {"values": values, "meta": meta, "scale": scale}
     for name, spec in _arrays(k, n, dtype, meta is None).items():
         _check(name, given[name], *spec)

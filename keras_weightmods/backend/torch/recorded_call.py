@@ -310,7 +310,8 @@ def _prepare_products(graph):
             continue
         if weights[0].is_cpu:
             rounded = node.args[5:6] == (True,)
-            key = x, _dtype(arrays[0]), arrays[1] is None
+            # One call takes matrices of one type.
+            key = x, _dtype(arrays[0]), weights[0].shape[2], arrays[1] is None
             is_shared = rounded and not _is_changed(x)
             found[key if is_shared else node].append((node, (*weights, n)))
     for products in found.values():

@@ -86,8 +86,38 @@ inline int8x16_t load_bytes(const void* from) {
   return vld1q_s8(static_cast<const int8_t*>(from));
 }
 
+// Word `word` of a block of values.
+template <bool kDense, int kBits>
+inline int8x16_t signed_word(const char* block, int word) {
+  if constexpr (kBits == 8) {
+    return load_bytes(block + 64 * word);
+  } else if constexpr (!kDense) {
+    int8x16_t w = load_bytes(block + 64 * (word % 2));
+    if (word < 2) w = vshlq_n_s8(w, 4);
+    return vshrq_n_s8(w, 4);
+  } else {
+    // At the upper end of each byte, from where it is shifted with its sign.
+    constexpr int kUnused = 8 - kBits;
+    uint8x16_t value = vdupq_n_u8(0);
+    int next = 0;
+#pragma GCC unroll 8
+    for (int bit = 0; bit < kBits; ++bit) {
+      if (bit != next) continue;
+      const kwm::Place at = kwm::place_of(kBits, word, bit);
+      const auto line = vreinterpretq_u8_s8(load_bytes(block + 64 * at.line));
+      const int up = kUnused + bit - at.bit;
+      const uint8x16_t bits =
+          vshlq_u8(line, vdupq_n_s8(static_cast<int8_t>(up)));
+      const auto above = static_cast<uint8_t>(0xff << (kUnused + bit));
+      value = bit == 0 ? bits : vbslq_u8(vdupq_n_u8(above), bits, value);
+      next += at.run;
+    }
+    return vshrq_n_s8(vreinterpretq_s8_u8(value), kUnused);
+  }
+}
+
 // The sums of a block for 4 columns and R rows.
-template <bool kDense, bool kInt4, int R>
+template <bool kDense, int kBits, int R>
 inline void multiply_block(const uint8_t* x, const char* block,
                            const char* words, int32x4_t sum[R]) {
   for (int r = 0; r < R; ++r) sum[r] = vdupq_n_s32(0);
@@ -95,15 +125,9 @@ inline void multiply_block(const uint8_t* x, const char* block,
   uint32x4_t meta = vdupq_n_u32(0);
   if (!kDense) meta = vreinterpretq_u32_s8(load_bytes(words));
 #pragma GCC unroll 8
-  for (int p = 0; p < kWords; ++p) {
-    int8x16_t w;
-    if (!kInt4) {
-      w = load_bytes(block + 64 * p);
-    } else {
-      w = load_bytes(block + 64 * (p % (kWords / 2)));
-      if (p < kWords / 2) w = vshlq_n_s8(w, 4);
-      w = vshrq_n_s8(w, 4);
-    }
+  for (int n = 0; n < kWords; ++n) {
+    const int p = kDense ? kwm::word_in_order(kBits, n) : n;
+    const int8x16_t w = signed_word<kDense, kBits>(block, p);
     uint8x16_t index = vdupq_n_u8(0);
     if (!kDense) {
       // Byte q is slot p + 4q, of group p / 2 + 2q.
@@ -129,10 +153,10 @@ inline void multiply_block(const uint8_t* x, const char* block,
 }
 
 // R rows by 4 H columns of a block, from column `lane` on.
-template <bool kDense, bool kInt4, int R, int H>
+template <bool kDense, int kBits, int R, int H>
 void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
                        int lane, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = 256 * (kDense ? 2 : 1) / (kInt4 ? 2 : 1);
+  constexpr int64_t kBytes = (kDense ? 64 : 32) * kBits;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block)) + 4 * lane;
   const char* meta = nullptr;
@@ -147,12 +171,12 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
       int32x4_t sum[R];
-      multiply_block<kDense, kInt4, R>(
+      multiply_block<kDense, kBits, R>(
           x.bytes + b * R * kBlockRows, values + b * kBytes + 16 * h,
           kDense ? nullptr : meta + b * 64 + 16 * h, sum);
       float32x4_t scale = vdupq_n_f32(1);
-      if (kInt4) {
-        const uint16_t* halves = w.int4_scale(column_block) +
+      if (kBits != 8) {
+        const uint16_t* halves = w.group_scale(column_block) +
                                  b / kwm::kScaleBlocks * kLanes + lane +
                                  kQuarter * h;
         scale = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(halves), 16));
@@ -162,8 +186,8 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
         // In this order denormal steps lose nothing.
         const float32x4_t floats =
             vmulq_n_f32(vcvtq_f32_s32(sum[r]), x.steps[b * R + r]);
-        total[h][r] = kInt4 ? vfmaq_f32(total[h][r], floats, scale)
-                            : vaddq_f32(total[h][r], floats);
+        total[h][r] = kBits != 8 ? vfmaq_f32(total[h][r], floats, scale)
+                                 : vaddq_f32(total[h][r], floats);
       }
     }
   }
@@ -171,7 +195,7 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
     const int first = lane + kQuarter * h;
     for (int r = 0; r < R; ++r) {
       float32x4_t sum = total[h][r];
-      if (!kInt4) {
+      if (kBits == 8) {
         sum = vmulq_f32(sum, vld1q_f32(w.int8_scale(column_block) + first));
       }
       vst1q_f32(y + r * y_stride + first, sum);
@@ -179,7 +203,7 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, bool kInt4, int R>
+template <bool kDense, int kBits, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   constexpr int H = R <= 2 ? 4 : R <= 4 ? 2 : 1;
@@ -187,7 +211,7 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block < end; ++column_block) {
     for (int lane = 0; lane < kLanes; lane += H * kQuarter) {
-      multiply_quarters<kDense, kInt4, R, H>(x, w, column_block, lane, y,
+      multiply_quarters<kDense, kBits, R, H>(x, w, column_block, lane, y,
                                              y_stride);
     }
     y += kLanes;
@@ -196,25 +220,20 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 8>;
 
-template <bool kDense, bool kInt4>
+template <bool kDense, int kBits>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kDense, kInt4, decltype(rows)::value>(x, w, column_block,
+    multiply_columns<kDense, kBits, decltype(rows)::value>(x, w, column_block,
                                                            y, y_stride);
   });
 }
 
-const Int8Kernels* int8_kernels(int type, bool dense) {
-  constexpr auto sizes = Tiles::kSizes;
-  static const Int8Kernels kernels[2][2] = {
-      {{sizes, quantize<false>, multiply<false, false>},
-       {sizes, quantize<false>, multiply<false, true>}},
-      {{sizes, quantize<true>, multiply<true, false>},
-       {sizes, quantize<true>, multiply<true, true>}},
-  };
-  return &kernels[dense][type == KWM_INT4];
-}
+template <bool kDense, int kBits>
+struct Own {
+  static constexpr Int8Kernels kernels{Tiles::kSizes, quantize<kDense>,
+                                       multiply<kDense, kBits>};
+};
 
 #if !defined(KWM_DOT)
 bool has_dot() {
@@ -233,13 +252,14 @@ bool has_dot() {
 
 #if defined(KWM_DOT)
 const Int8Kernels* kwm::neon_dot_int8_kernels(int type, bool dense) {
-  return int8_kernels(type, dense);
+  return int8_kernels_of<Own>(type, dense);
 }
 KWM_END_TARGET
 #else
 const Int8Kernels* kwm::neon_int8_kernels(int type, bool dense) {
   static const bool dot = has_dot();
-  return dot ? neon_dot_int8_kernels(type, dense) : int8_kernels(type, dense);
+  return dot ? neon_dot_int8_kernels(type, dense)
+             : int8_kernels_of<Own>(type, dense);
 }
 #endif
 

@@ -18,19 +18,24 @@
 //                                             ones slot p + 2 + 4q; two's
 //                                             complement, -8 to 7
 //   scale     float32  [NB, 16]               int8: value = byte * scale
-//             bfloat16 [NB, ceil(KP/64), 16]  int4, one for 64 rows of a column
+//             bfloat16 [NB, ceil(KP/64), 16]  fewer bits, one for 64 rows of a
+//                                             column
 //
 // Rows and columns beyond k and n hold zero values and scale 1. The indices of
 // a group are strictly rising as Python packs them. Any bits are safe to read:
 // an index cannot leave its group, and where it names a row beyond k the value
 // is multiplied by zero or skipped. Two equal indices add.
 //
-// A matrix that is not sparse may be of integers too, for kwm_matmul_int8 alone.
-// It has no meta, the same scale, and all of its values:
+// A matrix that is not sparse may be of integers too, for kwm_matmul_int8
+// alone: of b bits, 2 to 6 or 8, in two's complement. It has no meta, the same
+// scale, and all of its values. Those of 32 rows and a column are 8 words of 4;
+// byte q of a line has bits of the rows 4g + q, for the words g = 0 to 7:
 //
-//   values    int8     [NB, KP/32, 8, 16, 4]  byte q of word p is row 4p + q
-//             int4     [NB, KP/32, 4, 16, 4]  the low four bits are row 4p + q,
-//                                             the high ones row 4 (p + 4) + q
+//   values    int8     [NB, KP/32, b, 16, 4]  b lines
+//
+// A line holds 8 / b words whole: line p has word p + b i from bit b i on. What
+// is left of the bytes of all lines, after one another, holds the other words.
+// So the 3 bits of word 6 are bits 6 and 7 of line 0, and bit 6 of line 1.
 //
 // Arrays need no alignment beyond that of their elements. Nothing here keeps
 // state between calls but the choice of kwm_set_isa.
@@ -52,7 +57,16 @@ extern "C" {
 
 #define KWM_ABI_VERSION 6
 
-enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2, KWM_INT4 = 3 };
+enum {
+  KWM_FLOAT32 = 0,
+  KWM_BFLOAT16 = 1,
+  KWM_INT8 = 2,
+  KWM_INT4 = 3,
+  KWM_INT2 = 4,  // it and those below: dense matrices alone
+  KWM_INT3 = 5,
+  KWM_INT5 = 6,
+  KWM_INT6 = 7
+};
 
 enum {
   KWM_ISA_SCALAR = 0,
@@ -80,7 +94,7 @@ KWM_API int kwm_isa(void);
 KWM_API int kwm_set_isa(int isa);
 
 // y (rows, n) = x (rows, k) @ W, both row-major. rows, k and n may be zero.
-// scale may be NULL unless type is KWM_INT8 or KWM_INT4. Without a parallel_for
+// scale may be NULL unless type is of integers. Without a parallel_for
 // (NULL) the caller's thread does all the work.
 //
 // The sums are of float32. int4 values are made float32 in each call, which is
@@ -105,7 +119,7 @@ KWM_API void kwm_matmul_bfloat16(const uint16_t* x, int64_t rows, int64_t k,
 
 // y (rows, n) = x (rows, k) @ W with int8 activations: of every 32 entries of a
 // row, s = max |x| / 127 (1 where that is 0) and q = x / s rounded to nearest
-// even. type is KWM_INT8 or KWM_INT4; meta is NULL where W is dense. The sum
+// even. type is one of integers; meta is NULL where W is dense. The sum
 // over 32 rows of W is one of integers and exact; those are scaled and added in
 // float32. So |y - x @ W| <= sum over the entries of s / 2 * |W[:, column]|,
 // but for the rounding of that sum. A row with a NaN or an infinity is NaN.

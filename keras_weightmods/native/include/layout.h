@@ -34,23 +34,16 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
 }
 
-// Bytes of the values of 32 rows of 16 columns; -1 for an unknown type.
+// The bits of a value, by its type.
+constexpr int kTypeBits[] = {32, 16, 8, 4, 2, 3, 5, 6};
+constexpr int kTypes = sizeof kTypeBits / sizeof kTypeBits[0];
+
+// Bytes of the values kept in 32 rows of 16 columns.
 inline int64_t block_bytes(int type) {
-  switch (type) {
-    case KWM_FLOAT32:
-      return kBlockSlots * kLanes * 4;
-    case KWM_BFLOAT16:
-      return kBlockSlots * kLanes * 2;
-    case KWM_INT8:
-      return kBlockSlots * kLanes;
-    case KWM_INT4:
-      return kBlockSlots * kLanes / 2;
-    default:
-      return -1;
-  }
+  return kBlockSlots * kLanes * kTypeBits[type] / 8;
 }
 
-// Blocks of rows that share an int4 scale.
+// Blocks of rows that share a scale of integers of fewer than 8 bits.
 constexpr int kScaleBlocks = 2;
 
 // Sizes of the arrays of a (k, n) kernel in bytes. Dense values have no meta.
@@ -96,23 +89,18 @@ struct Packed {
   const float* int8_scale(int64_t column_block) const {
     return static_cast<const float*>(scale) + column_block * kLanes;
   }
-  // Those of int4 columns, bfloat16, 16 for every 2 blocks of rows. Not always
+  // Those of fewer bits, bfloat16, 16 for every 2 blocks of rows. Not always
   // aligned.
-  const uint16_t* int4_scale(int64_t column_block) const {
+  const uint16_t* group_scale(int64_t column_block) const {
     return static_cast<const uint16_t*>(scale) +
            column_block * ceil_div(row_blocks(), kScaleBlocks) * kLanes;
   }
   // Of a value, which is 1 without scales.
   float scale_at(int64_t column_block, int64_t row_block, int lane) const {
-    switch (type) {
-      case KWM_INT8:
-        return int8_scale(column_block)[lane];
-      case KWM_INT4:
-        return bfloat16_to_float(
-            int4_scale(column_block)[row_block / kScaleBlocks * kLanes + lane]);
-      default:
-        return 1;
-    }
+    if (type < KWM_INT8) return 1;
+    if (type == KWM_INT8) return int8_scale(column_block)[lane];
+    return bfloat16_to_float(
+        group_scale(column_block)[row_block / kScaleBlocks * kLanes + lane]);
   }
 };
 
@@ -161,6 +149,37 @@ inline float stored_value(const void* values, int type, int64_t place, int slot,
                                              : high_four(byte));
     }
   }
+}
+
+// Where a bit of a word of dense integers lies: at `bit` of the bytes of a
+// line. There begin `run` bits of the word, itself the first.
+struct Place {
+  int line, bit, run;
+};
+constexpr Place place_of(int bits, int word, int bit) {
+  const int whole = 8 / bits * bits, left = 8 - whole;
+  if (word < whole) {
+    return {word % bits, word / bits * bits + bit, bits - bit};
+  }
+  const int at = (word - whole) * bits + bit, in_line = at % left;
+  const int run = bits - bit < left - in_line ? bits - bit : left - in_line;
+  return {at / left, whole + in_line, run};
+}
+
+// The highest bits of words, among those of a byte of a line.
+constexpr int sign_bits(int bits, int line) {
+  int found = 0;
+  for (int word = 0; word < 8; ++word) {
+    const Place at = place_of(bits, word, bits - 1);
+    if (at.line == line) found |= 1 << at.bit;
+  }
+  return found;
+}
+
+// The n-th word, where all that a line holds whole come before the next line.
+constexpr int word_in_order(int bits, int n) {
+  const int in_line = 8 / bits;
+  return n < in_line * bits ? n / in_line + n % in_line * bits : n;
 }
 
 // The row, within a block of 32, that a slot was taken from.

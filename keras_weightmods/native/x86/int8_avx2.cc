@@ -6,12 +6,12 @@
 // which a shuffle picks.
 //
 // The instruction multiplies unsigned bytes by signed ones. Sparse, the
-// unsigned ones are the activations, plus 128; dense, the values: int8 plus
-// 128, int4 plus 8. Sums of the other factor undo that.
+// unsigned ones are the activations, plus 128; dense, the values, plus 2^(b-1)
+// with b bits. Sums of the other factor undo that.
 //
 // Without VNNI it adds two products in 16 bits. So that this does not overflow,
 // int8 values are |w|, and the activations take their signs. 16 bits hold the
-// sum of the products of int4 values in a block.
+// sum of the products of int4 values in a block, and of fewer with more bits.
 
 #include "kernels.h"
 
@@ -39,15 +39,6 @@ using kwm::kLanes;
 constexpr int kHalf = 8;  // columns in a vector
 constexpr int64_t kPrefetchBytes = 8192;
 
-enum class Kind { kSparseInt8, kSparseInt4, kDenseInt8, kDenseInt4 };
-
-constexpr bool is_dense(Kind kind) {
-  return kind == Kind::kDenseInt8 || kind == Kind::kDenseInt4;
-}
-constexpr bool is_int4(Kind kind) {
-  return kind == Kind::kSparseInt4 || kind == Kind::kDenseInt4;
-}
-
 #if defined(KWM_VNNI)
 constexpr bool kVnni = true;
 #else
@@ -55,7 +46,7 @@ constexpr bool kVnni = false;
 #endif
 
 // Whether one of the factors is made unsigned by an addition.
-constexpr bool is_moved(Kind kind) { return kVnni || is_int4(kind); }
+constexpr bool is_moved(int bits) { return kVnni || bits != 8; }
 
 inline __m256i load(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -75,7 +66,7 @@ inline int32_t sum_of(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-template <Kind kKind>
+template <bool kDense, int kBits>
 void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
   for (int64_t block = 0; block < row_blocks; ++block) {
@@ -113,17 +104,17 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
                                        _mm256_packs_epi32(q[2], q[3]));
     bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
     if (!is_finite) bytes = _mm256_setzero_si256();
-    if (is_dense(kKind) && is_moved(kKind)) {
+    if (kDense && is_moved(kBits)) {
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
       const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
       out.offsets[block * out.rows + row] =
-          (is_int4(kKind) ? -8 : -128) * sum_of(fours);
+          -(1 << (kBits - 1)) * sum_of(fours);
     }
-    if (is_dense(kKind)) {
+    if (kDense) {
       bytes = _mm256_permutevar8x32_epi32(
           bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     }
-    if (!is_dense(kKind) && is_moved(kKind)) {
+    if (!kDense && is_moved(kBits)) {
       bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
     }
     _mm256_storeu_si256(
@@ -166,27 +157,45 @@ inline __m256i int4_values(const char* block, int p) {
       four);
 }
 
+inline __m256i bytes(int value) {
+  return _mm256_set1_epi8(static_cast<char>(value));
+}
+
+// Word `word` of a block of dense values, made unsigned.
+template <int kBits>
+inline __m256i unsigned_word(const char* block, int word) {
+  __m256i value = _mm256_setzero_si256();
+  int next = 0;
+#pragma GCC unroll 8
+  for (int bit = 0; bit < kBits; ++bit) {
+    if (bit != next) continue;
+    const kwm::Place at = kwm::place_of(kBits, word, bit);
+    const int mask = (1 << at.run) - 1;
+    const __m256i line =
+        _mm256_xor_si256(load(block + 64 * at.line),
+                         bytes(kwm::sign_bits(kBits, at.line)));
+    const __m256i bits = _mm256_and_si256(
+        _mm256_srli_epi16(line, at.bit - bit), bytes(mask << bit));
+    value = _mm256_or_si256(value, bits);
+    next += at.run;
+  }
+  return value;
+}
+
 #if defined(KWM_VNNI)
 
 // The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
 // point to the first of the columns.
-template <Kind kKind, int R>
+template <bool kDense, int kBits, int R>
 inline void multiply_block(const uint8_t* x, const int32_t* offsets,
                            const char* block, const char* words,
                            __m256i sum[R]) {
-  if constexpr (is_dense(kKind)) {
+  if constexpr (kDense) {
     for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(offsets[r]);
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; ++g) {
-      __m256i w;
-      if constexpr (is_int4(kKind)) {
-        const __m256i both =
-            _mm256_xor_si256(load(block + 64 * (g % 4)), _mm256_set1_epi8(-120));
-        w = _mm256_and_si256(g < 4 ? both : _mm256_srli_epi16(both, 4),
-                             _mm256_set1_epi8(15));
-      } else {
-        w = _mm256_xor_si256(load(block + 64 * g), _mm256_set1_epi8(-128));
-      }
+    for (int n = 0; n < 8; ++n) {
+      const int g = kwm::word_in_order(kBits, n);
+      const __m256i w = unsigned_word<kBits>(block, g);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sum[r] = _mm256_dpbusd_avx_epi32(sum[r], w,
@@ -202,7 +211,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
   for (int p = 0; p < 4; ++p) {
     const __m256i index = places(meta, p);
     const __m256i w =
-        is_int4(kKind) ? int4_values(block, p) : load(block + 64 * p);
+        kBits == 4 ? int4_values(block, p) : load(block + 64 * p);
     moved = _mm256_dpbusd_avx_epi32(moved, _mm256_set1_epi8(-128), w);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -215,23 +224,25 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
 
 #else
 
+// Has it computed here: compilers put it off, and run out of registers.
+inline void keep_here(__m256i* v) { asm("" : "+x"(*v)); }
+
 // sum + the products of four bytes each; w_size is |w|.
 inline __m256i add_signed(__m256i sum, __m256i x, __m256i w, __m256i w_size) {
   const __m256i pairs = _mm256_maddubs_epi16(w_size, _mm256_sign_epi8(x, w));
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  // Added here: compilers put it off, and run out of registers.
-  asm("" : "+x"(sum));
+  keep_here(&sum);
   return sum;
 }
 
 // The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
 // point to the first of the columns.
-template <Kind kKind, int R>
+template <bool kDense, int kBits, int R>
 inline void multiply_block(const uint8_t* x, const int32_t* offsets,
                            const char* block, const char* words,
                            __m256i sum[R]) {
   for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_si256();
-  if constexpr (kKind == Kind::kDenseInt8) {
+  if constexpr (kDense && kBits == 8) {
     for (int g = 0; g < 8; ++g) {
       const __m256i w = load(block + 64 * g), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 8
@@ -242,27 +253,29 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
     }
     return;
   }
-  if constexpr (kKind == Kind::kDenseInt4) {
-    const __m256i low = _mm256_set1_epi8(15);
-    for (int g = 0; g < 4; ++g) {
-      const __m256i both =
-          _mm256_xor_si256(load(block + 64 * g), _mm256_set1_epi8(-120));
-      const __m256i w0 = _mm256_and_si256(both, low);
-      const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+  if constexpr (kDense && kBits != 8) {
+    // Words whose sums of two products fit into 16 bits.
+    constexpr int kMost = 32767 / (2 * 127 * ((1 << kBits) - 1));
+    constexpr int kWords = kMost < 8 ? kMost / 2 * 2 : 8;
+    __m256i total[R];
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) {
+      const int g = kwm::word_in_order(kBits, n);
+      const __m256i w = unsigned_word<kBits>(block, g);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const uint8_t* four = x + r * kBlockRows + 4 * g;
-        sum[r] = _mm256_add_epi16(sum[r],
-                                  _mm256_maddubs_epi16(w0, spread(four)));
-        sum[r] = _mm256_add_epi16(sum[r],
-                                  _mm256_maddubs_epi16(w1, spread(four + 16)));
+        const __m256i four = spread(x + r * kBlockRows + 4 * g);
+        const __m256i pairs = _mm256_maddubs_epi16(w, four);
+        sum[r] = n % kWords ? _mm256_add_epi16(sum[r], pairs) : pairs;
+        keep_here(&sum[r]);
+        if ((n + 1) % kWords == 0) {
+          if (n < kWords) total[r] = _mm256_set1_epi32(offsets[r]);
+          total[r] = _mm256_add_epi32(
+              total[r], _mm256_madd_epi16(sum[r], _mm256_set1_epi16(1)));
+        }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      sum[r] =
-          _mm256_add_epi32(_mm256_madd_epi16(sum[r], _mm256_set1_epi16(1)),
-                           _mm256_set1_epi32(offsets[r]));
-    }
+    for (int r = 0; r < R; ++r) sum[r] = total[r];
     return;
   }
   const __m256i meta = load(words);
@@ -270,7 +283,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
 #pragma GCC unroll 4
   for (int p = 0; p < 4; ++p) {
     const __m256i index = places(meta, p);
-    if constexpr (kKind == Kind::kSparseInt8) {
+    if constexpr (kBits == 8) {
       const __m256i w = load(block + 64 * p), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -287,7 +300,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
       }
     }
   }
-  if constexpr (kKind == Kind::kSparseInt4) {
+  if constexpr (kBits == 4) {
     for (int r = 0; r < R; ++r) {
       sum[r] = _mm256_madd_epi16(_mm256_sub_epi16(sum[r], value_sum),
                                  _mm256_set1_epi16(1));
@@ -298,7 +311,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
 #endif
 
 // 8 scales of bfloat16.
-inline __m256 int4_scale(const uint16_t* scale) {
+inline __m256 group_scale(const uint16_t* scale) {
   const __m128i halves =
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale));
   return _mm256_castsi256_ps(
@@ -306,16 +319,15 @@ inline __m256 int4_scale(const uint16_t* scale) {
 }
 
 // R rows by 8 H columns of a block, from column `lane` on.
-template <Kind kKind, int R, int H>
+template <bool kDense, int kBits, int R, int H>
 void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
                      int lane, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes =
-      256 * (is_dense(kKind) ? 2 : 1) / (is_int4(kKind) ? 2 : 1);
+  constexpr int64_t kBytes = (kDense ? 64 : 32) * kBits;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block)) + 4 * lane;
   const char* meta = nullptr;
-  if (!is_dense(kKind)) {
+  if (!kDense) {
     meta = reinterpret_cast<const char*>(w.meta_of(column_block)) + 4 * lane;
   }
   __m256 total[H][R];
@@ -327,21 +339,21 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
       for (int64_t line = 0; line < kBytes; line += 64) {
         _mm_prefetch(values + (b + kAhead) * kBytes + line, _MM_HINT_T1);
       }
-      if (!is_dense(kKind)) {
+      if (!kDense) {
         _mm_prefetch(meta + (b + kAhead) * 64, _MM_HINT_T1);
       }
     }
 #pragma GCC unroll 2
     for (int h = 0; h < H; ++h) {
       __m256i sum[R];
-      multiply_block<kKind, R>(
+      multiply_block<kDense, kBits, R>(
           x.bytes + b * R * kBlockRows, x.offsets + b * R,
           values + b * kBytes + 32 * h,
-          is_dense(kKind) ? nullptr : meta + b * 64 + 32 * h, sum);
+          kDense ? nullptr : meta + b * 64 + 32 * h, sum);
       __m256 scale = _mm256_setzero_ps();
-      if (is_int4(kKind)) {
-        scale = int4_scale(w.int4_scale(column_block) +
-                           b / kwm::kScaleBlocks * kLanes + lane + kHalf * h);
+      if (kBits != 8) {
+        scale = group_scale(w.group_scale(column_block) +
+                            b / kwm::kScaleBlocks * kLanes + lane + kHalf * h);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -349,7 +361,7 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
         const __m256 floats = _mm256_cvtepi32_ps(sum[r]);
         // In this order denormal steps lose nothing.
         total[h][r] =
-            is_int4(kKind)
+            kBits != 8
                 ? _mm256_fmadd_ps(_mm256_mul_ps(floats, step), scale,
                                   total[h][r])
                 : _mm256_fmadd_ps(floats, step, total[h][r]);
@@ -360,7 +372,7 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
     const int first = lane + kHalf * h;
     for (int r = 0; r < R; ++r) {
       __m256 sum = total[h][r];
-      if (!is_int4(kKind)) {
+      if (kBits == 8) {
         sum = _mm256_mul_ps(
             sum, _mm256_loadu_ps(w.int8_scale(column_block) + first));
       }
@@ -369,7 +381,7 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <Kind kKind, int R>
+template <bool kDense, int kBits, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   // Few rows are bound by memory, and read whole lines.
@@ -378,7 +390,8 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block < end; ++column_block) {
     for (int lane = 0; lane < kLanes; lane += H * kHalf) {
-      multiply_halves<kKind, R, H>(x, w, column_block, lane, y, y_stride);
+      multiply_halves<kDense, kBits, R, H>(x, w, column_block, lane, y,
+                                           y_stride);
     }
     y += kLanes;
   }
@@ -386,19 +399,20 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 6, 8>;
 
-template <Kind kKind>
+template <bool kDense, int kBits>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kKind, decltype(rows)::value>(x, w, column_block, y,
-                                                   y_stride);
+    multiply_columns<kDense, kBits, decltype(rows)::value>(
+        x, w, column_block, y, y_stride);
   });
 }
 
-template <Kind kKind>
-constexpr Int8Kernels kernels_of() {
-  return {Tiles::kSizes, quantize<kKind>, multiply<kKind>};
-}
+template <bool kDense, int kBits>
+struct Own {
+  static constexpr Int8Kernels kernels{
+      Tiles::kSizes, quantize<kDense, kBits>, multiply<kDense, kBits>};
+};
 
 }  // namespace
 
@@ -407,11 +421,7 @@ const Int8Kernels* kwm::avx_vnni_int8_kernels(int type, bool dense) {
 #else
 const Int8Kernels* kwm::avx2_int8_kernels(int type, bool dense) {
 #endif
-  static const Int8Kernels kernels[2][2] = {
-      {kernels_of<Kind::kSparseInt8>(), kernels_of<Kind::kSparseInt4>()},
-      {kernels_of<Kind::kDenseInt8>(), kernels_of<Kind::kDenseInt4>()},
-  };
-  return &kernels[dense][type == KWM_INT4];
+  return int8_kernels_of<Own>(type, dense);
 }
 
 KWM_END_TARGET

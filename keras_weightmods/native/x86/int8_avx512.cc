@@ -89,10 +89,10 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   }
 }
 
-// The scales of a block of int4 columns in 64 rows.
-__m512 int4_scale(const Packed& w, int64_t column_block, int64_t b) {
+// The scales of a block of columns in 64 rows.
+__m512 group_scale(const Packed& w, int64_t column_block, int64_t b) {
   const uint16_t* scale =
-      w.int4_scale(column_block) + b / kwm::kScaleBlocks * kLanes;
+      w.group_scale(column_block) + b / kwm::kScaleBlocks * kLanes;
   const __m256i halves =
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale));
   return _mm512_castsi512_ps(
@@ -100,18 +100,19 @@ __m512 int4_scale(const Packed& w, int64_t column_block, int64_t b) {
 }
 
 // total + sum * step, and * scale. In this order denormal steps lose nothing.
-template <bool kInt4>
+template <int kBits>
 __m512 add_block(__m512 total, __m512i sum, float step, __m512 scale) {
   const __m512 floats = _mm512_cvtepi32_ps(sum), steps = _mm512_set1_ps(step);
-  if (!kInt4) return _mm512_fmadd_ps(floats, steps, total);
+  if (kBits == 8) return _mm512_fmadd_ps(floats, steps, total);
   return _mm512_fmadd_ps(_mm512_mul_ps(floats, steps), scale, total);
 }
 
 // R rows, C blocks of columns.
-template <bool kInt4, int R, int C>
+template <int kBits, int R, int C>
 void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
                  float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = kInt4 ? 128 : 256;
+  constexpr bool kInt4 = kBits == 4;
+  constexpr int64_t kBytes = 32 * kBits;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
@@ -172,7 +173,7 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
           sum = _mm512_dpbusd_epi32(
               sum, _mm512_permutexvar_epi8(index[p], table), value[p]);
         }
-        total[c][r] = add_block<kInt4>(total[c][r], sum, steps[b * R + r],
+        total[c][r] = add_block<kBits>(total[c][r], sum, steps[b * R + r],
                                       scale[c]);
       }
     }
@@ -180,7 +181,7 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi8(32);
   for (int64_t b = 0; b < row_blocks; b += kwm::kScaleBlocks) {
     for (int c = 0; kInt4 && c < C; ++c) {
-      scale[c] = int4_scale(w, column_block + c, b);
+      scale[c] = group_scale(w, column_block + c, b);
     }
     multiply_block(b, first);
     if (b + 1 < row_blocks) multiply_block(b + 1, second);
@@ -196,10 +197,39 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kInt4, int R, int C>
+// Word `word` of a block of dense values, made unsigned.
+template <int kBits>
+inline __attribute__((always_inline)) __m512i unsigned_word(const char* block,
+                                                            int word) {
+  if (kBits == 8) {
+    return _mm512_xor_si512(load_once(block + 64 * word),
+                            _mm512_set1_epi8(-128));
+  }
+  __m512i value = _mm512_setzero_si512();
+  int next = 0;
+#pragma GCC unroll 8
+  for (int bit = 0; bit < kBits; ++bit) {
+    if (bit != next) continue;
+    const kwm::Place at = kwm::place_of(kBits, word, bit);
+    const __m512i line = load_once(block + 64 * at.line);
+    const __m512i bits = _mm512_srli_epi32(line, at.bit - bit);
+    constexpr int kSelect = 0xca;  // a ? b : c
+    const auto before = static_cast<char>((1 << bit) - 1);
+    value = bit == 0 ? bits
+                     : _mm512_ternarylogic_epi32(_mm512_set1_epi8(before),
+                                                 value, bits, kSelect);
+    next += at.run;
+  }
+  constexpr int kAndXor = 0x6a;  // (a & b) ^ c
+  return _mm512_ternarylogic_epi32(
+      value, _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)),
+      _mm512_set1_epi8(static_cast<char>(1 << (kBits - 1))), kAndXor);
+}
+
+template <int kBits, int R, int C>
 void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
                 float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = kInt4 ? 256 : 512;
+  constexpr int64_t kBytes = 64 * kBits;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
@@ -214,51 +244,39 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
     for (int c = 0; c < C; ++c) {
       const char* block = values + (c * row_blocks + b) * kBytes;
       const char* next_block = values + (c * row_blocks + next) * kBytes;
+#pragma GCC unroll 8
+      for (int line = 0; line < kBits; ++line) {
+        _mm_prefetch(next_block + 64 * line, _MM_HINT_T1);
+      }
       __m512i sum[R];
       for (int r = 0; r < R; ++r) {
         sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
       }
 #pragma GCC unroll 8
-      for (int64_t line = 0; line < kBytes; line += 64) {
-        _mm_prefetch(next_block + line, _MM_HINT_T1);
-        const __m512i four = load_once(block + line);
-        // Words `line / 64` and, of int4 values, the one 4 on.
-        __m512i value[2];
-        if (kInt4) {
-          const __m512i eights = _mm512_set1_epi8(8);
-          const __m512i low = _mm512_set1_epi8(15);
-          constexpr int kAndXor = 0x6a;  // (a & b) ^ c
-          value[0] = _mm512_ternarylogic_epi32(four, low, eights, kAndXor);
-          value[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(four, 4), low,
-                                               eights, kAndXor);
-        } else {
-          value[0] = _mm512_xor_si512(four, _mm512_set1_epi8(-128));
-        }
-#pragma GCC unroll 2
-        for (int i = 0; i < (kInt4 ? 2 : 1); ++i) {
+      for (int n = 0; n < 8; ++n) {
+        const int word = kwm::word_in_order(kBits, n);
+        const __m512i value = unsigned_word<kBits>(block, word);
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
-            int32_t activations;
-            memcpy(&activations,
-                   bytes + r * kBlockRows + line / 16 + 16 * i, 4);
-            sum[r] = _mm512_dpbusd_epi32(sum[r], value[i],
-                                         _mm512_set1_epi32(activations));
-          }
+        for (int r = 0; r < R; ++r) {
+          int32_t activations;
+          memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
+          sum[r] = _mm512_dpbusd_epi32(sum[r], value,
+                                       _mm512_set1_epi32(activations));
         }
       }
       __m512 scale = _mm512_setzero_ps();
-      if (kInt4) scale = int4_scale(w, column_block + c, b);
+      if (kBits != 8) scale = group_scale(w, column_block + c, b);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         total[c][r] =
-            add_block<kInt4>(total[c][r], sum[r], x.steps[b * R + r], scale);
+            add_block<kBits>(total[c][r], sum[r], x.steps[b * R + r], scale);
       }
     }
   }
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) {
       __m512 sum = total[c][r];
-      if (!kInt4) {
+      if (kBits == 8) {
         const __m512 scale = _mm512_loadu_ps(w.int8_scale(column_block + c));
         sum = _mm512_mul_ps(sum, scale);
       }
@@ -267,14 +285,14 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, bool kInt4, int R>
+template <bool kDense, int kBits, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   constexpr int C = R <= 2 ? 2 : 1;
   constexpr auto tile =
-      kDense ? dense_tile<kInt4, R, C> : sparse_tile<kInt4, R, C>;
+      kDense ? dense_tile<kBits, R, C> : sparse_tile<kBits, R, C>;
   constexpr auto last =
-      kDense ? dense_tile<kInt4, R, 1> : sparse_tile<kInt4, R, 1>;
+      kDense ? dense_tile<kBits, R, 1> : sparse_tile<kBits, R, 1>;
   const int64_t end =
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block + C <= end; column_block += C) {
@@ -289,25 +307,26 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 6, 8, 12, 16>;
 
-template <bool kDense, bool kInt4>
+template <bool kDense, int kBits>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kDense, kInt4, decltype(rows)::value>(x, w, column_block,
+    multiply_columns<kDense, kBits, decltype(rows)::value>(x, w, column_block,
                                                            y, y_stride);
   });
 }
 
+template <bool kDense, int kBits>
+struct Own {
+  static constexpr Int8Kernels kernels{
+      Tiles::kSizes, quantize<kDense ? 1 << (kBits - 1) : 0>,
+      multiply<kDense, kBits>};
+};
+
 }  // namespace
 
 const Int8Kernels* kwm::avx512_int8_kernels(int type, bool dense) {
-  static const Int8Kernels kernels[2][2] = {
-      {{Tiles::kSizes, quantize<0>, multiply<false, false>},
-       {Tiles::kSizes, quantize<0>, multiply<false, true>}},
-      {{Tiles::kSizes, quantize<128>, multiply<true, false>},
-       {Tiles::kSizes, quantize<8>, multiply<true, true>}},
-  };
-  return &kernels[dense][type == KWM_INT4];
+  return int8_kernels_of<Own>(type, dense);
 }
 
 KWM_END_TARGET

@@ -36,6 +36,7 @@ def product(x, values, packed):
         pack_kernel(kernel_of(K, N), "bfloat16"),
         pack_kernel(kernel_of(K, N), "int8", "int8"),
         pack_dense(normal(K, N), "int4"),
+        pack_dense(normal(K, N), "int3"),
     ],
 )
 def test_vmap_and_gradients_of_rows(packed):
@@ -119,12 +120,18 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
     no_scale = np.zeros(0, "float32")
     rounded = pack_kernel(kernel_of(K, N), "int4")
     values, meta, scale = rounded.values, rounded.meta, rounded.scale
-    x = normal(2, K)
+    int8, x = pack_kernel(kernel_of(K, N), "int8"), normal(2, K)
+    dense = pack_dense(normal(K, N), "int5")
     misfit, half = "packed weights do not fit", scale.view("float16")
     for kind, columns, weights, message in (
         ("", 4 * N, (packed.values, packed.meta, no_scale), misfit),
         ("_int8", N, (values, meta, scale.astype("f4")), misfit),
-        ("_int8", N, (values, meta[:0, 0, 0], scale), misfit),
+        ("_int8", N, (int8.values, meta[:0, 0, 0], int8.scale), misfit),
+        ("_int8", N, (dense.values[1:], meta[:0, 0, 0], scale), misfit),
+        *(
+            ("_int8", N, (values, meta[:0, 0, 0], scale), "uint8 of 2 to 6")
+            for values in (dense.values.repeat(2, 2), dense.values[:, :, 0])
+        ),
         ("_int8", N, (values, meta, half), "bfloat16 for int4"),
     ):
         result = jax.ShapeDtypeStruct((2, columns), jnp.float32)

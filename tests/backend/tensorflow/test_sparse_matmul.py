@@ -80,6 +80,7 @@ def test_gradients_in_a_function():
     [
         pack_kernel(kernel_of(K, N), "int8", "int8"),
         pack_dense(normal(K, N), "int4"),
+        pack_dense(normal(K, N), "int3"),
     ],
 )
 def test_int8_activations_in_a_function(packed):

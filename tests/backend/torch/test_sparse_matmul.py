@@ -51,8 +51,10 @@ def test_operators_pass_the_checks_of_torch(dtype):
     if dtype == "bfloat16":
         half = x.detach().bfloat16().requires_grad_()
         check(product, (half, *weights, N))
-    if dtype in ("int8", "int4"):
-        dense = with_tensors(pack_dense(normal(K, N), dtype))
+    for dense_dtype in {"int8": ["int8"], "int4": ["int4", "int3"]}.get(
+        dtype, ()
+    ):
+        dense = with_tensors(pack_dense(normal(K, N), dense_dtype))
         for w in (weights, (dense.values, None, dense.scale)):
             check(product, (x, *w, N, True))
     with torch.no_grad():
@@ -67,7 +69,7 @@ def test_compiled_as_one_graph():
     kernels = [
         tensors(),
         tensors("int8", "int8"),
-        with_tensors(pack_dense(normal(K, N), "int4")),
+        *(with_tensors(pack_dense(normal(K, N), d)) for d in ("int4", "int3")),
     ]
     values = kernels[0].values.requires_grad_()
 
@@ -80,7 +82,7 @@ def test_compiled_as_one_graph():
     y = compiled(x)
     rounded = references.round_activations(2 * normal(3, K))
     expected = 0
-    for f, k in zip((2.0 * normal(3, K), rounded, rounded), kernels):
+    for f, k in zip((2.0 * normal(3, K), *[rounded] * 3), kernels):
         with torch.no_grad():
             w = unpack_kernel(k).astype("float64")
         expected += np.maximum(f @ w, 0)
@@ -126,7 +128,7 @@ def test_the_operator_reads_no_more_than_there_is(name, change):
 
 def test_the_operator_refuses_other_types():
     x, multiply = torch.ones((2, K)), operator().sparse_matmul
-    sparse = tensors("int4")
+    sparse = tensors("int8")
     dense = with_tensors(pack_dense(normal(K, N), "int4"))
     values, scale = dense.values, dense.scale
     for weights, match in (
