@@ -69,7 +69,10 @@ def _sparsify(args):
     "model --activations --targets --quiet",
     (".safetensors",),
     dtype={
-        "choices": ("float32", "bfloat16", "int8", "int4"),
+        "choices": (
+            *("float32", "bfloat16", "int8"),
+            *("int2", "int3", "int4", "int5", "int6"),
+        ),
         "help": "of the values; default: as `quantize` or `sparsify` left them",
     },
 )

@@ -43,7 +43,7 @@ GROUP = 64  # rows of a scale of integers of fewer than 8 bits
 
 VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
 # Those of dense matrices.
-INTEGERS = ("int8", "int6", "int5", "int4", "int3", "int2")
+INTEGERS = ("int2", "int3", "int4", "int5", "int6", "int8")
 ACTIVATIONS = ("float32", "int8")
 
 

@@ -126,7 +126,7 @@ class NativeFormat(Format):
     def pack_integers(self, codes, scale):
         if self.dtype not in layout.INTEGERS:
             return None
-        rows, most = len(codes), 2 ** (int(self.dtype[3:]) - 1) - 1
+        rows, most = len(codes), 2 ** (layout.bits_of(self.dtype) - 1) - 1
         # What multiplies by int8 knows no -128.
         is_int8 = self.dtype == "int8"
         least, group = (-most, rows) if is_int8 else (-most - 1, layout.GROUP)

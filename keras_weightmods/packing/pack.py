@@ -1,5 +1,7 @@
 """Packing of the 2:4 kernels of a finished model, and back."""
 
+import collections
+import itertools
 import math
 import time
 import warnings
@@ -16,7 +18,13 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import resolve_targets, target_of
 from keras_weightmods.core.weight_keys import weight_keys
-from keras_weightmods.native.layout import ACTIVATIONS, GROUP, INTEGERS
+from keras_weightmods.native.layout import (
+    ACTIVATIONS,
+    GROUP,
+    INTEGERS,
+    bits_of,
+    is_grouped,
+)
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, formats_of
@@ -44,12 +52,13 @@ def pack(
 ) -> PackReport:
     """Pack the weights of a finished model, in place.
 
-    `pack(model)` stores what `kwm.quantize` has rounded, without further loss:
-    kernels, and the head of an embedding, that lie on the grid of int4 (-8 to
-    7 times a bfloat16 scale for each output unit and 64 inputs) and have more
-    than three values take 4.25 bits a weight, or 3.25 where they are 2:4. Other
-    2:4 kernels keep their values as they are. `pack(model, "int8")` and
-    `pack(model, "int4")` round all weights by themselves, 2:4 or not.
+    `pack(model)` stores what `kwm.quantize` has rounded to 2 to 6 bits, without
+    further loss: kernels, and the head of an embedding, that lie on such a grid
+    (in four bits -8 to 7 times a bfloat16 scale for each output unit and 64
+    inputs) and have more than three values take a fourth of a bit more each;
+    2:4 kernels of at most four bits take 3.25. Other 2:4 kernels keep their
+    values as they are. `pack(model, "int8")` and `pack(model, "int2")` to
+    `"int6"` round all weights by themselves, 2:4 or not.
 
     From layers that Keras has quantized (`model.quantize` in int8, int4, gptq
     or awq) it takes the integers as they are, less their zero points, where a
@@ -65,7 +74,7 @@ def pack(
     `register_layer_kind` makes known with their `call`. Their layers
     multiply by the packed arrays with `ops.sparse_matmul`. Each layer stays the
     same object with the same name; the dense weight is gone from it, and it has
-    `kernel_values`, for 2:4 kernels `kernel_meta`, and for int8 and int4
+    `kernel_values`, for 2:4 kernels `kernel_meta`, and for integers
     `kernel_scale` instead, frozen weights like any other. `layer.kernel` gives
     the dense kernel, computed anew each time.
 
@@ -92,14 +101,16 @@ def pack(
             to nothing; `"int4"` to -8 to 7 times a bfloat16 scale, the best of
             several for each output unit and 64 inputs, which costs quality
             where `kwm.quantize` has not rounded the weights before: a warning
-            says by how much it changed them. `"float32"` and `"bfloat16"` pack
-            2:4 kernels only. By default, `None`, nothing is rounded: weights on
-            the grid of int4 are packed in int4, other 2:4 kernels in bfloat16
-            if that is their type, else in float32.
+            says by how much it changed them. `"int2"`, `"int3"`, `"int5"` and
+            `"int6"` do so with their bits, and hold 2:4 kernels with all their
+            zeros. `"float32"` and `"bfloat16"` pack 2:4 kernels only. By
+            default, `None`, nothing is rounded: weights on the grid of few bits
+            are packed in the fewest of these, 2:4 ones in int4, and other 2:4
+            kernels in bfloat16 if that is their type, else in float32.
         head: String, type of the head of a language model, a `Dense` or a
             `keras.layers.ReversibleEmbedding` as in KerasHub's: `"int8"`, with
-            a scale for each token, or `"int4"`, with one for each token and 64
-            inputs, whatever the type of the kernels. With tied
+            a scale for each token, or `"int2"` to `"int6"`, with one for each
+            token and 64 inputs, whatever the type of the kernels. With tied
             weights one such table serves both the look-up and the logits;
             otherwise the look-up keeps its dense table. `None` leaves the head
             as it is. By default, `"auto"`, it is packed like the kernels,
@@ -108,7 +119,7 @@ def pack(
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that cannot be packed are
             skipped and reported.
-        activations: String, what weights in int8 and int4 are multiplied by.
+        activations: String, what weights in integers are multiplied by.
             `"int8"` rounds the inputs of these layers, in blocks of 32 entries
             to multiples of max |x| / 127, and multiplies integers, which is
             faster on a CPU; on a GPU these layers are held dense. `"float32"`
@@ -126,9 +137,9 @@ def pack(
 
     Raises:
         ValueError: If nothing is to be rounded and a kernel is neither 2:4 nor
-            on the grid of int4, or is integers of Keras that no format holds;
-            if a weight is not finite where int8 or int4 is
-            asked for; if a weight is scaled (fold first); if there is nothing
+            on the grid of 2 to 6 bits, or is integers of Keras that no format
+            holds; if a weight is not finite where integers are asked for; if a
+            weight is scaled (fold first); if there is nothing
             to pack; or if an argument is none of the above. The model is
             unchanged then.
 
@@ -316,20 +327,24 @@ def _item(
         return forms.get(pattern) or forms.get(None)
 
     if integers is not None and not trainable:
-        for name in sorted(INTEGERS) if dtype is None else [dtype]:
+        for name in INTEGERS if dtype is None else [dtype]:
             form = form_of(name)
             if form is None:
                 continue
             item = PackedParameters(target, form, False, activations)
             if item.pack_integers(*integers):
                 return item
-    form = form_of("int4")
-    is_own = integers is None and dtype is None and not trainable
-    if is_own and _begins_on_grid(target, form):
-        item = PackedParameters(target, form, False, activations)
-        item.pack()
-        if item.rounding_error == 0:
-            return item
+    if integers is None and dtype is None and not trainable:
+        for kind, name in itertools.product(
+            dict.fromkeys((pattern, None)), filter(is_grouped, INTEGERS)
+        ):
+            form = formats_of(name).get(kind)
+            if form is None or not _begins_on_grid(target, form):
+                continue
+            item = PackedParameters(target, form, False, activations)
+            item.pack()
+            if item.rounding_error == 0:
+                return item
     if dtype is None and is_head:
         if integers is not None:
             return "no format has its integers; `head='int8'` rounds them again"
@@ -422,28 +437,26 @@ def _check_weight(item: Any, has_products: Any) -> None:
 
 def _warn(items: Any) -> None:
     """Warn of weights that were rounded, and that devices hold whole."""
-    errors = [
-        item.rounding_error
-        for item in items
-        if item.form.dtype == "int4"
-        and item.rounding_error
-        and item.integers != "kept"
-    ]
-    if errors:
+    errors = collections.defaultdict(list)
+    for item in items:
+        is_kept = item.integers == "kept" or not item.rounding_error
+        if is_grouped(item.form.dtype) and not is_kept:
+            errors[item.form.dtype].append(item.rounding_error)
+    for dtype, found in errors.items():
         warnings.warn(
-            f"`pack` rounded {len(errors)} weights to int4, which changed "
-            f"them by {sum(errors) / len(errors):.1%} on the mean and costs "
-            "quality. `kwm.quantize(model, data)`, without `group_size`, "
-            "before `kwm.pack(model)` costs less, and `kwm.pack(model, "
-            "'int8')` next to nothing.",
+            f"`pack` rounded {len(found)} weights to {dtype}, which changed "
+            f"them by {sum(found) / len(found):.1%} on the mean and costs "
+            f"quality. `kwm.quantize(model, data, bits={bits_of(dtype)})`, "
+            "without `group_size`, before `kwm.pack(model)` costs less, and "
+            "`kwm.pack(model, 'int8')` next to nothing.",
             stacklevel=3,
         )
     whole = [item for item in items if item.unused_axes]
     if whole:
         warnings.warn(
             f"`pack` splits {len(whole)} weights over fewer devices than their "
-            "layouts do: blocks of 32 rows (64 in int4) and 16 columns stay "
-            f"whole. The first is {whole[0].target.path!r}, which "
+            "layouts do: blocks of 32 rows (64 in int2 to int6) and 16 columns "
+            f"stay whole. The first is {whole[0].target.path!r}, which "
             f"{list(whole[0].unused_axes)} do not split. Leave these out by "
             "`targets`, or split other axes.",
             stacklevel=3,

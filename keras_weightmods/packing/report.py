@@ -16,7 +16,7 @@ class PackedWeight:
         path: String, the path of the dense weight.
         shape: Tuple of ints, its shape.
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
-            `"int8"` or `"int4"`.
+            `"int8"`, or `"int2"` to `"int6"`.
         dense_bytes: Int.
         packed_bytes: Int, all weights that stand for it: values, places and
             scales, or the dense weight where nothing can multiply by these.

@@ -1,4 +1,4 @@
-"""Rounding the weights of a model to four bits, on calibration data."""
+"""Rounding the weights of a model to few bits, on calibration data."""
 
 import dataclasses
 import math
@@ -156,13 +156,13 @@ def quantize(
     learning_rate: float = 4e-4,
     verbose: int = 1,
 ) -> QuantizeReport:
-    """Round the weights of a model to four bits, in place, on data.
+    """Round the weights of a model to 2 to 6 bits, in place, on data.
 
     The kernels stay floats; `pack(model)` then stores them in integers,
     without further loss. Along the contraction each `group_size` weights of an
-    output unit share a bfloat16 scale, and each weight is an integer, -8 to 7,
-    times its scale. Zeros stay zeros, so that a kernel with an N:M pattern
-    keeps it.
+    output unit share a bfloat16 scale, and each weight is an integer, -8 to 7
+    in four bits, times its scale. Zeros stay zeros, so that a kernel with an
+    N:M pattern keeps it.
 
     Rounding to nearest costs a small language model a quarter of its
     perplexity. Here a kernel is rounded so that its outputs on the data change
@@ -202,7 +202,7 @@ def quantize(
             takes: some 100 rows of text. `None`, for a KerasHub `CausalLM`,
             for text that the model writes itself first, by `self_generated`.
             Defaults to `None`.
-        bits: Int, 2 to 4. Defaults to `4`.
+        bits: Int, 2 to 6. Defaults to `4`.
         refine: `"blocks"`, `"scales"`, both in a tuple, or `None`. They take
             the graph of a functional model; the report says where they are
             left out. Defaults to both.
@@ -257,15 +257,15 @@ def quantize(
     """
     if isinstance(data, str) and re.fullmatch(r"[a-z]*(int|float)\d\w*", data):
         data, bits = None, data
-    if isinstance(bits, str) and re.fullmatch("int[2348]", bits):
+    if isinstance(bits, str) and re.fullmatch("int[2-68]", bits):
         bits = int(bits[-1])
     if isinstance(bits, int) and bits == 8:
         raise ValueError(
-            "`quantize` rounds to 2 to 4 bits. For int8 call `kwm.pack(model, "
+            "`quantize` rounds to 2 to 6 bits. For int8 call `kwm.pack(model, "
             '"int8")`, which rounds by itself and loses next to nothing. '
             f"Received: bits={bits!r}"
         )
-    checks.check_int("bits", bits, 2, 4)
+    checks.check_int("bits", bits, 2, 6)
     refinements = checks.check_choices("refine", refine, _REFINEMENTS)
     checks.check_bool("head", head)
     checks.check_int("batch_size", batch_size, 1)

@@ -26,7 +26,7 @@ CASES = [
     (kwm.quantize, {"data": X, "bits": 7}, "`bits`"),
     (kwm.quantize, {"data": X, "epochs": 0}, "`epochs`"),
     (kwm.quantize, {"data": X, "learning_rate": 0}, "`learning_rate`"),
-    (kwm.pack, {"dtype": "int3"}, "`dtype`"),
+    (kwm.pack, {"dtype": "int7"}, "`dtype`"),
     (kwm.pack, {"dtype": ""}, "`dtype`"),
     (kwm.pack, {"dtype": "int8", "activations": 8}, "`activations`"),
     (kwm.pack, {"dtype": "int8", "trainable": 1}, "`trainable`"),

@@ -6,7 +6,6 @@ from keras import ops, quantizers
 from numpy.testing import assert_allclose, assert_array_equal
 
 from keras_weightmods import find_targets, load_model, pack, save_model, unpack
-from keras_weightmods.native.layout import INTEGERS
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from tests import models, references
 from tests.backends import breadth
@@ -42,23 +41,14 @@ def fitted(kind=quantizers.GPTQConfig, **settings):
     return kind(dataset=[np.arange(9)], tokenizer=(), **settings)
 
 
-def narrowest(*names):
-    """The first of these types that there is; None if there is none."""
-    return next((name for name in names if name in INTEGERS), None)
-
-
 # Mode and config, and in what `pack` keeps the integers, if it does.
 CASES = {
     "int8": ("int8", None, "int8"),
     "int4": ("int4", int4(-1), "int4"),
     "gptq": ("gptq", fitted(group_size=64), "int4"),
-    "gptq 3": (
-        "gptq",
-        fitted(weight_bits=3, group_size=128),
-        narrowest("int3", "int4"),
-    ),
+    "gptq 3": ("gptq", fitted(weight_bits=3, group_size=128), "int3"),
     # With zero points off the middle they have a bit more.
-    "int4 in 64": ("int4", int4(64), narrowest("int5")),
+    "int4 in 64": ("int4", int4(64), "int5"),
     "gptq 8": ("gptq", fitted(weight_bits=8, group_size=-1), "int8"),
     "int4 in 32": ("int4", int4(32), None),
     "order": ("gptq", fitted(group_size=64, activation_order=True), None),

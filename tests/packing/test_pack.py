@@ -69,13 +69,13 @@ def rounded(kernel, dtype, axes):
     """What packing makes of a kernel, in NumPy."""
     if dtype == "bfloat16":
         return kernel.astype(ml_dtypes.bfloat16).astype("float32")
-    if dtype == "int4":
+    if dtype not in ("bfloat16", "int8"):
         # Of the tiny models, a column is one group.
         moved = np.moveaxis(kernel, axes, range(len(axes)))
         columns = moved.reshape(-1, math.prod(moved.shape[len(axes) :]))
         assert len(columns) <= 64
         for column in columns.T:
-            steps, scale = references.round_int4(column)
+            steps, scale = references.round_int4(column, int(dtype[3:]))
             column[:] = steps * np.float64(scale)
         moved = columns.reshape(moved.shape)
         return np.moveaxis(moved, range(len(axes)), axes)
@@ -92,7 +92,7 @@ def make_for(name, pattern, seed=0):
 
 # The pattern of the kernels, arguments of `pack`, and a tolerance.
 CASES = [("2:4", *case) for case in ROUNDED] + [
-    (None, {"dtype": dtype}, 0.03) for dtype in ("int8", "int4")
+    (None, {"dtype": f"int{bits}"}, 0.03) for bits in (8, 4, 3, 2, 5, 6)
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
 
@@ -102,7 +102,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
     [("dense", *case) for case in CASES]
     + [("middle", *CASES[i]) for i in (1, 5)]
     + [("axes apart", *CASES[i]) for i in (4, 6)],
-    *(2, 6),
+    *(2, 6, 7),
 )
 def test_unpack_gives_the_rounded_kernel(name, pattern, arguments, tolerance):
     model = make_for(name, pattern)
@@ -226,6 +226,35 @@ def test_what_was_rounded_is_packed_without_being_told():
 
 
 @one_backend
+@needs_native
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_it_is_packed_in_the_fewest_bits(bits):
+    """2:4 kernels in int4, where these are enough."""
+    model = mlp(100, 32, 16)
+    model.layers[1].kernel.assign(nm_project(model.layers[1].kernel, "2:4"))
+    pack(model, f"int{bits}")
+    unpack(model)
+    before, x = model.get_weights(), inputs_for(model)
+    dense, sparse = pack(model).weights
+    found = outputs(model, x)
+    kind = (f"int{bits}", None) if bits > 4 else ("int4", "2:4")
+    assert (dense.dtype, dense.pattern) == (f"int{bits}", None)
+    assert (sparse.dtype, sparse.pattern) == kind
+    assert dense.rounding_error == sparse.rounding_error == 0
+    assert dense.packed_bytes == 128 * 32 * bits // 8 + 2 * 32 * 2
+    assert (
+        sparse.packed_bytes == (32 * 16 * bits // 8 if bits > 4 else 192) + 32
+    )
+    unpack(model)
+    models.assert_same(model.get_weights(), before)
+    kernels, y = before[::2], x
+    for kernel, bias in zip(kernels, before[1::2]):
+        y = references.round_activations(y) @ kernel.astype("float64") + bias
+        y = np.maximum(y, 0) if kernel is kernels[0] else y
+    assert_allclose(found, y, rtol=1e-4, atol=1e-5)
+
+
+@one_backend
 @pytest.mark.parametrize("value", ["identity", "zeros"])
 def test_a_plain_kernel_is_not_taken_for_a_rounded_one(value):
     """It lies on every grid; int8 inputs would change what it computes."""
@@ -276,7 +305,7 @@ def test_wrong_arguments_change_nothing():
     for each, arguments, message in (
         (model, {"trainable": True, "dtype": "int4"}, "Only float32 values"),
         (model, {"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
-        (model, {"head": "int2"}, r"`head`.*Received: head='int2'"),
+        (model, {"head": "int7"}, r"`head`.*Received: head='int7'"),
         (model, {"head": "int8"}, "no head that can be packed.*skipped: none"),
         (infinite, {"dtype": "int8"}, not_finite),
         (infinite, {"dtype": "int4"}, not_finite),

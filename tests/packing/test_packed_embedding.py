@@ -32,7 +32,8 @@ def rounded_table(table, head):
     result = table.copy()
     for row in result:
         for start in range(0, len(row), 64):
-            steps, scale = references.round_int4(row[start : start + 64])
+            part, bits = row[start : start + 64], int(head[3:])
+            steps, scale = references.round_int4(part, bits)
             row[start : start + 64] = steps * np.float64(scale)
     return result
 
@@ -49,8 +50,10 @@ TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
         ("int8", {"width": 7}),
         ("int4", {"width": 132}),
         ("int4", {"width": 7}),
+        ("int3", {"width": 132}),
+        *((f"int{bits}", {"width": 33}) for bits in (2, 5, 6)),
     ],
-    3,
+    *(3, 5),
     ids=str,
 )
 def test_one_table_is_looked_up_and_multiplied(head, arguments):

@@ -91,6 +91,21 @@ def test_a_dense_model_and_one_of_another_pattern():
     kwm.assert_sparse(model, "1:4", targets=kwm.find_targets(model)[:1])
 
 
+@one_backend
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_pack_finds_what_has_other_bits(bits):
+    model = models.randomize(models.mlp(72, 24, 6))
+    report = quantize(model, data(), bits=f"int{bits}")
+    assert report.bits == bits
+    after = kernels_of(model)
+    assert all(references.is_on_grid(w, bits, 64) for w in after)
+    weights = kwm.pack(model).weights
+    assert {w.dtype for w in weights} == {f"int{bits}"}
+    assert [w.rounding_error for w in weights] == [0, 0]
+    kwm.unpack(model)
+    assert_same(kernels_of(model), after)
+
+
 def nearest(w):
     """Each group of 64 inputs by its best scale, each weight to nearest."""
     shares = np.linspace(0.5, 1.0, 16)
@@ -318,7 +333,7 @@ def test_wrong_arguments_and_errors_leave_the_model_alone(monkeypatch):
     before, cls = weights_of(model), type(model.layers[0])
     for options, message in (
         ({"bits": "int8"}, r'pack\(model, "int8"\)'),
-        ({"bits": 5}, "bits"),
+        ({"bits": 7}, "bits"),
         ({"group_size": 0}, "group_size"),
         ({"head": 1}, "head"),
         ({"refine": "swaps"}, "refine"),

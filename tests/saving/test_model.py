@@ -206,6 +206,8 @@ CHANGES = [
     *(("sequential", dtype) for dtype in ("scaled", None, "bfloat16", "int4")),
     *itertools.product(("tower", "einsum", "bfloat16"), ("scaled", "int8")),
     *(("held sequential", "int8"), ("held mixed", "int4")),
+    *(("sequential", f"int{bits}") for bits in (2, 3, 5, 6)),
+    ("held mixed", "int3"),
 ]
 
 
@@ -229,7 +231,10 @@ def test_changed_models(name, change, path, monkeypatch):
     assert_same(loaded, model)
 
 
-@breadth(("head", "is_native"), [("int8", True), ("int4", False)])
+@breadth(
+    ("head", "is_native"),
+    [("int8", True), ("int4", False), ("int3", True), ("int5", False)],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_packed_heads(head, is_native, path, monkeypatch):
     if not is_native:
@@ -652,6 +657,35 @@ def test_hostile_files(match, change, scaled_file, tmp_path, monkeypatch):
     assert repr(str(path)) in str(error.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "temporary"]
     assert os.listdir(temporary) == []
+
+
+@pytest.mark.one_backend
+@pytest.mark.filterwarnings("ignore:`pack` rounded")
+def test_packed_arrays_of_other_sizes_are_refused(tmp_path):
+    path, kernel = tmp_path / "file", "kernel_values"
+    for bits in (4, 3):
+        dense = keras.layers.Dense(20, name="dense")
+        model = models.sequential((40,), dense)
+        kwm.pack(model, f"int{bits}", verbose=0)
+        kwm.save_model(model, path)
+        arrays = contents(path)
+        (name,) = [name for name in arrays if name.endswith(kernel)]
+        values = arrays[name]
+        assert values.shape == (2, 2, bits, 16, 4)
+        for wrong in (
+            *(values[:, :, :-1], values.repeat(2, axis=2), values[1:]),
+            *(values.view("int8"), values.reshape(-1)),
+        ):
+            container.write_arrays(path, *FORM, {**arrays, name: wrong})
+            with pytest.raises(ValueError, match=name):
+                kwm.load_model(path)
+        for wrong, match in (("int6 dense", name), ("int7 dense", "int7")):
+            config = {"format": wrong, "trainable": False}
+            config["activations"], other = "int8", {**arrays}
+            put_change(3, config)(other)
+            container.write_arrays(path, *FORM, other)
+            with pytest.raises(ValueError, match=match):
+                kwm.load_model(path)
 
 
 @pytest.mark.one_backend
