@@ -20,3 +20,16 @@ def current() -> "Backend":
 def processes() -> Any:
     """Return the module of what the processes of a training share, or None."""
     return current().processes()
+
+
+def whole(value: Any) -> Any:
+    """Return a variable, tensor or array as a NumPy array.
+
+    All processes call it, as each may hold a part.
+    """
+    from keras import ops
+
+    group = processes()
+    if group is None:
+        return ops.convert_to_numpy(value)
+    return group.whole(ops.convert_to_tensor(value))

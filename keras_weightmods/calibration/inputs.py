@@ -11,12 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import whole
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
 from keras_weightmods.core.layer_kinds import kind_with_call, reason_unread
 from keras_weightmods.core.products import Products
 from keras_weightmods.core.watched import called_by
-from keras_weightmods.saving import shared
 from keras_weightmods.utils.matrix import contraction_size
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped, skipped_text
@@ -75,7 +75,7 @@ def input_norms(model, targets, batches):
 
     def see(place: int, rows: Rows, used: Any) -> None:
         squares, count = rows.squares(used)
-        sums[place] += shared.whole(squares).astype("float64")
+        sums[place] += whole(squares).astype("float64")
         counts[place] += count
 
     calls = (

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
-from keras import ops
 
+from keras_weightmods.backend import whole
 from keras_weightmods.core import keras_compat
 
 
@@ -38,9 +38,7 @@ class RestoredOnError:
         self.structure = keras_compat.Structure(objects, released)
         once = {id(variable): variable for variable in values}.values()
         # Copies: on torch an array shares the memory of the variable.
-        self._values = [
-            (each, np.array(ops.convert_to_numpy(each))) for each in once
-        ]
+        self._values = [(each, np.array(whole(each))) for each in once]
 
     def __enter__(self) -> Self:
         return self

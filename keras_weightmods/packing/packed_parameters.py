@@ -19,7 +19,6 @@ from keras_weightmods.core.reparameterization import Reparameterization, slots
 from keras_weightmods.native import quantize
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, NativeFormat
-from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
@@ -272,7 +271,7 @@ class PackedParameters(Reparameterization):
 
     def saved(self):
         if self.is_held:
-            dense = shared.whole(self.companions["unpacked"])
+            dense = backend.whole(self.companions["unpacked"])
             same = ops.convert_to_numpy(self._from_arrays())
             # Someone else may have set the weight.
             if not np.array_equal(same, dense, equal_nan=True):

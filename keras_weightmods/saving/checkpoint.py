@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.backend import processes
+from keras_weightmods.backend import processes, whole
 from keras_weightmods.core import keras_compat, train_step
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.saving import (
@@ -308,7 +308,7 @@ def _contents(model: Any, state: dict[str, Any]) -> tuple[Any, Any]:
             arrays[f"own/{key}"] = np.asarray(value)
     variables = _named("model", model) | _named("optimizer", model)
     entries = {n: _entry(v) for n, v in {**arrays, **variables}.items()}
-    values = ((name, shared.whole(v)) for name, v in variables.items())
+    values = ((name, whole(v)) for name, v in variables.items())
     return entries, itertools.chain(arrays.items(), values)
 
 

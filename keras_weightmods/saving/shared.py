@@ -4,8 +4,6 @@ import collections
 from collections.abc import Iterable
 from typing import Any
 
-from keras import ops
-
 from keras_weightmods.backend import processes
 from keras_weightmods.saving import container
 
@@ -39,14 +37,3 @@ def wait(name: str) -> None:
     group = processes()
     if group is not None:
         group.wait(name)
-
-
-def whole(value: Any) -> Any:
-    """Return a variable, tensor or array as a NumPy array.
-
-    All processes call it, as each may hold a part.
-    """
-    group = processes()
-    if group is None:
-        return ops.convert_to_numpy(value)
-    return group.whole(ops.convert_to_tensor(value))

@@ -15,13 +15,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_weightmods.backend import whole
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.reparameterized_layer import (
     checkpoint_arrays,
     plain_view,
 )
-from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
 from keras_weightmods.utils.checks import cut
 
@@ -185,7 +185,7 @@ def weights(parts):
     """Yield the name and the value of all that the parts save."""
     for part_name, part in parts.items():
         for key, value in saved(part).items():
-            yield weight_name(part_name, key), shared.whole(value)
+            yield weight_name(part_name, key), whole(value)
 
 
 def load(parts, reader, folder, prepare, see):

@@ -10,11 +10,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import whole
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops import nm
-from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import (
@@ -257,7 +257,7 @@ def _sparsity(target: Any, value: Any, n: Any, m: Any) -> Any:
     size = math.prod(shape)
     groups = 0 if target.contraction_size % m else size // m
     bad = int(nm.nm_violations(value, (n, m), axes)) if groups else 0
-    zeros = int(np.sum(shared.whole(ops.equal(value, 0))))
+    zeros = int(np.sum(whole(ops.equal(value, 0))))
     return KernelSparsity(
         target.key, target.path, shape, groups, bad, zeros / size, size
     )

@@ -42,4 +42,6 @@ def whole(array):
     """Return an array of JAX in NumPy, also one split over the processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    # Within `jax.disable_jit` it would return the part of this process alone.
+    with jax.disable_jit(False):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
