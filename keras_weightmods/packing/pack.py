@@ -161,6 +161,7 @@ def pack(
     ```
     """
     began = time.perf_counter()
+    checks.check_model(model)
     known = dict.fromkeys(form.dtype for form in FORMATS.values())
     whole = [name for name in known if None in formats_of(name)]
     checks.check_choice("dtype", dtype, (None, *known))
