@@ -125,7 +125,9 @@ def train_part(
     steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
     # On JAX a step that ends with an error loses all that is in the part.
-    undo = RestoredOnError(part.operation, values=part.operation.variables)
+    is_lost = keras.backend.backend() == "jax"
+    values = part.operation.variables if is_lost else trained
+    undo = RestoredOnError(part.operation, values=values)
     with undo, calibration.gradients():
         for layer in keras_compat.layers_of(part.operation):
             layer.trainable = True

@@ -12,7 +12,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
 
 # Logits that are held at most.
-_LOGITS = 2**26
+_LOGITS = 2**24
 
 
 class HeldOut:
