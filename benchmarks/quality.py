@@ -265,6 +265,7 @@ def make_methods(steps, **settings):
         "int4 by GPTQ + scales": Quantized("scales"),
         "int4 by GPTQ + blocks": Quantized("blocks"),
         "int4 by GPTQ + blocks + scales": Quantized(("blocks", "scales")),
+        **{f"Keras {mode}": ByKeras(mode) for mode in ("int8", "int4", "gptq")},
         "dense fine-tuned": DenseFineTuning(2e-4),
         "fixed magnitude mask": FixedMask(5e-4),
         "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
@@ -388,6 +389,34 @@ def to_nearest(model, train):
         warnings.simplefilter("ignore")
         kwm.pack(model, "int4", head="int4", verbose=0)
     kwm.unpack(model, verbose=0)
+
+
+class ByKeras:
+    """The weights as Keras' own `quantize` rounds them, with float inputs."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def __call__(self, model, train):
+        import keras
+        import numpy as np
+
+        from keras_weightmods.core import keras_compat
+
+        config, copy = None, make_teacher(model)
+        if self.mode == "gptq":
+            count, size = train.shape
+            size = {"num_samples": count, "sequence_length": size}
+            config = keras.quantizers.GPTQConfig(train, (), **size)
+        with warnings.catch_warnings():
+            # Of layers that have no weights.
+            warnings.simplefilter("ignore")
+            copy.quantize(self.mode, config=config)
+        layers = map(keras_compat.layers_of, (model, copy))
+        for layer, rounded in zip(*layers, strict=True):
+            for name in keras_compat.quantized_weights(rounded):
+                weight = np.multiply(*keras_compat.integers_of(rounded, name))
+                keras_compat.stored_variable(layer, name).assign(weight)
 
 
 class DenseFineTuning:
@@ -666,7 +695,8 @@ def report(args, rows):
     import keras
     import keras_hub
 
-    dense = all(row["method"].startswith(("dense", "int4")) for row in rows)
+    kinds = "dense", "int4", "Keras"
+    dense = all(row["method"].startswith(kinds) for row in rows)
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels"
         + (", and the head" if dense else ", 2:4"),
