@@ -219,6 +219,19 @@ def pack(
                 (tables if is_head else items).append(made)
         if inexact:
             raise _not_exact(inexact, len(inexact) + len(items), dtype)
+        counts = collections.Counter(i.target.layer for i in (*items, *tables))
+        left = {
+            layer: structure
+            for layer, (view, structure) in quantized.items()
+            if counts[layer] < len(keras_compat.quantized_weights(view))
+        }
+        why = "another table of its layer is not packed"
+        skipped += [
+            Skipped(item.target.path, why)
+            for item in tables
+            if item.target.layer in left
+        ]
+        tables = [item for item in tables if item.target.layer not in left]
         if not tables and (head not in ("auto", None) or not items):
             missing = "head" if items else "kernel"
             raise ValueError(
@@ -235,11 +248,9 @@ def pack(
                 _check_weight(item, has_products)
             if why_dense:
                 native.warn_dense(why_dense)
-            packed = {item.target.layer for item in items}
-            for layer, (_, structure) in quantized.items():
-                if layer not in packed:
-                    structure.restore()
-            keras_compat.drop_policies(model, packed & {*quantized})
+            for structure in left.values():
+                structure.restore()
+            keras_compat.drop_policies(model, quantized.keys() - left.keys())
             seam.attach(model, items, drop_optimizer=True, see=progress.add)
     _warn(items)
     return _report(model, items, skipped, before)

@@ -273,6 +273,21 @@ def test_a_model_without_a_graph():
 
 
 @one_backend
+def test_the_tables_of_a_layer_are_packed_together():
+    model, x = causal_lm("int8", tie_word_embeddings=False)
+    embedding = model.backbone.token_embedding
+    embedding.enable_lora(2)
+    quantized = outputs(model, x)
+    report = pack(model)
+    assert [skip.reason for skip in report.skipped] == [
+        "LoRA is enabled",
+        "another table of its layer is not packed",
+    ]
+    assert embedding.quantization_mode == "int8"
+    assert relative(outputs(model, x), quantized) < 0.03
+
+
+@one_backend
 def test_lora_on_integers_of_keras():
     model, *_ = make("middle", "int8")
     (layer,) = model.layers
