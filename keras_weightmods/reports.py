@@ -19,7 +19,7 @@ from keras_weightmods.patches.report import (
     PatchContentsReport as PatchContentsReport,
 )
 from keras_weightmods.patches.report import PatchReport as PatchReport
-from keras_weightmods.quantization.quantize import (
+from keras_weightmods.quantization.report import (
     QuantizeReport as QuantizeReport,
 )
 from keras_weightmods.sparsity.report import ChangeReport as ChangeReport

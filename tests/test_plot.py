@@ -76,6 +76,16 @@ def test_density():
     assert len(kwm.plot.density(model, None).lines) == 0
 
 
+def test_bits():
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    report = kwm.quantize(mlp(8, 16, 6), x, 3.5, refine=None, verbose=0)
+    ax = drawn_in(kwm.plot.bits, report)
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == [row.bits for row in report.kernels]
+    with pytest.raises(ValueError, match="`report` must be what `quantize`"):
+        kwm.plot.bits(kwm.sparsify(mlp(8, 16, 4), "2:4", verbose=0))
+
+
 def test_runs():
     logs = {"kept_share": [0.5, 1.0], "mask_flips": [0.25, 0.0]}
     history = types.SimpleNamespace(history=logs)

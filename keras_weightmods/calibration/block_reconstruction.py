@@ -129,11 +129,7 @@ def train_part(
     values = part.operation.variables if is_lost else trained
     undo = RestoredOnError(part.operation, values=values)
     with undo, calibration.gradients():
-        for layer in keras_compat.layers_of(part.operation):
-            layer.trainable = True
-        chosen = set(map(id, trained))
-        for variable in part.operation.variables:
-            variable.trainable = id(variable) in chosen
+        only_trained(part.operation, trained)
         for variable, constraint in kept:
             variable.constraint = constraint
         part.compile(keras.optimizers.Adam(schedule), loss=lambda _, loss: loss)
@@ -145,6 +141,15 @@ def train_part(
             undo.give_values_back()
         undo.structure.restore()
     return before, after
+
+
+def only_trained(operation, trained):
+    """Let these variables of a Keras operation be all that is trained."""
+    for layer in keras_compat.layers_of(operation):
+        layer.trainable = True
+    chosen = set(map(id, trained))
+    for variable in operation.variables:
+        variable.trainable = id(variable) in chosen
 
 
 class Batches(keras.utils.PyDataset):

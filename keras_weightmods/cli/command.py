@@ -55,6 +55,11 @@ def output(endings):
     return path
 
 
+def number(text):
+    """Return an int, or a float where it is written as one."""
+    return float(text) if "." in text else int(text)
+
+
 SET = {"action": "store_true"}
 # What `argparse` takes of each argument; a command may have one of its own.
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -75,7 +80,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "prompt": {"nargs": "+", "help": "the beginnings of texts"},
     "--activations": {"choices": ("int8", "float32")},
     "--base": {"type": file, "help": "what the models were trained from"},
-    "--bits": {"type": int, "default": 4},
+    "--bits": {"type": number, "help": "2 to 6; 3.5: on the mean; default: 4"},
     "--criterion": {
         "default": "magnitude",
         "choices": ("magnitude", "wanda", "sparsegpt"),

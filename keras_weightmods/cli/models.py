@@ -15,6 +15,7 @@ from keras_weightmods.cli.files import load_model, read_data, written
         "default": ("blocks", "scales"),
         "help": "none is several times faster and less exact",
     },
+    size={"help": "the most that it takes packed, such as 60MB"},
 )
 def _quantize(args):
     """Round the weights of a model to few bits, by text that it reads.
@@ -26,12 +27,15 @@ def _quantize(args):
       keras-weightmods quantize llm.safetensors --data prose.txt \\
           -o rounded.safetensors
       keras-weightmods pack rounded.safetensors -o packed.safetensors
+      keras-weightmods quantize llm.safetensors --size 60MB \\
+          -o rounded.safetensors
     """
     model = load_model(args.model)
     report = kwm.quantize(
         model,
         read_data(model, args),
         args.bits,
+        size=args.size,
         refine=None if "none" in args.refine else args.refine,
         verbose=not args.quiet,
     )

@@ -193,6 +193,45 @@ def density(
     return ax
 
 
+def bits(report: Any, *, ax: Any = None) -> Any:
+    """Draw how many bits each kernel was rounded to.
+
+    Args:
+        report: The `QuantizeReport` of `quantize`.
+        ax: The matplotlib axes to draw in. Defaults to new ones.
+
+    Returns:
+        The axes: kernels in the order they were rounded, the first on top.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If `report` is another one.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(8)]
+    )
+    x = np.random.normal(size=(512, 64))
+    report = kwm.quantize(model, x, bits=3.5, refine=None, verbose=0)
+    ax = kwm.plot.bits(report)
+    assert len(ax.patches) == 2
+    ```
+    """
+    rows = getattr(report, "kernels", ())
+    if not rows or not hasattr(rows[0], "bits"):
+        raise checks.error("report", "what `quantize` returns", report)
+    ax = style.new_rows(ax, [row.path for row in rows])
+    ax.barh(range(len(rows)), [row.bits for row in rows], 0.6, alpha=0.5)
+    ax.set(xlim=(0, 8), xlabel="bits of a weight")
+    return ax
+
+
 def _all_weights(weights: Any) -> np.ndarray:
     if hasattr(weights, "layers"):
         found = resolve_targets(weights, None)

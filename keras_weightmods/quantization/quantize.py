@@ -14,7 +14,6 @@ from keras import ops
 from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
     ReconstructedBlock,
-    blocks_table,
     is_float,
     train_block,
 )
@@ -35,6 +34,11 @@ from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.native.layout import GROUP
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import relative_error
+from keras_weightmods.quantization.budget import (
+    WIDTHS,
+    bytes_in,
+    choose_bits,
+)
 from keras_weightmods.quantization.end_to_end import train_scales, values_of
 from keras_weightmods.quantization.grid_weights import GridScales, GridWeights
 from keras_weightmods.quantization.head import (
@@ -43,15 +47,10 @@ from keras_weightmods.quantization.head import (
     find_table,
     round_table,
 )
+from keras_weightmods.quantization.report import QuantizedKernel, QuantizeReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
-from keras_weightmods.utils.report import (
-    Report,
-    Row,
-    Skipped,
-    Table,
-    skipped_text,
-)
+from keras_weightmods.utils.report import skipped_text
 
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
@@ -64,88 +63,12 @@ _POSITIONS = 2**14
 _ROWS, _LENGTH = 128, 256
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantizedKernel(Row):
-    """One kernel of a `QuantizeReport`.
-
-    Attributes:
-        key, path, shape: As of `Row`.
-        nearest: Float, what rounding each weight to nearest would change of
-            the layer's outputs, `|X W' - X W|^2 / |X W|^2`, on rows held out
-            of the calibration data; None where data do not reach it.
-        error: Float, what was changed instead; None as above.
-        note: String, why it was rounded to nearest, if it was.
-    """
-
-    nearest: float | None
-    error: float | None
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeReport(Report):
-    """What `quantize` did.
-
-    Attributes:
-        bits: Int, those of a weight.
-        group_size: Int, the inputs that share a scale.
-        kernels: Tuple of `QuantizedKernel`, in the order they were rounded.
-            Their errors are those before blocks were reconstructed.
-        skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
-        blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
-        note: String, what was not done as it was asked for, and why.
-        held_out: Pair of floats, what rounding changes of the model's outputs
-            on the rows held out, `|Y' - Y|^2 / |Y|^2`: each weight to nearest,
-            and as it was done. Y are the logits of a language model. None
-            where nothing was held out, or nothing can be compared.
-        scales: Pair of floats, with `refine="scales"`: the mean loss of a
-            position held out before scales were trained and after it, which
-            for a language model is KL(given || rounded) in nats. They are
-            equal where the training made it worse, and was undone.
-    """
-
-    bits: int
-    group_size: int
-    kernels: tuple[QuantizedKernel, ...]
-    skipped: tuple[Skipped, ...]
-    blocks: tuple[ReconstructedBlock, ...] = ()
-    note: str = ""
-    held_out: tuple[float, float] | None = None
-    scales: tuple[float, float] | None = None
-
-    def tables(self) -> Iterator[Table]:
-        caption = f"{len(self.kernels)} kernels"
-        known: list[Any] = [
-            (k.error, k.nearest) for k in self.kernels if k.error is not None
-        ]
-        if known:
-            means = np.mean(known, axis=0)
-            caption += "; mean error {:.2%}, to nearest {:.2%}".format(*means)
-        if self.held_out:
-            nearest, after = self.held_out
-            caption += f"; of the model on rows held out {after:.2%}, "
-            caption += f"to nearest {nearest:.2%}"
-        if self.scales:
-            caption += "; scales end to end: loss {:.4f} to {:.4f}".format(
-                *self.scales
-            )
-            if self.scales[0] == self.scales[1]:
-                caption += " (training made it worse, and was undone)"
-        yield Table(
-            f"{self.bits} bits, a scale for each {self.group_size} inputs",
-            self.kernels,
-            "kernel=path shape error_to_nearest=nearest:.2% error:.2% note",
-            caption=f"{caption}. {self.note}".rstrip(" ."),
-        )
-        if self.blocks:
-            yield blocks_table(self.blocks)
-
-
 def quantize(
     model: keras.layers.Layer,
     data: Any = None,
-    bits: Any = 4,
+    bits: Any = None,
     *,
+    size: Any = None,
     refine: Any = ("blocks", "scales"),
     head: bool = True,
     targets: Any = None,
@@ -188,6 +111,13 @@ def quantize(
       epoch of training, or as many as make about 32 steps, and gains most for
       its time.
 
+    `size="60MB"` is a budget of bytes, and `bits=3.5` one of bits, of which
+    each kernel gets the share that is worth most. What rounding a kernel to 2,
+    3, 4, 5 or 6 bits costs is known to second order: half of the change of each
+    weight squared times the curvature of the loss, which for a language model
+    is the Fisher information of the tokens that it would write itself, and
+    takes one backward pass over some 4,000 of them.
+
     Every eighth row of the data is held out. A kernel that is worse on these
     rows than rounded to nearest is rounded to nearest, and so is the whole
     model, with a warning. Blocks and scales that training makes worse there
@@ -202,7 +132,12 @@ def quantize(
             takes: some 100 rows of text. `None`, for a KerasHub `CausalLM`,
             for text that the model writes itself first, by `self_generated`.
             Defaults to `None`.
-        bits: Int, 2 to 6. Defaults to `4`.
+        bits: Int, 2 to 6, of each weight; or float, 2.0 to 6.0, the mean over
+            all of them. Kernels with a 2:4 pattern have 4. Defaults to `None`,
+            for `4` where `size` is not given.
+        size: Int or string, the most bytes that all weights of the model take
+            once `pack(model)` has packed them, such as `"60MB"` or `"1.5GiB"`.
+            Defaults to `None`.
         refine: `"blocks"`, `"scales"`, both in a tuple, or `None`. They take
             the graph of a functional model; the report says where they are
             left out. Defaults to both.
@@ -265,7 +200,16 @@ def quantize(
             '"int8")`, which rounds by itself and loses next to nothing. '
             f"Received: bits={bits!r}"
         )
-    checks.check_int("bits", bits, 2, 6)
+    if size is not None:
+        size = bytes_in(size)
+        if bits is not None:
+            raise checks.error("bits", "None where `size` is given", bits)
+    elif bits is None:
+        bits = 4
+    elif isinstance(bits, float):
+        checks.check_float("bits", bits, WIDTHS[0], WIDTHS[-1])
+    else:
+        checks.check_int("bits", bits, WIDTHS[0], WIDTHS[-1])
     refinements = checks.check_choices("refine", refine, _REFINEMENTS)
     checks.check_bool("head", head)
     checks.check_int("batch_size", batch_size, 1)
@@ -296,6 +240,13 @@ def quantize(
             "out for a model that will be packed.",
             stacklevel=2,
         )
+    is_mixed = size is not None or isinstance(bits, float)
+    if is_mixed and keras_compat.graph_of(model) is None:
+        raise ValueError(
+            "A budget takes the graph of a functional model. Received: "
+            f"{model.name!r} of type {type(model).__name__}, which has none. "
+            "Pass `bits` as an int, 2 to 6."
+        )
     note = ""
     if refinements and keras_compat.graph_of(model) is None:
         note = (
@@ -325,19 +276,21 @@ def quantize(
     )
     is_trained = "blocks" in refinements
     fit = {"epochs": epochs, "learning_rate": learning_rate}
-    quantizer = _Quantizer(
-        Grid(bits, group_size), damping, fit if is_trained else {}
-    )
+    quantizer = _Quantizer(bits, group_size, damping, fit if is_trained else {})
     rows: list[QuantizedKernel] = []
     trained: Any = None
     both: Any = None
     changed = [*tables, *kernels]
     undo = RestoredOnError(model, values=[each.variable for each in changed])
     with undo:
-        if tables or "scales" in refinements:
+        if tables or is_mixed or "scales" in refinements:
             body = end.body if end else model
             outputs = Outputs(body, batches, held, verbose)
             taught = values_of(end) if "scales" in refinements else {}
+        if is_mixed:
+            quantizer.own_bits, size = choose_bits(
+                model, end, outputs, changed, quantizer.grid_for, bits, size
+            )
         if held:
             measure = HeldOut(model, held)
             quantizer.to_nearest(changed)
@@ -350,7 +303,7 @@ def quantize(
             )
             quantizer.scales[table.key] = GridScales(table, scales, grid)
             about = table.key, table.path, table.shape
-            rows.append(QuantizedKernel(*about, nearest, error))
+            rows.append(QuantizedKernel(*about, nearest, error, grid.bits))
         if kernels:
             train = quantizer.train if is_trained else None
             most = _POSITIONS // 8 if end else math.inf
@@ -392,7 +345,10 @@ def quantize(
             both = None if math.isnan(plain) else (plain, after)
     blocks = tuple(quantizer.blocks)
     done = tuple(rows), skipped, blocks, note, both, trained
-    return QuantizeReport(bits, group_size, *done)
+    if is_mixed:
+        weights = [math.prod(row.shape) for row in rows]
+        bits = float(np.average([row.bits for row in rows], weights=weights))
+    return QuantizeReport(bits, group_size, *done, size)
 
 
 def _first(batches: list[Any], positions: float) -> list[Any]:
@@ -406,15 +362,20 @@ class _Quantizer:
     """Rounds kernels, and trains the blocks that they are in.
 
     Attributes:
+        bits: Int, or float with a budget: those of a weight, on the mean.
+        group_size, damping: As of `quantize`.
         fit: Options of `train_block`; empty where blocks are not trained.
+        own_bits: Dict by key of the bits of a kernel, with a budget.
         items: Dict by key of what has been rounded and not been trained.
         scales: Dict by key of the `GridScales` of all that has been rounded.
         blocks: List of the `ReconstructedBlock`.
     """
 
-    grid: Grid
+    bits: Any
+    group_size: int
     damping: float
     fit: dict[str, Any]
+    own_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
     scales: dict[str, GridScales] = dataclasses.field(default_factory=dict)
     blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
@@ -473,6 +434,7 @@ class _Quantizer:
                 target.path,
                 target.shape,
                 *errors,
+                bits=grid.bits,
                 note=own.removeprefix("; "),
             )
 
@@ -487,9 +449,9 @@ class _Quantizer:
         if block is not None:
             self.blocks.append(block)
 
-    def grid_for(self, target: Target) -> Grid:
+    def grid_for(self, target: Target, bits: int | None = None) -> Grid:
         """A grid whose weights the kernel's type holds without rounding."""
+        bits = bits or self.own_bits.get(target.key, self.bits)
         significant = _SIGNIFICANT.get(target.variable.dtype, 24)
-        grid = self.grid
-        precision = min(grid.precision, significant - (grid.bits - 1))
-        return dataclasses.replace(grid, precision=precision)
+        precision = min(Grid.precision, significant - (bits - 1))
+        return Grid(bits, self.group_size, precision)
