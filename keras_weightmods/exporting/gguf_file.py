@@ -23,10 +23,13 @@ DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
 # Entries of a row that share a scale in the quantized types.
 _GROUP = 32
 # The grids of `pack` that a quantized type holds: the type of the integers, and
-# the inputs that share a scale of int4.
+# the inputs that share a scale of fewer than 8 bits.
 _GRIDS = {
     "Q4_0": (("int4", 64), ("int4", 32)),
-    "Q8_0": (("int4", 64), ("int4", 32), ("int8", None)),
+    "Q8_0": (
+        *(("int4", 64), ("int4", 32), ("int5", 64), ("int6", 64)),
+        ("int8", None),
+    ),
 }
 # Rows of a matrix that are looked at together.
 _ROWS = 256
@@ -215,8 +218,8 @@ def permute(value: Any, heads: int) -> Any:
 def on_grid(value: Any, kind: str) -> tuple[Any, bool]:
     """Return the blocks of a matrix whose integers `pack` finds again.
 
-    Scales are rounded to fp16: those of int4, of bfloat16's precision, without
-    loss from 2^-14 on, and those of int8 by 2^-11 of them at most.
+    Scales are rounded to fp16: those of fewer bits, of bfloat16's precision,
+    without loss from 2^-14 on, and those of int8 by 2^-11 of them at most.
 
     Args:
         value: float32 array of shape `(N, K)`, K the contraction.

@@ -145,6 +145,8 @@ def packed_integers(item):
         ("2:4", "q4_0", {"hidden_dim": 96, "tie_word_embeddings": False}),
         ("int8", "q8_0", {"dtype": "bfloat16"}),
         ("int3", "q4_0", {"num_layers": 1}),
+        ("int5", "q8_0", {"num_layers": 1}),
+        ("int6", "q8_0", {"num_layers": 1}),
     ],
 )
 def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path, monkeypatch):
