@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {

@@ -55,7 +55,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 6
+#define KWM_ABI_VERSION 7
 
 enum {
   KWM_FLOAT32 = 0,
