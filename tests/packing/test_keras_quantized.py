@@ -197,7 +197,8 @@ def causal_lm(mode, config=None, **sizes):
     return model, {"token_ids": tokens, "padding_mask": ones}
 
 
-@breadth(
+@one_backend
+@pytest.mark.parametrize(
     ("mode", "config", "tied", "kept"),
     [
         ("int4", int4(64), True, {"int4", "int5"}),

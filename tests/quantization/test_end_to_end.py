@@ -117,6 +117,10 @@ def test_a_head_in_float16_is_no_teacher():
     assert "Without scales: it gives no vector of floats" in str(report)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="JAX compiles each length, which takes long",
+)
 def test_batches_of_several_lengths():
     """Also the third that Keras sees, and those that it shuffles."""
     layers = keras.layers.Dense(24, "relu"), keras.layers.Dense(6)
