@@ -12,6 +12,14 @@ from keras_weightmods.backend.jax.kept_step import kept
 from tests.models import mlp, normal, weights_of
 
 
+@pytest.fixture(autouse=True)
+def python_raises_on_ctrl_c():
+    # A shell leaves it out in what it runs in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Array:
     def __init__(self, name):
         self.name, self.used_up = name, False
