@@ -212,6 +212,7 @@ def quantize(
         checks.check_int("bits", bits, WIDTHS[0], WIDTHS[-1])
     refinements = checks.check_choices("refine", refine, _REFINEMENTS)
     checks.check_bool("head", head)
+    checks.check_int("group_size", group_size, 1)
     checks.check_int("batch_size", batch_size, 1)
     checks.check_verbose(verbose)
     damping = checks.check_float("damping", damping, above=0)

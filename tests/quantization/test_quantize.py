@@ -334,6 +334,7 @@ def test_wrong_arguments_and_errors_leave_the_model_alone(monkeypatch):
     for options, message in (
         ({"bits": "int8"}, r'pack\(model, "int8"\)'),
         ({"bits": 7}, "bits"),
+        ({"group_size": "64"}, "group_size"),
         ({"group_size": 0}, "group_size"),
         ({"head": 1}, "head"),
         ({"refine": "swaps"}, "refine"),
