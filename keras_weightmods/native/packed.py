@@ -125,7 +125,8 @@ def pack_kernel(
         `Packed` of NumPy arrays.
 
     Raises:
-        ValueError: If the kernel is no matrix, or not 2:4.
+        ValueError: If the kernel is no matrix, or not 2:4, or `scale` is of
+            another shape.
 
     Example:
 
@@ -142,6 +143,11 @@ def pack_kernel(
     if not (ops.is_tensor(kernel) or isinstance(kernel, keras.Variable)):
         kernel = checks.check_array("kernel", kernel)
     shape = _matrix_shape(kernel)
+    if scale is not None:
+        scale = checks.check_array("scale", scale)
+        expected = 1 if dtype == "int8" else -(-shape[0] // GROUP), shape[1]
+        if scale.shape != expected:
+            raise checks.error("scale", f"of shape {expected}", scale.shape)
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)
         dtype = "bfloat16" if given == "bfloat16" else "float32"
