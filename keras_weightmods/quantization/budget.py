@@ -15,7 +15,9 @@ from keras_weightmods.calibration.block_reconstruction import (
     Part,
     only_trained,
 )
+from keras_weightmods.core import seam
 from keras_weightmods.core.head import Head, input_of, output_of
+from keras_weightmods.core.layer_kinds import reason_dense
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target
 from keras_weightmods.native import layout
@@ -71,8 +73,18 @@ def choose_bits(
         Dict of the bits by the keys of the targets; the bytes, or None.
     """
     widths, sizes = [], []
+    shared = seam.shared_variables(model)
     for target in targets:
         is_sparse = _is_sparse(target)
+        if size is not None and (
+            id(target.variable) in shared
+            or reason_dense(target.layer, target.attribute)
+            or seam.reason_to_skip(target)
+        ):
+            # Packing leaves it as it is, so that few bits would save nothing.
+            widths.append([WIDTHS[-1]])
+            sizes.append([bytes_of([target.variable])])
+            continue
         widths.append([4] if is_sparse else [*WIDTHS])
         sizes.append(
             [b * math.prod(target.shape) for b in widths[-1]]
@@ -99,6 +111,12 @@ def choose_bits(
         targets,
         [[grid_for(t, b) for b in own] for t, own in zip(targets, widths)],
     )
+    if not np.isfinite(sum(map(sum, losses))) or not any(map(any, losses)):
+        raise ValueError(
+            "A budget is shared out by the gradients of the weights. Received: "
+            "gradients that are all 0, or not finite, on the first positions "
+            "of `data`. Pass `bits` as an int, 2 to 6."
+        )
     places = choose(sizes, losses, budget)
     chosen = {
         target.key: own[i] for target, own, i in zip(targets, widths, places)
@@ -248,7 +266,7 @@ def _losses(
         float(
             share
             * ops.sum(some[1] * ops.square(rounded - some[0]))
-            / (2 * positions)
+            / (2 * max(positions, 1.0))
         )
         for rounded in (round_kept(some[0], None, g).values for g in grids)
     ]

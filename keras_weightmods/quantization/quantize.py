@@ -248,6 +248,12 @@ def quantize(
             f"{model.name!r} of type {type(model).__name__}, which has none. "
             "Pass `bits` as an int, 2 to 6."
         )
+    if is_mixed and end and splittable_head(model) is None:
+        raise ValueError(
+            "A budget takes gradients through the head, which vanish where it "
+            "computes in float16. Received: a head that does, is quantized, or "
+            "has a regularizer of activities. Pass `bits` as an int, 2 to 6."
+        )
     note = ""
     if refinements and keras_compat.graph_of(model) is None:
         note = (

@@ -146,6 +146,34 @@ def test_a_model_fits_into_its_size(kind, sizes):
 
 
 @one_backend
+def test_what_packing_leaves_in_floats_counts_as_such():
+    layers = keras.layers.LSTM(64), keras.layers.Dense(64)
+    model = models.randomize(models.sequential((5, 64), *layers))
+    with pytest.raises(ValueError, match="`size` must be at least"):
+        quantize(model, data(5 * 64, 64).reshape(64, 5, 64), size="100kB")
+    report = quantize(model, data(320, 64).reshape(64, 5, 64), size="135kB")
+    kwm.pack(model, verbose=0)
+    assert bytes_of(model.weights) == report.size <= 135_000
+
+
+@one_backend
+@pytest.mark.parametrize("why", ["weights", "float16"])
+def test_gradients_that_say_nothing_are_no_budget(why, monkeypatch):
+    monkeypatch.setattr(budget, "_POSITIONS", 12)
+    model, _ = make("dense")
+    weights = np.ones(TOKENS.shape)
+    if why == "weights":
+        weights[:8] = 0
+    else:
+        for layer in model.layers:
+            layer.dtype_policy = "mixed_float16"
+    x, before = (TOKENS, TOKENS, weights), models.weights_of(model)
+    with pytest.raises(ValueError, match="Pass `bits` as an int"):
+        kwm.quantize(model, x, 3.0, refine=None, verbose=0, batch_size=4)
+    models.assert_same(models.weights_of(model), before)
+
+
+@one_backend
 def test_a_kernel_that_hardly_matters_gets_the_fewest():
     inputs = keras.Input((64,))
     first, second = (keras.layers.Dense(64, name=n)(inputs) for n in "ab")
