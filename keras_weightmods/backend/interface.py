@@ -140,6 +140,13 @@ class Backend:
         """Return the module of `CompiledGenerate` and its `LENGTH_STEP`."""
         return self._module("generation")
 
+    def onnx(self) -> Any:
+        """Return the module of files with operators of ONNX Runtime, or None.
+
+        It has `operator`, for a node of the graph, and `write`.
+        """
+        return self._module("onnx")
+
     @functools.cache  # noqa: B019
     def _module(self, name: str) -> Any:
         """Return a module of the backend's folder, None if it has none."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
-from keras_weightmods.exporting import gguf_file
+from keras_weightmods.exporting import gguf_file, onnx_file
+from keras_weightmods.exporting.dense_copy import dense_copy, packed_weights
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
-from keras_weightmods.saving.model import copied
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
@@ -39,8 +39,8 @@ class ExportFormat:
         ending: String, of the file; empty for a folder.
         needs: Dict from the backends that can write it, `""` for any, to the
             names of the modules that it imports there.
-        keeps_packed: String, the backend on which its files can call the
-            compiled kernels; empty for none.
+        keeps_packed: String, the backend on which its writer takes packed
+            weights as they are with `keep_packed=True`; empty for none.
         reads_packed: Bool, whether its writer takes a model with packed
             weights as it is; others take a copy with dense ones.
     """
@@ -117,8 +117,10 @@ def export(
     No other runtime reads packed kernels. So a copy of the model is made, whose
     kernels are dense, and written; a warning says so. The copy is built from
     the model's config. int8 activations are a matter of the packed product, so
-    that a model packed with them is exported with float ones. A GGUF file needs
-    no copy, and can hold the integers of int4 and int8 as they are.
+    that a model packed with them is exported with float ones.
+
+    Some formats hold the integers of `quantize` and `pack` as they are: ONNX
+    with `keep_packed=True`, and GGUF by its `dtype`.
 
     The files appear whole, once all is written, or not at all.
 
@@ -144,10 +146,15 @@ def export(
         format: String, one of the above. Defaults to `None`, for the first
             one with the ending of `filepath`, and for `"tf_saved_model"` where
             it has none.
-        keep_packed: Bool, whether packed kernels stay packed in the file, for
-            `"tf_saved_model"` on TensorFlow and `"torch"` alone. The process
-            that runs the file must `import keras_weightmods.runtime` after
-            the framework; that loads no Keras. Defaults to `False`.
+        keep_packed: Bool, whether packed kernels stay packed in the file.
+            Defaults to `False`. These formats take it:
+
+            - `"tf_saved_model"` on TensorFlow, and `"torch"`. The process that
+              runs the file must `import keras_weightmods.runtime` after the
+              framework; that loads no Keras.
+            - `"onnx"` on torch: the integers and scales are those of the model,
+              for the operators `MatMulNBits` and `GatherBlockQuantized` of ONNX
+              Runtime, which OpenVINO has too.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds, of packed weights that are made dense, of the
@@ -167,8 +174,17 @@ def export(
             - `context_length`: int, the context length that the file states.
               Defaults to `8192`.
 
-            `"transformers"` takes none, and the others what
-            `keras.Model.export` does, as `input_signature`.
+            For `"onnx"` with `keep_packed` they are
+
+            - `activations`: `"float32"`, or `"int8"` to let ONNX Runtime round
+              the inputs of integers in blocks of 64, which is faster. Defaults
+              to what the model was packed with.
+            - `input_signature`: list of a structure of `keras.InputSpec` for
+              each argument of the model. Sizes that are `None` are free. By
+              default they are those of the model's inputs.
+
+            and those of `torch.onnx.export`. `"transformers"` takes none, and
+            the others what `keras.Model.export` does, as `input_signature`.
 
     Raises:
         ValueError: If the format cannot be written of this model or on this
@@ -203,14 +219,15 @@ def export(
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
     _check_needs(format, keep_packed)
+    if keep_packed and not packed_weights(model):
+        expected = "a model with packed weights. Call `kwm.pack(model)` first"
+        raise checks.error("model", expected, model)
     chosen = FORMATS[format]
     is_left = keep_packed or chosen.reads_packed
-    items = [] if is_left else reparameterizations(model)
-    packed = [item for item in items if not item.keeps_stored]
+    packed = [] if is_left else packed_weights(model)
     with RestoredOnError(), Progress(1, "step", verbose) as progress:
         if packed:
-            progress.total += len(packed)
-            model = _dense_copy(model, progress)
+            model, _ = dense_copy(model, progress)
         write = chosen.writer(model, **kwargs)
         if packed:
             warnings.warn(
@@ -242,24 +259,6 @@ def format_of(filepath: Any, format: str | None) -> str:
     expected = f"a file with one of the endings {endings}, or a folder without "
     expected += "an ending; or pass `format`"
     raise checks.error("filepath", expected, os.fspath(filepath))
-
-
-def _dense_copy(model: Any, progress: Progress) -> Any:
-    """Return a copy of a model with its packed weights dense.
-
-    The model itself may be in use, in another thread as well.
-    """
-    try:
-        copy = copied(model)
-    # What the code of a model's classes raises is not known.
-    except Exception as error:
-        raise ValueError(
-            f"{error} Or call `kwm.unpack(model)` before the export."
-        ) from error
-    packed = (i for i in reparameterizations(copy) if not i.keeps_stored)
-    for kind in {type(item) for item in packed}:
-        seam.fold(copy, kind, progress.add)
-    return copy
 
 
 def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:
@@ -297,21 +296,26 @@ def _check_overwrite(path: pathlib.Path, overwrite: bool) -> None:
 
 def _check_needs(format: str, keep_packed: bool) -> None:
     """Raise ValueError or ImportError where a format cannot be written."""
-    chosen, backend = FORMATS[format], keras.backend.backend()
-    needed = chosen.needs.get(backend, chosen.needs.get(""))
+    chosen, name = FORMATS[format], keras.backend.backend()
+    needed = chosen.needs.get(name, chosen.needs.get(""))
     if needed is None:
         raise ValueError(
             f"The format {format!r} is written on {' and '.join(chosen.needs)} "
-            f"alone. Received: the backend {backend!r}. Save the model by "
+            f"alone. Received: the backend {name!r}. Save the model by "
             "`kwm.save_model`, and load it under another KERAS_BACKEND."
         )
-    if keep_packed and chosen.keeps_packed != backend:
-        raise ValueError(
-            "Packed kernels can be kept in 'tf_saved_model' on TensorFlow and "
-            "in 'torch' on torch alone. Received: keep_packed=True, "
-            f"format={format!r} on {backend!r}"
+    if keep_packed and chosen.keeps_packed != name:
+        kept = ", ".join(
+            f"{key!r} on {each.keeps_packed}"
+            for key, each in FORMATS.items()
+            if each.keeps_packed
         )
-    if keep_packed and backend == "torch":
+        raise ValueError(
+            f"Packed weights can be kept in these formats: {kept}. Received: "
+            f"keep_packed=True, format={format!r} on {name!r}. `kwm.save_model`"
+            " keeps them for another KERAS_BACKEND."
+        )
+    if keep_packed and format == "torch":
         version = importlib.metadata.version("torch")
         if tuple(map(int, version.split(".")[:2])) < (2, 10):
             # It gives gradients to all that it loads, and integers have none.
@@ -323,7 +327,7 @@ def _check_needs(format: str, keep_packed: bool) -> None:
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
     if missing:
         raise ImportError(
-            f"The format {format!r} needs {', '.join(missing)} on {backend}. "
+            f"The format {format!r} needs {', '.join(missing)} on {name}. "
             f"Install with: pip install {' '.join(needed).replace('_', '-')}"
         )
 
@@ -331,20 +335,25 @@ def _check_needs(format: str, keep_packed: bool) -> None:
 def _by_keras(format: str) -> Callable[..., Write]:
     """Return the writer of a format of `keras.Model.export`."""
 
+    def writer(model: Any, **kwargs: Any) -> Write:
+        kwargs = {"verbose": False, **kwargs}
+        return lambda path, _: model.export(path, format=format, **kwargs)
+
+    return writer
+
+
+def _onnx_writer(model: Any, **kwargs: Any) -> Write:
     def spec_of(tensor: Any) -> keras.InputSpec:
         shape = (None, *tensor.shape[1:])
         return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
-    def writer(model: Any, **kwargs: Any) -> Write:
-        kwargs = {"verbose": False, **kwargs}
-        inputs = input_of(model)
-        if format == "onnx" and inputs is not None:
-            # Keras asks for a call of the model first, or for this.
-            signature = [keras.tree.map_structure(spec_of, inputs)]
-            kwargs = {"input_signature": signature, **kwargs}
-        return lambda path, _: model.export(path, format=format, **kwargs)
-
-    return writer
+    inputs = input_of(model)
+    if inputs is not None:
+        # Keras asks for a call of the model first, or for this.
+        signature = [keras.tree.map_structure(spec_of, inputs)]
+        kwargs = {"input_signature": signature, **kwargs}
+    write = onnx_file.writer if packed_weights(model) else _by_keras("onnx")
+    return write(model, **kwargs)
 
 
 def _torch_writer(model: Any, **kwargs: Any) -> Write:
@@ -417,13 +426,14 @@ FORMATS: dict[str, ExportFormat] = {
         keeps_packed="tensorflow",
     ),
     "onnx": ExportFormat(
-        _by_keras("onnx"),
+        _onnx_writer,
         ".onnx",
         {
             "tensorflow": ("tf2onnx",),
             "jax": ("jax2onnx",),
             "torch": ("onnx", "onnxscript"),
         },
+        keeps_packed="torch",
     ),
     "openvino": ExportFormat(
         _by_keras("openvino"),

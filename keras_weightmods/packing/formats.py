@@ -69,6 +69,18 @@ class Format:
         """
         return None
 
+    def unpack_integers(self, arrays: Any, shape: tuple[int, int]) -> Any:
+        """Undo `pack_integers`.
+
+        Args:
+            arrays, shape: As in `unpack`, of NumPy arrays.
+
+        Returns:
+            Pair of float32 NumPy arrays (K, N), the integers and their scales;
+            None if the format holds no integers.
+        """
+        return None
+
     def unpack(
         self, arrays: Mapping[str, Any], shape: tuple[int, int], xp: Any
     ) -> Any:
@@ -138,6 +150,19 @@ class NativeFormat(Format):
         ):
             return None
         return self.pack(codes, own)
+
+    def unpack_integers(self, arrays, shape):
+        if self.dtype not in layout.INTEGERS:
+            return None
+        rows, columns = shape
+        ones = np.ones_like(arrays["scale"])
+        codes = self.unpack({**arrays, "scale": ones}, shape, np)
+        # Blocks of columns, each with one scale or one for each group of rows.
+        scale = arrays["scale"].astype("float32")
+        scale = scale.reshape(len(scale), -1, self.columns).swapaxes(0, 1)
+        scale = scale.reshape(len(scale), -1)[:, :columns]
+        group = layout.GROUP if layout.is_grouped(self.dtype) else rows
+        return codes, scale.repeat(group, axis=0)[:rows]
 
     def unpack(self, arrays, shape, xp):
         packed = self.packed(arrays, shape)

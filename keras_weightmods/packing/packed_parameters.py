@@ -19,6 +19,7 @@ from keras_weightmods.core.reparameterization import Reparameterization, slots
 from keras_weightmods.native import quantize
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, NativeFormat
+from keras_weightmods.packing.onnx_format import OnnxFormat
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
@@ -347,6 +348,38 @@ class PackedParameters(Reparameterization):
         """Return the weight in float32: integers times scales, not rounded."""
         self.saved()  # Someone else may have set one that is held.
         return self._from_arrays("float32")
+
+    def to_integers(self):
+        """Return the integers of the weight, and the scale of each.
+
+        Returns:
+            Pair of float32 arrays of the weight's shape; None if the format
+            holds no integers.
+        """
+        self.saved()  # As in `exact`.
+        arrays = {k: ops.convert_to_numpy(v) for k, v in self.named.items()}
+        pair = self.form.unpack_integers(arrays, self.shape)
+        if pair is not None:
+            pair = tuple(ops.convert_to_numpy(self._kernel(x)) for x in pair)
+        return pair
+
+    def for_onnx(self, target, activations):
+        """Return what gives a copy of the model the same integers, for ONNX.
+
+        Args:
+            target: The same target in the copy.
+            activations: As above.
+
+        Returns:
+            `PackedParameters`, not attached; None if there are no integers.
+        """
+        pair = self.to_integers()
+        if pair is None:
+            return None
+        form = OnnxFormat(self.form.dtype)
+        item = PackedParameters(target, form, False, activations)
+        item.named = form.pack_integers(*map(item.matrix, pair))
+        return item
 
     def _from_arrays(self, dtype=None):
         # Without a large tensor for each step of it, and in order in memory:
