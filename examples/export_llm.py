@@ -79,7 +79,8 @@ def run(args):
         folder = pathlib.Path(folder)
         to_transformers(model, prompts[0], logits, folder / "transformers")
         if keras.backend.backend() == "tensorflow":
-            to_saved_model(model, prompts[0], logits, folder)
+            kinds = (False,) if args.dense else (False, True)
+            to_saved_model(model, prompts[0], logits, folder, kinds)
         to_gguf(model, prompts, args.tokens, folder)
 
 
@@ -112,7 +113,7 @@ def to_transformers(model, prompt, expected, path):
     print(f"  {len(kept)} kernels, at most {max(kept)} of 4 weights not zero")
 
 
-def to_saved_model(model, prompt, expected, folder):
+def to_saved_model(model, prompt, expected, folder, kinds):
     import numpy as np
 
     import keras_weightmods as kwm
@@ -120,7 +121,7 @@ def to_saved_model(model, prompt, expected, folder):
     x, y = folder / "x.npz", folder / "y.npy"
     inputs = model_inputs(np.array([prompt], "int32"))
     np.savez(x, **inputs)
-    for kept in (False, True):
+    for kept in kinds:
         name = "SavedModel, packed" if kept else "SavedModel"
         path = folder / name
         exported(name, kwm.export, model, path, keep_packed=kept)
