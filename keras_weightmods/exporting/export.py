@@ -16,7 +16,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
-from keras_weightmods.exporting import gguf_file, onnx_file
+from keras_weightmods.exporting import compressed_tensors, gguf_file, onnx_file
 from keras_weightmods.exporting.dense_copy import dense_copy, packed_weights
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.utils import checks
@@ -40,7 +40,8 @@ class ExportFormat:
         needs: Dict from the backends that can write it, `""` for any, to the
             names of the modules that it imports there.
         keeps_packed: String, the backend on which its writer takes packed
-            weights as they are with `keep_packed=True`; empty for none.
+            weights as they are with `keep_packed=True`, or `"any"`; empty for
+            none.
         reads_packed: Bool, whether its writer takes a model with packed
             weights as it is; others take a copy with dense ones.
     """
@@ -120,7 +121,7 @@ def export(
     that a model packed with them is exported with float ones.
 
     Some formats hold the integers of `quantize` and `pack` as they are: ONNX
-    with `keep_packed=True`, and GGUF by its `dtype`.
+    and transformers with `keep_packed=True`, and GGUF by its `dtype`.
 
     The files appear whole, once all is written, or not at all.
 
@@ -155,6 +156,11 @@ def export(
             - `"onnx"` on torch: the integers and scales are those of the model,
               for the operators `MatMulNBits` and `GatherBlockQuantized` of ONNX
               Runtime, which OpenVINO has too.
+            - `"transformers"`, in the format `pack-quantized` of
+              compressed-tensors, which vLLM has too: integers of at most 4
+              bits in 4 with a scale for 64 inputs (32 where 64 do not divide
+              them), others in 8. Tables, heads and what does not fit are
+              floats; a warning counts them.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds, of packed weights that are made dense, of the
@@ -304,7 +310,7 @@ def _check_needs(format: str, keep_packed: bool) -> None:
             f"alone. Received: the backend {name!r}. Save the model by "
             "`kwm.save_model`, and load it under another KERAS_BACKEND."
         )
-    if keep_packed and chosen.keeps_packed != name:
+    if keep_packed and chosen.keeps_packed not in (name, "any"):
         kept = ", ".join(
             f"{key!r} on {each.keeps_packed}"
             for key, each in FORMATS.items()
@@ -389,6 +395,8 @@ def _transformers_writer(model: Any) -> Write:
     if write is None:
         expected = "a KerasHub model with `export_to_transformers`"
         raise checks.error("model", expected, model)
+    if packed_weights(model):
+        return compressed_tensors.writer(model)
     return lambda path, _: write(path)
 
 
@@ -449,7 +457,7 @@ FORMATS: dict[str, ExportFormat] = {
         _torch_writer, ".pt2", {"torch": ()}, keeps_packed="torch"
     ),
     "transformers": ExportFormat(
-        _transformers_writer, needs={"": ("keras_hub",)}
+        _transformers_writer, needs={"": ("keras_hub",)}, keeps_packed="any"
     ),
     "gguf": ExportFormat(
         _gguf_writer, ".gguf", {"": ("gguf",)}, reads_packed=True

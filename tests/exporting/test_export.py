@@ -338,7 +338,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
         ("overw", model, "model.gguf", "gguf", {"overwrite": False}),
         ("pip install .*onnx", model, "a.onnx", "onnx", {}),
         ("pip install gguf", model, "model.gguf", "gguf", {}),
-        ("kept in these .*'onnx' on torch", model, "model", hub, kept),
+        ("kept in these .*'onnx' on torch", model, "a.tflite", "litert", kept),
         ("is written on", model, "a.tflite", "other", {}),
     ):
         errors = ValueError, ImportError, FileExistsError
