@@ -118,6 +118,20 @@ def test_integers_leave_as_they_are(kind, bits, tmp_path, monkeypatch):
     np.testing.assert_allclose(one, expected[:1, :3], atol=1e-5)
 
 
+def test_a_large_table_has_constant_scales(tmp_path):
+    # torch leaves in the graph what it computes of so many, and OpenVINO takes
+    # no scales that are computed.
+    table = layers.ReversibleEmbedding(66_000, 32)
+    tokens = keras.Input((5,), dtype="int32")
+    model = keras.Model(tokens, table(table(tokens), reverse=True))
+    path = str(tmp_path / "model.onnx")
+    kwm.pack(model, "int8")
+    kwm.export(model, path, keep_packed=True)
+    nodes, arrays = graph_of(path)
+    (look_up,) = nodes("GatherBlockQuantized")
+    assert look_up.input[2] in arrays
+
+
 def test_inputs_in_int8_and_kernels_in_floats(tmp_path):
     model, path = models.mlp(64, 32, 8), str(tmp_path / "model.onnx")
     models.make_sparse(model)

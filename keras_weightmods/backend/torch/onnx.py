@@ -69,7 +69,24 @@ def write(model, signature, path, **kwargs):
             "`input_signature` of fixed shapes. Received: shapes "
             f"{[tuple(spec.shape) for spec in specs]}"
         ) from error
-    # torch has a constant for each use of a variable of Keras.
+    # OpenVINO takes constants alone. torch computes small ones at once, and has
+    # one for each use of a variable of Keras.
+    optimizer = importlib.import_module("onnxscript.optimizer")
+    optimizer.fold_constants(
+        program.model,
+        output_size_limit=sys.maxsize,
+        should_fold=_is_for_operator,
+    )
+    optimizer.remove_unused_nodes(program.model)
     common = importlib.import_module("onnx_ir.passes.common")
     common.DeduplicateHashedInitializersPass(sys.maxsize)(program.model)
     program.save(path)
+
+
+def _is_for_operator(node):
+    """Return whether a node computes what an `operator` takes."""
+    return any(
+        use.node.domain == "com.microsoft"
+        for output in node.outputs
+        for use in output.uses()
+    )
