@@ -15,6 +15,7 @@ from .evaluation.scaling_law import ScalingLaw as ScalingLaw
 from .evaluation.scaling_law import fit_scaling_law as fit_scaling_law
 from .exporting.export import export as export
 from .exporting.export import register_export_format as register_export_format
+from .exporting.load_gguf import load_gguf as load_gguf
 from .generation.compile_generate import compile_generate as compile_generate
 from .generation.compile_generate import (
     uncompile_generate as uncompile_generate,

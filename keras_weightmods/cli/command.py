@@ -65,7 +65,8 @@ SET = {"action": "store_true"}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {
         "type": _model,
-        "help": "a .keras file, one of `save_model`, or a KerasHub preset",
+        "help": "a .keras or .gguf file, one of `save_model`, or a KerasHub "
+        "preset",
     },
     "base": {"type": _model, "help": "the model that it started from"},
     "file": {"type": file, "help": "a model, a patch or a preset"},

@@ -19,14 +19,16 @@ def load_model(path):
     """Load a model from a file or preset of any kind.
 
     Args:
-        path: String: a `.keras` file, a file of `save_model`, the folder of a
-            KerasHub preset, or the name of one.
+        path: String: a `.keras` file, a file of `save_model`, a GGUF file, the
+            folder of a KerasHub preset, or the name of one.
     """
     kind, reader = kind_of(path) if os.path.exists(path) else ("a preset", "")
     if kind == "a preset":
         return _load_preset(path)
     if reader == "`keras_weightmods.load_model`":
         return kwm.load_model(path)
+    if reader == "`keras_weightmods.load_gguf`":
+        return kwm.load_gguf(path)
     if reader and kind not in ("a .keras file", "an HDF5 file"):
         raise ValueError(f"{path} is no model: {kind}, which {reader} reads")
     from keras_weightmods.saving.model import load_keras_file

@@ -133,7 +133,7 @@ def export(
     | `"litert"` | `.tflite` | TensorFlow, torch | on torch litert-torch |
     | `"torch"` | `.pt2` | torch | |
     | `"transformers"` | a folder | all | a KerasHub model it can export |
-    | `"gguf"` | `.gguf` | all | gguf, a KerasHub Llama model |
+    | `"gguf"` | `.gguf` | all | gguf, a Llama, Qwen or Gemma 3 of KerasHub |
 
     The first five are those of `keras.Model.export`, which writes them.
     `"transformers"` is KerasHub's `export_to_transformers`: `config.json`,

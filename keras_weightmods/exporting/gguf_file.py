@@ -1,7 +1,6 @@
-"""KerasHub's Llama models as GGUF files, which llama.cpp reads."""
+"""KerasHub's language models as GGUF files, which llama.cpp reads."""
 
 import importlib
-import math
 import os
 import pathlib
 import warnings
@@ -14,6 +13,12 @@ from keras import ops
 from keras_weightmods.core.reparameterization import (
     Reparameterization,
     reparameterizations,
+)
+from keras_weightmods.exporting.gguf_families import (
+    FAMILIES,
+    SCALING_FACTOR,
+    Family,
+    family_of,
 )
 from keras_weightmods.native.quantize import round_matrix
 from keras_weightmods.utils import checks
@@ -33,23 +38,6 @@ _GRIDS = {
 }
 # Rows of a matrix that are looked at together.
 _ROWS = 256
-# GGUF tensor of a block -> path of the KerasHub variable in that block.
-BLOCK_TENSORS = {
-    "attn_norm": "self_attention_layernorm/scale",
-    "attn_q": "self_attention/query/kernel",
-    "attn_k": "self_attention/key/kernel",
-    "attn_v": "self_attention/value/kernel",
-    "attn_output": "self_attention/attention_output/kernel",
-    "ffn_norm": "feedforward_layernorm/scale",
-    "ffn_gate": "feedforward_gate_dense/kernel",
-    "ffn_up": "feedforward_intermediate_dense/kernel",
-    "ffn_down": "feedforward_output_dense/kernel",
-}
-_TENSORS = {
-    "token_embd": "token_embedding/embeddings",
-    "output": "token_embedding/reverse_embeddings",
-    "output_norm": "sequence_output_layernorm/scale",
-}
 
 
 def writer(
@@ -67,8 +55,8 @@ def writer(
     takes. Vectors stay float32.
 
     Args:
-        model: A `keras_hub.models.LlamaCausalLM` or `Llama3CausalLM`, or the
-            backbone of one, packed or not.
+        model: A KerasHub `CausalLM` of a family in `FAMILIES`, or the backbone
+            of one, packed or not.
         dtype: String, one of `DTYPES`.
         tokenizer_from: Path of a GGUF file whose tokenizer is copied. By
             default that of the model, a `Llama3Tokenizer`; none without a
@@ -78,22 +66,24 @@ def writer(
     Raises:
         ValueError: If the model is no such model, or an argument not as above.
     """
-    import keras_hub
-
     checks.check_choice("dtype", dtype, DTYPES)
     checks.check_int("context_length", context_length, 1)
     backbone = getattr(model, "backbone", model)
-    if not isinstance(backbone, keras_hub.models.LlamaBackbone):
-        expected = "a KerasHub Llama or Llama3 model"
+    found = family_of(backbone)
+    if found is None:
+        kinds = ", ".join(f.names[0] for f in FAMILIES.values())
+        expected = f"a KerasHub language model of the kinds {kinds}"
         raise checks.error("model", expected, model)
+    architecture, family = found
     if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
         raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
-    if backbone.rope_position_scaling_factor != 1:
-        raise ValueError(
-            "A GGUF file of this kind has no linear scaling of positions. "
-            "Received: a model with rope_position_scaling_factor="
-            f"{backbone.rope_position_scaling_factor}"
-        )
+    for name, value in family.fixed.items():
+        if getattr(backbone, name) != value:
+            raise ValueError(
+                f"A GGUF file of the architecture {architecture!r} has models "
+                f"with {name}={value}. Received: a model with {name}="
+                f"{checks.shown(getattr(backbone, name))}"
+            )
     for name in ("hidden_dim", "intermediate_dim"):
         size = getattr(backbone, name)
         if dtype.startswith("q") and size % _GROUP:
@@ -111,33 +101,41 @@ def writer(
         )
 
     def write(path: str, progress: Progress) -> None:
-        file = gguf.GGUFWriter(path, "llama")
+        file = gguf.GGUFWriter(path, architecture)
         prefix = "ALL" if dtype == "f32" else "MOSTLY"
         types = gguf.LlamaFileType
         file.add_file_type(types[f"{prefix}_{dtype.upper()}"])
         file.add_vocab_size(backbone.vocabulary_size)
         file.add_context_length(context_length)
-        file.add_block_count(backbone.num_layers)
-        file.add_embedding_length(backbone.hidden_dim)
-        file.add_feed_forward_length(backbone.intermediate_dim)
-        file.add_head_count(backbone.num_query_heads)
-        file.add_head_count_kv(backbone.num_key_value_heads)
-        head_size = backbone.hidden_dim // backbone.num_query_heads
-        file.add_rope_dimension_count(head_size)
-        file.add_rope_freq_base(float(backbone.rope_max_wavelength))
-        file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
+        file.add_rope_dimension_count(family.head_size(backbone))
+        as_types: dict[type, Any] = {int: gguf.GGUFValueType.UINT32}
+        as_types[float] = gguf.GGUFValueType.FLOAT32
+        values: list[Any] = [
+            (key, float, x) for key, x in family.constants.items()
+        ]
+        for name, (key, kind, default) in family.fields.items():
+            value = kind(getattr(backbone, name))
+            if key != SCALING_FACTOR:
+                values.append((key, kind, value))
+            elif value != default:
+                file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+                values.append((key, kind, value))
+        if "head_dim" in family.fields:
+            values.append(("attention.value_length", int, backbone.head_dim))
+        for key, kind, value in values:
+            file.add_key_value(f"{architecture}.{key}", value, as_types[kind])
         add_tokenizer(file)
-        named = tensors(backbone)
+        named = tensors(family, backbone)
         progress.total += len(named)
         rounded: list[str] = []
         tiny: list[str] = []
         for name, weight in named.items():
-            value = tensor_value(name, weight)
+            value = tensor_value(family, name, weight)
             kinds = ["F32" if value.ndim == 1 else dtype.upper()]
             if "q4" in dtype and name in ("token_embd.weight", "output.weight"):
                 kinds.append("Q8_0")
             if kinds[0] not in ("F32", "BF16"):
-                _check_range(name, value)
+                _check_range(family.variable_path(name), value)
             for kind_name in kinds:
                 data, has_tiny = on_grid(value, kind_name)
                 if data is not None:
@@ -158,13 +156,14 @@ def writer(
         file.write_kv_data_to_file()
         file.write_tensors_to_file()
         file.close()
-        _warn(named, dtype, rounded, tiny)
+        paths = [[*map(family.variable_path, x)] for x in (rounded, tiny)]
+        _warn(named, dtype, *paths)
 
     return write
 
 
-def tensors(backbone: Any) -> dict[str, Any]:
-    """Return {name of a GGUF tensor: weight} of a Llama backbone.
+def tensors(family: Family, backbone: Any) -> dict[str, Any]:
+    """Return {name of a GGUF tensor: weight} of a backbone.
 
     A weight is a variable, or the `Reparameterization` of one that is packed.
     """
@@ -172,47 +171,18 @@ def tensors(backbone: Any) -> dict[str, Any]:
     weights |= {
         item.target.path: item for item in reparameterizations(backbone)
     }
-    names = [*_TENSORS]
-    names += [
-        f"blk.{block}.{tensor}"
-        for block in range(backbone.num_layers)
-        for tensor in BLOCK_TENSORS
-    ]
-    if backbone.token_embedding.tie_weights:
-        names.remove("output")
-    names = [f"{name}.weight" for name in names]
-    return {name: weights[variable_path(name)] for name in names}
+    is_tied = backbone.token_embedding.tie_weights
+    return {
+        name: weights[family.variable_path(name)]
+        for name in family.tensor_names(backbone.num_layers, is_tied)
+    }
 
 
-def variable_path(name: str) -> str:
-    """Return the path of the KerasHub variable of a GGUF tensor."""
-    block, *rest = name.removesuffix(".weight").split(".")
-    if not rest:
-        return _TENSORS[block]
-    index, tensor = rest
-    return f"transformer_layer_{index}/{BLOCK_TENSORS[tensor]}"
-
-
-def tensor_value(name: str, weight: Any) -> Any:
+def tensor_value(family: Family, name: str, weight: Any) -> Any:
     """Return the float32 array that GGUF keeps of one of `tensors`."""
     is_packed = isinstance(weight, Reparameterization)
     value = weight.exact() if is_packed else ops.cast(weight.value, "float32")
-    value = ops.convert_to_numpy(value)
-    if value.ndim == 1 or name == "token_embd.weight":
-        return value
-    inputs = 2 if name.endswith("attn_output.weight") else 1
-    heads = value.shape[1]
-    value = value.reshape(math.prod(value.shape[:inputs]), -1).T
-    if name.endswith(("attn_q.weight", "attn_k.weight")):
-        value = permute(value, heads)
-    return np.ascontiguousarray(value)
-
-
-def permute(value: Any, heads: int) -> Any:
-    """Interleave the two halves of each head, as llama.cpp rotates pairs."""
-    rows, columns = value.shape
-    value = value.reshape(heads, 2, rows // heads // 2, columns)
-    return value.swapaxes(1, 2).reshape(rows, columns)
+    return family.to_file(name, ops.convert_to_numpy(value))
 
 
 def on_grid(value: Any, kind: str) -> tuple[Any, bool]:
@@ -264,7 +234,7 @@ def rope_factors(backbone: Any) -> Any:
     Those of Llama 3.1 and later: low ones by the factor, high ones not at all,
     those between by something between.
     """
-    factor = backbone.rope_frequency_adjustment_factor
+    factor = getattr(backbone, "rope_frequency_adjustment_factor", None)
     if factor is None:
         return None
     size = backbone.hidden_dim // backbone.num_query_heads
@@ -277,14 +247,14 @@ def rope_factors(backbone: Any) -> Any:
     return (1 / ((1 - share) / factor + share)).astype("float32")
 
 
-def _check_range(name: str, value: Any) -> None:
+def _check_range(path: str, value: Any) -> None:
     """Raise ValueError unless fp16 has all values in its range."""
     largest = np.abs(value).max()
     if not largest <= np.finfo("float16").max:
         raise ValueError(
             "The types f16 and q... take finite weights of at most 65,504, as "
             "fp16 does. Received: a largest absolute value of "
-            f"{largest} in {variable_path(name)!r}. Use dtype='f32'."
+            f"{largest} in {path!r}. Use dtype='f32'."
         )
 
 
@@ -306,13 +276,13 @@ def _warn(named: Any, dtype: str, rounded: Any, tiny: Any) -> None:
     if rounded:
         texts.append(
             f"{len(rounded)} matrices were rounded to nearest for dtype="
-            f"{dtype!r}, {variable_path(rounded[0])!r} first, which costs "
+            f"{dtype!r}, {rounded[0]!r} first, which costs "
             "quality. Round them by `kwm.quantize(model, data)` before, which "
             "costs less: dtype='q4_0' keeps its integers."
         )
     if tiny:
         texts.append(
-            f"{len(tiny)} matrices, {variable_path(tiny[0])!r} first, have "
+            f"{len(tiny)} matrices, {tiny[0]!r} first, have "
             "scales below fp16's normal range. They were rounded to it, which "
             "changes weights by at most 4e-6."
         )

@@ -21,7 +21,7 @@ _OTHERS = (
     (_ZIP, ".npz", "an .npz file", "`numpy.load`"),
     (_ZIP, "", "a ZIP archive", ""),
     (b"\x93NUMPY", "", "a .npy file", "`numpy.load`"),
-    (b"GGUF", "", "a GGUF file", "llama.cpp"),
+    (b"GGUF", "", "a GGUF file", "`keras_weightmods.load_gguf`"),
 )
 # Bytes of a header that are read: about 40,000 entries fit.
 MAX_HEADER = 16 * 2**20

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.one_backend
     ("name", "content", "kind"),
     [
         ("model.h5", b"\x89HDF\r\n\x1a\n", "`model.load_weights`"),
-        ("model.gguf", b"GGUF", "llama.cpp"),
+        ("model.gguf", b"GGUF", "load_gguf"),
         ("array.npy", b"\x93NUMPY", "`numpy.load`"),
         ("arrays.npz", b"PK\x03\x04", r"an \.npz file, which `numpy"),
         ("other.pt2", b"PK\x03\x04", "a ZIP archive"),

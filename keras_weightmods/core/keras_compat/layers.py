@@ -159,3 +159,21 @@ def takes_training(layer: Any) -> bool:
     A call of the layer drops one that it has not; `stateless_call` does not.
     """
     return bool(layer._call_has_training_arg)
+
+
+def split_as_smollm(tokenizer: Any) -> None:
+    """Let a byte-pair tokenizer of KerasHub split text as SmolLM does.
+
+    As GPT-2, and each digit from the next. Needless if `BytePairTokenizer` took
+    the pattern that it splits by; its own cuts runs of white space elsewhere.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(
+                add_prefix_space=tokenizer.add_prefix_space
+            ),
+        ]
+    )

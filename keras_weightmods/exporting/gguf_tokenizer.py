@@ -1,0 +1,139 @@
+"""The tokenizers of GGUF files as KerasHub's."""
+
+import importlib
+import warnings
+from typing import Any
+
+from keras_weightmods.core import keras_compat
+
+# Kinds of tokens in GGUF, which are those of SentencePiece.
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# KerasHub's byte pairs -> the tokens that end a text there, and others that it
+# needs. The names of families come first.
+_BYTE_PAIRS = {
+    "Llama3": (
+        ("<|end_of_text|>", "<|eot_id|>"),
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    ),
+    "Qwen": (("<|endoftext|>",), ()),
+    "Qwen3": (("<|im_end|>",), ("<|endoftext|>",)),
+}
+# What splits text before the merges, `tokenizer.ggml.pre`, as KerasHub does:
+# where it differs, in runs of digits, these vocabularies have no merges.
+_SPLIT_AS_LLAMA3 = ("llama-bpe", "llama3", "qwen2", "smaug-bpe")
+
+
+def make_preprocessor(fields: dict[str, Any], family: str) -> Any:
+    """Return KerasHub's preprocessor with the tokenizer of a file.
+
+    Args:
+        fields: Dict of the fields of the file.
+        family: String, how the names of KerasHub's classes begin.
+
+    Returns:
+        A `keras_hub.models.CausalLMPreprocessor`; None where the file has no
+        tokenizer, or none of KerasHub's classes can be it, with a warning.
+    """
+    from keras_hub import models
+
+    kind = fields.get("tokenizer.ggml.model", "none")
+    make = {"gpt2": _byte_pairs, "llama": _sentence_piece}.get(kind)
+    if make is None:
+        if kind != "none":
+            _warn(f"is of the kind {kind!r}")
+        return None
+    tokens = fields["tokenizer.ggml.tokens"]
+    kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokenizer = make(fields, tokens, kinds, family)
+    if tokenizer is None:
+        return None
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    starts = fields.get("tokenizer.ggml.add_bos_token")
+    if starts is None:
+        starts = tokenizer.start_token_id is not None
+    if starts and tokenizer.start_token_id is None:
+        place = fields.get("tokenizer.ggml.bos_token_id")
+        token = repr(tokens[place]) if place is not None else "a token"
+        _warn(f"begins texts by {token}")
+        return None
+    cls = getattr(models, f"{family}CausalLMPreprocessor")
+    return cls(tokenizer, add_start_token=bool(starts))
+
+
+def _byte_pairs(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
+    from keras_hub import tokenizers
+
+    place = fields.get("tokenizer.ggml.eos_token_id")
+    end = tokens[place] if place is not None else None
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    for name in dict.fromkeys((family, *_BYTE_PAIRS)):
+        ends, others = _BYTE_PAIRS[name]
+        if end in ends and vocabulary.keys() >= {*ends, *others}:
+            break
+    else:
+        return _warn(f"ends texts by {end!r}")
+    special = [
+        token
+        for token, kind in zip(tokens, kinds)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer = getattr(tokenizers, f"{name}Tokenizer")(
+        vocabulary=vocabulary,
+        merges=fields["tokenizer.ggml.merges"],
+        unsplittable_tokens=special,
+    )
+    split = fields.get("tokenizer.ggml.pre")
+    if split == "smollm":
+        keras_compat.split_as_smollm(tokenizer)
+    elif split not in _SPLIT_AS_LLAMA3:
+        warnings.warn(
+            f"The tokenizer of the file splits text as {split!r}, KerasHub's "
+            "as Llama 3: where words end at other places, token ids differ.",
+            # The line that calls `load_gguf`.
+            stacklevel=5,
+        )
+    return tokenizer
+
+
+def _sentence_piece(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
+    from keras_hub import tokenizers
+
+    pieces = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = pieces.ModelProto()
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    scores = fields["tokenizer.ggml.scores"]
+    for index, (token, score, kind) in enumerate(zip(tokens, scores, kinds)):
+        if index == unknown:
+            kind = _UNKNOWN
+        # What controls is not found in text.
+        elif kind == _CONTROL:
+            kind = _USER_DEFINED
+        proto.pieces.add(piece=token, score=score, type=kind)
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = True
+    trainer.unk_piece, trainer.unk_id = tokens[unknown], unknown
+    for ours, theirs in ("bos", "bos"), ("eos", "eos"), ("pad", "padding"):
+        place = fields.get(f"tokenizer.ggml.{theirs}_token_id", -1)
+        setattr(trainer, f"{ours}_id", place)
+        if place >= 0:
+            setattr(trainer, f"{ours}_piece", tokens[place])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = fields.get(
+        "tokenizer.ggml.add_space_prefix", True
+    )
+    normalizer.remove_extra_whitespaces = False
+    options = {"has_vision_tokens": False} if family == "Gemma3" else {}
+    return getattr(tokenizers, f"{family}Tokenizer")(
+        proto=proto.SerializeToString(), **options
+    )
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"The tokenizer of the file {reason}, which no tokenizer of KerasHub "
+        "does. `model.preprocessor` is None: the model takes token ids.",
+        # The line that calls `load_gguf`.
+        stacklevel=4,
+    )

@@ -1,0 +1,273 @@
+"""KerasHub's language models from GGUF files."""
+
+import importlib
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.restored import RestoredOnError
+from keras_weightmods.exporting.gguf_families import (
+    FAMILIES,
+    SCALING_FACTOR,
+    Family,
+)
+from keras_weightmods.exporting.gguf_file import rope_factors
+from keras_weightmods.exporting.gguf_header import Header
+from keras_weightmods.exporting.gguf_tokenizer import make_preprocessor
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
+
+_ROPE_FACTORS = "rope_freqs.weight"
+# What a file may say of a model beside what a backbone takes.
+_KNOWN = {
+    *("context_length", "vocab_size", "rope.dimension_count"),
+    *("attention.key_length", "attention.value_length"),
+    *(
+        "rope.scaling.type",
+        SCALING_FACTOR,
+        "rope.scaling.original_context_length",
+    ),
+}
+
+
+def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
+    """Load a language model of KerasHub from a GGUF file, with its tokenizer.
+
+    | `general.architecture` | classes of KerasHub |
+    |---|---|
+    | `llama` | `Llama3CausalLM`, or `LlamaCausalLM` with SentencePiece |
+    | `qwen2` | `QwenCausalLM` |
+    | `gemma3` | `Gemma3CausalLM`, for text |
+
+    All types of tensors are read that the package `gguf` dequantizes: F32, F16,
+    BF16, Q4_0 to Q8_0, Q2_K to Q6_K, the IQ types. The model has floats of the
+    same values. The names, shapes and sizes of all tensors are checked before
+    the first is read. Tensors are read one after another, large ones in parts,
+    so that no second copy of the model is in memory.
+
+    `model.preprocessor` has a tokenizer of KerasHub, and `model.generate` takes
+    text. The tokenizer has the `chat_template` of the file, or `None`. Special
+    tokens in a text are whole, `tokenizer("<|im_start|>")` is one id: all of
+    the kinds CONTROL and USER_DEFINED in the file are, but for the unknown
+    token of SentencePiece. The preprocessor adds the token that begins a text
+    where the file says so: a chat template that writes it too makes it double.
+    A tokenizer of SmolLM splits text as SmolLM does. What is saved and loaded
+    again, and what runs in a graph of TensorFlow, as in `tf.data`, splits it as
+    KerasHub's other byte pairs; `chat_template` is not saved.
+
+    Args:
+        filepath: String or path of the file. One that is split is joined by
+            `llama-gguf-split --merge` first.
+        dtype: String or `keras.DTypePolicy` of the layers, as `"bfloat16"`.
+            Defaults to `None`, for Keras' global policy.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
+
+    Returns:
+        A `keras_hub.models.CausalLM`. Its preprocessor is `None` where the file
+        has no tokenizer, or, with a warning, one that no class of KerasHub is.
+
+    Raises:
+        ValueError: If it is no whole GGUF file, or one of another architecture,
+            of other hyperparameters than KerasHub has, or with tensors that are
+            missing, unknown or of another shape. The message names them.
+        ImportError: If `gguf` or `keras_hub` is missing.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+    import keras_weightmods as kwm
+    from keras_hub import models
+
+    model = models.Llama3CausalLM(
+        models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.gguf")
+        kwm.export(model, path, dtype="f32")
+        again = kwm.load_gguf(path)
+    assert again.count_params() == model.count_params()
+    ```
+    """
+    checks.check_verbose(verbose)
+    path = checks.check_path("filepath", filepath)
+    for name in ("gguf", "keras_hub"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"`load_gguf` needs {name}. Install with: pip install "
+                f"'keras-weightmods[gguf]' ({error})"
+            ) from error
+    from keras_hub import models
+
+    with RestoredOnError(), Progress(1, "tensor", verbose) as progress:
+        header = Header(path)
+        architecture = header.fields.get("general.architecture")
+        family = FAMILIES.get(str(architecture))
+        if family is None:
+            raise ValueError(
+                "Expected a GGUF file of one of the architectures "
+                f"{', '.join(FAMILIES)}. Received: general.architecture="
+                f"{architecture!r}, in filepath={path!r}"
+            )
+        is_spm = header.fields.get("tokenizer.ggml.model") == "llama"
+        name = family.names[-1 if is_spm else 0]
+        arguments = _arguments(header, family)
+        with keras_compat.without_values() as pending:
+            backbone = getattr(models, f"{name}Backbone")(
+                **arguments, dtype=dtype
+            )
+        variables = _variables(header, family, backbone)
+        progress.total = len(variables) + 1
+        # Large ones first: they take most memory while they are read.
+        for tensor, variable in sorted(
+            variables.items(), key=lambda x: -np.prod(x[1].shape)
+        ):
+            value = header.read(tensor, variable.dtype)
+            value = family.from_file(tensor, value, variable.shape)
+            keras_compat.restore_value(variable, value)
+            del value
+            progress.add()
+        for variable in pending:
+            if not keras_compat.has_value(variable):
+                keras_compat.initialize(variable)
+        keras_compat.list_torch_parameters(backbone)
+        preprocessor = make_preprocessor(header.fields, name)
+        progress.add()
+        return getattr(models, f"{name}CausalLM")(
+            backbone=backbone, preprocessor=preprocessor
+        )
+
+
+def _arguments(header: Header, family: Family) -> dict[str, Any]:
+    """Return the arguments of the backbone, from the fields of a file."""
+    architecture = header.fields["general.architecture"]
+    prefix = f"{architecture}."
+    found = {
+        key.removeprefix(prefix): value
+        for key, value in header.fields.items()
+        if key.startswith(prefix)
+    }
+    arguments = {**family.unused, **family.fixed}
+    problems = []
+    for argument, (key, kind, default) in family.fields.items():
+        value = found.get(key, default)
+        least = 1 if kind is int else 0
+        is_kind = type(value) is int or (kind is float and type(value) is float)
+        if value is None:
+            problems.append(f"{prefix}{key} is missing")
+        elif not is_kind or not least <= value < 2**31:
+            expected = "an int" if kind is int else "a float"
+            problems.append(
+                f"{prefix}{key} must be {expected} >= {least}. Received: "
+                f"{checks.shown(value)}"
+            )
+        # The shortest float that is the same in 32 bits.
+        elif kind is float:
+            value = float(str(np.float32(value)))
+        arguments[argument] = value
+    known = {key for key, _, _ in family.fields.values()}
+    wanted = dict(family.constants)
+    if SCALING_FACTOR not in known:
+        wanted[SCALING_FACTOR] = 1.0
+    problems += [
+        f"{prefix}{key} is {found[key]}, and KerasHub has {value} alone"
+        for key, value in wanted.items()
+        if found.get(key, value) != value
+    ]
+    if found.get("rope.scaling.type", "none") not in ("none", "linear"):
+        problems.append(
+            f"{prefix}rope.scaling.type is {found['rope.scaling.type']!r}, "
+            "which is not read"
+        )
+    heads: Any = [found.get(f"attention.head_count{x}") for x in ("", "_kv")]
+    if not problems and heads[0] % heads[1]:
+        problems.append(
+            f"{prefix}attention.head_count is {heads[0]}, no multiple of "
+            f"head_count_kv={heads[1]}"
+        )
+    summary = f"{header.filepath!r} has hyperparameters that do not fit:"
+    checks.raise_all(summary, problems)
+    if arguments["num_layers"] > len(header.tensors):
+        raise header.error(f"{prefix}block_count is {arguments['num_layers']}")
+    others = sorted(found.keys() - known - _KNOWN - wanted.keys())
+    if others:
+        warnings.warn(
+            f"{header.filepath!r} says more of the model than KerasHub's class "
+            f"takes: {checks.cut(', '.join(prefix + x for x in others))}. "
+            "This is ignored, and the model may compute something else.",
+            # The line that calls `load_gguf`.
+            stacklevel=3,
+        )
+    table = header.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise header.error("it has no matrix token_embd.weight")
+    arguments["vocabulary_size"] = table.shape[0]
+    if "output.weight" in family.tensors:
+        arguments["tie_word_embeddings"] = "output.weight" not in header.tensors
+    if _ROPE_FACTORS in header.tensors and architecture == "llama":
+        arguments |= _rope_arguments(header, arguments)
+    return arguments
+
+
+def _rope_arguments(header: Header, arguments: Any) -> dict[str, Any]:
+    """Return the arguments that give the factors of Llama 3.1 and later.
+
+    A file has no others: the two bounds and the length are those of Meta.
+    """
+    factors = header.read(_ROPE_FACTORS, "float32")
+    factor = float(factors.max())
+    if factor == 1:
+        return {}
+    found = {
+        "rope_frequency_adjustment_factor": factor,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_pretraining_sequence_length": 8192,
+    }
+    expected = rope_factors(types.SimpleNamespace(**arguments, **found))
+    is_same = factors.shape == expected.shape
+    if not (is_same and np.allclose(factors, expected, rtol=1e-4)):
+        raise header.error(
+            f"its {_ROPE_FACTORS} are not those of Llama 3.1 to 3.3, with a "
+            f"factor of {factor:g} for texts longer than 8192"
+        )
+    return found
+
+
+def _variables(header: Header, family: Family, backbone: Any) -> dict[str, Any]:
+    """Return {name of a tensor: variable}, all of which have been compared."""
+    by_path = {variable.path: variable for variable in backbone.weights}
+    is_tied = backbone.token_embedding.tie_weights
+    variables = {
+        name: by_path.pop(family.variable_path(name))
+        for name in family.tensor_names(backbone.num_layers, is_tied)
+    }
+    problems = [
+        f"{name} is missing, for {variables[name].path!r}"
+        for name in variables.keys() - header.tensors.keys()
+    ]
+    problems += [
+        f"{name} is not one of this architecture in KerasHub"
+        for name in header.tensors.keys() - variables.keys() - {_ROPE_FACTORS}
+    ]
+    for name in variables.keys() & header.tensors.keys():
+        expected = family.file_shape(name, variables[name].shape)
+        shape = header.tensors[name].shape
+        if shape != expected:
+            problems.append(f"{name} has shape {shape}, expected {expected}")
+    # A quantized policy makes others.
+    problems += [f"{path!r} is in no file" for path in by_path]
+    size = family.head_size(backbone)
+    key = f"{header.fields['general.architecture']}.rope.dimension_count"
+    if header.fields.get(key, size) != size:
+        problems.append(f"{key} is {header.fields[key]}, a head has {size}")
+    summary = f"{header.filepath!r} does not fit `{type(backbone).__name__}`:"
+    checks.raise_all(summary, sorted(problems))
+    return variables

@@ -1,0 +1,339 @@
+import contextlib
+import os
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.exporting import gguf_header
+from tests import models
+
+pytestmark = pytest.mark.one_backend
+
+pytest.importorskip("keras_hub")
+gguf = pytest.importorskip("gguf")
+
+SIZES = {"vocabulary_size": 96, "num_layers": 2, "hidden_dim": 64}
+SIZES |= {"intermediate_dim": 96, "num_query_heads": 4}
+SIZES |= {"num_key_value_heads": 2}
+TIED = {"tie_word_embeddings": True}
+LLAMA31 = {
+    "rope_frequency_adjustment_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_pretraining_sequence_length": 8192,
+    "rope_max_wavelength": 500000.0,
+}
+SLIDING = {"use_sliding_window_attention": True, "sliding_window_size": 4}
+SLIDING |= {"head_dim": 32, "layer_norm_epsilon": 1e-5}
+CASES = {
+    "llama3": ("llama3", {}),
+    "llama3, tied": ("llama3", TIED),
+    "llama 3.1": ("llama3", LLAMA31),
+    "qwen": ("qwen", {"tie_word_embeddings": False}),
+    "qwen, tied": ("qwen", {"rope_max_wavelength": 1e6}),
+    "gemma3": ("gemma3", SLIDING),
+    "gemma3, long": ("gemma3", {**SLIDING, "global_rope_scaling_factor": 8.0}),
+}
+
+
+def made(case, **others):
+    """Return a model whose norms are exact with gemma's 1 in them."""
+    family, sizes = CASES[case]
+    model = models.causal_lm(family, **{**SIZES, **sizes, **others})
+    models.randomize(model, scale=0.2)
+    for variable in model.weights:
+        if variable.name == "scale":
+            value = np.round(models.numpy(variable) * 256) / 256
+            variable.assign(value)
+    return model
+
+
+def exported(folder, case, **others):
+    model, path = made(case, **others), folder / "model.gguf"
+    kwm.export(model, path, dtype="f32")
+    return model, path
+
+
+def rewritten(path, fields=None, drop=(), **tensors):
+    """Write a file again with other fields or tensors."""
+    reader = gguf.GGUFReader(path)
+    values = {k: (f.contents(), f.types) for k, f in reader.fields.items()}
+    architecture = values.pop("general.architecture")[0]
+    file = gguf.GGUFWriter(path, (fields or {}).pop("", architecture))
+    for name, (value, kinds) in values.items():
+        if name.startswith("GGUF."):
+            continue
+        value = (fields or {}).pop(name, value)
+        if value is not None:
+            inner = kinds[1] if len(kinds) > 1 else None
+            file.add_key_value(name, value, kinds[0], sub_type=inner)
+    for name, value in (fields or {}).items():
+        kind = gguf.GGUFValueType.get_type(value)
+        inner = None
+        if isinstance(value, list):
+            inner = gguf.GGUFValueType.get_type(value[0])
+        file.add_key_value(name, value, kind, sub_type=inner)
+    for tensor in reader.tensors:
+        if tensor.name not in drop and tensor.name not in tensors:
+            data = np.array(tensor.data)
+            file.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    for name, (data, kind) in tensors.items():
+        file.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_exported_is_loaded_bit_for_bit(case, tmp_path):
+    model, path = exported(tmp_path, case)
+    again = kwm.load_gguf(path)
+    assert type(again) is type(model)
+    expected = model.backbone.get_config()
+    assert again.backbone.get_config() == {
+        **expected,
+        "name": again.backbone.name,
+    }
+    models.assert_same(models.weights_of(again), models.weights_of(model))
+    tokens = np.array([[1, 7, 20, 33, 5, 64, 12, 90, 3, 8]])
+    x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    models.assert_same(models.outputs(again, x), models.outputs(model, x))
+    again.fit(x, tokens, verbose=0)
+
+
+def test_in_another_dtype(tmp_path):
+    model, path = exported(tmp_path, "qwen")
+    for dtype in ("bfloat16", "float16", "mixed_bfloat16"):
+        again = kwm.load_gguf(path, dtype=dtype)
+        for one, other in zip(again.weights, model.weights, strict=True):
+            assert one.dtype == keras.DTypePolicy(dtype).variable_dtype
+            expected = keras.ops.cast(other.value, one.dtype)
+            np.testing.assert_array_equal(
+                models.numpy(one), models.numpy(expected)
+            )
+
+
+TYPES = "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL"
+
+
+@pytest.mark.parametrize("kind", TYPES.split())
+def test_types_of_tensors(kind, tmp_path, monkeypatch):
+    # Parts of three rows.
+    monkeypatch.setattr(gguf_header, "_CHUNK", 3 * 256 * 4)
+    sizes = {"num_layers": 1, "hidden_dim": 256, "num_query_heads": 4}
+    _, path = exported(tmp_path, "qwen", **sizes)
+    found = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[found]
+    rng = np.random.default_rng(0)
+    data, expected = {}, {}
+    for name in ("blk.0.ffn_up.weight", "token_embd.weight"):
+        # Without the highest bit of an exponent in fp16: finite.
+        raw = rng.integers(256, size=(96, 256 // block * nbytes)) & 0xBF
+        raw = raw.astype("uint8")
+        data[name], expected[name] = (
+            (raw, kind),
+            gguf.quants.dequantize(raw, found),
+        )
+    again = kwm.load_gguf(rewritten(path, **data))
+    up = again.backbone.get_layer("transformer_layer_0")
+    for name, variable in {
+        "blk.0.ffn_up.weight": up._feedforward_intermediate_dense.kernel,
+        "token_embd.weight": again.backbone.token_embedding.embeddings,
+    }.items():
+        value = models.numpy(variable)
+        value = value.T if "ffn" in name else value
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_files_that_do_not_fit(tmp_path):
+    _, path = exported(tmp_path, "qwen", num_layers=1)
+    whole = path.read_bytes()
+    norm, bias = "blk.0.attn_norm.weight", "blk.0.attn_q.bias"
+    ones = np.ones(32, "float32"), "F32"
+    for match, change in (
+        (f"{norm} is missing, for 'transformer_layer_0/self", {"drop": norm}),
+        ("2 problems:\n  blk.0.attn_norm", {"drop": (norm, bias)}),
+        (f"{norm} has shape .32,., expected .64,.", {norm: ones}),
+        ("more.weight is not one of this", {"more.weight": ones}),
+        ("no matrix token_embd.weight", {"drop": "token_embd.weight"}),
+        ("architecture='gpt2'", {"fields": {"": "gpt2"}}),
+        ("block_count is 2$|missing", {"fields": {"qwen2.block_count": 2}}),
+        ("block_count is 9999", {"fields": {"qwen2.block_count": 9999}}),
+        (
+            "qwen2.embedding_length is missing",
+            {"fields": {"qwen2.embedding_length": None}},
+        ),
+        (
+            "qwen2.attention.head_count must be an int >= 1. Received: 0",
+            {"fields": {"qwen2.attention.head_count": 0}},
+        ),
+        (
+            "head_count is 4, no multiple of head_count_kv=3",
+            {"fields": {"qwen2.attention.head_count_kv": 3}},
+        ),
+        (
+            "scaling.type is 'yarn'",
+            {"fields": {"qwen2.rope.scaling.type": "yarn"}},
+        ),
+        (
+            "rope.dimension_count is 8, a head has 16",
+            {"fields": {"qwen2.rope.dimension_count": 8}},
+        ),
+    ):
+        path.write_bytes(whole)
+        with pytest.raises(ValueError, match=match) as error:
+            kwm.load_gguf(rewritten(path, **change))
+        assert str(path) in str(error.value)
+    path.write_bytes(whole)
+    with pytest.warns(UserWarning, match="qwen2.logit_scale. This is ignored"):
+        kwm.load_gguf(rewritten(path, {"qwen2.logit_scale": 2.0}))
+    for case, fields, match in (
+        ("gemma3", {"gemma3.rope.freq_base": 1e4}, "KerasHub has 1000000.0"),
+        (
+            "llama3",
+            {"llama.rope.scaling.factor": 2.0},
+            "KerasHub has 1.0 alone",
+        ),
+    ):
+        _, path = exported(tmp_path, case)
+        with pytest.raises(ValueError, match=match):
+            kwm.load_gguf(rewritten(path, fields))
+    _, path = exported(tmp_path, "llama 3.1")
+    factors = np.linspace(1, 8, 8, dtype="float32"), "F32"
+    with pytest.raises(ValueError, match="not those of Llama"):
+        kwm.load_gguf(rewritten(path, **{"rope_freqs.weight": factors}))
+
+
+def test_files_that_are_cut(tmp_path):
+    _, path = exported(tmp_path, "qwen", num_layers=1)
+    whole = path.read_bytes()
+    for size in (*range(0, 1000, 7), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="a whole GGUF file") as error:
+            kwm.load_gguf(path)
+        assert len(str(error.value)) < 2000
+    path.write_bytes(whole[:4] + b"\0\0\0\3" + whole[8:])
+    with pytest.raises(ValueError, match="version"):
+        kwm.load_gguf(path)
+    # Each byte of the header, as any other.
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        bad = bytearray(whole)
+        bad[rng.integers(4, 1500)] = rng.integers(256)
+        path.write_bytes(bad)
+        with contextlib.suppress(ValueError):
+            kwm.load_gguf(path)
+    with pytest.raises(FileNotFoundError):
+        kwm.load_gguf(tmp_path / "none.gguf")
+
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTES = [*"abcdef12", "Ġ", "Ċ", "ab", "ĊĊ", *SPECIAL]
+
+
+def byte_pairs(**fields):
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": BYTES,
+        "tokenizer.ggml.token_type": [1] * 12 + [3] * 3,
+        "tokenizer.ggml.merges": ["a b", "Ċ Ċ"],
+        "tokenizer.ggml.eos_token_id": 14,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{{ messages }}",
+        **fields,
+    }
+
+
+def test_byte_pairs(tmp_path):
+    _, path = exported(tmp_path, "qwen", vocabulary_size=15)
+    model = kwm.load_gguf(rewritten(path, byte_pairs()))
+    tokenizer = model.preprocessor.tokenizer
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.end_token == "<|im_end|>"
+    ids = tokenizer("<|im_start|>ab12\n\nc<|im_end|>").tolist()
+    assert ids == [13, 10, 6, 7, 11, 2, 14]
+    assert tokenizer.detokenize([10, 8, 2]) == "ab c"
+    assert isinstance(model.generate("ab", max_length=6), str)
+    split = {"tokenizer.ggml.pre": "smollm"}
+    smollm = kwm.load_gguf(rewritten(path, split)).preprocessor.tokenizer
+    # Two line ends before a word are two tokens, at the end of a text one.
+    assert smollm("a\n\nb").tolist() == [0, 9, 9, 1]
+    assert smollm("a\n\n").tolist() == [0, 11]
+    base = {"tokenizer.ggml.eos_token_id": 12}
+    base = kwm.load_gguf(rewritten(path, base)).preprocessor.tokenizer
+    assert base.end_token == "<|endoftext|>"
+    with pytest.warns(UserWarning, match="splits text as 'other'"):
+        kwm.load_gguf(rewritten(path, {"tokenizer.ggml.pre": "other"}))
+    for fields, match in (
+        ({"tokenizer.ggml.eos_token_id": 0}, "ends texts by 'a'"),
+        (
+            {
+                "tokenizer.ggml.eos_token_id": 14,
+                "tokenizer.ggml.pre": "qwen2",
+                "tokenizer.ggml.bos_token_id": 12,
+                "tokenizer.ggml.add_bos_token": True,
+            },
+            "begins texts by '<|endoftext|>'".replace("|", r"\|"),
+        ),
+        ({"tokenizer.ggml.model": "bert"}, "is of the kind 'bert'"),
+    ):
+        with pytest.warns(UserWarning, match=match):
+            model = kwm.load_gguf(rewritten(path, fields))
+        assert model.preprocessor is None
+
+
+def test_sentence_piece(tmp_path):
+    pytest.importorskip("sentencepiece")
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
+    tokens += ["<end_of_turn>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += ["▁", "a", "b", "ab", "▁ab"]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 265 + [-2.0, -1.0],
+        "tokenizer.ggml.token_type": [3] * 6 + [6] * 256 + [1] * 5,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    for place, name in enumerate(("padding", "eos", "bos", "unknown")):
+        fields[f"tokenizer.ggml.{name}_token_id"] = place
+    _, path = exported(tmp_path, "gemma3", vocabulary_size=len(tokens))
+    model = kwm.load_gguf(rewritten(path, fields))
+    tokenizer = model.preprocessor.tokenizer
+    ids = tokenizer("<start_of_turn>ab ab  c<end_of_turn>").tolist()
+    space = tokens.index("▁")
+    byte = tokens.index("<0x63>")
+    assert ids == [4, space + 3, space + 4, space, space, byte, 5]
+    assert tokenizer.chat_template is None
+    x = model.preprocessor.generate_preprocess(["ab"], sequence_length=3)
+    assert np.asarray(x["token_ids"]).tolist() == [[2, space + 3, 0]]
+    assert isinstance(model.generate("ab", max_length=6), str)
+
+
+# Files of models that people use, in a folder.
+FILES = pathlib.Path(os.environ.get("KWM_GGUF_FILES", "none"))
+
+
+@pytest.mark.llm
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("name", "prompt", "expected"),
+    [
+        ("qwen.gguf", "def fibonacci(n):\n", "    if n"),
+        ("gemma.gguf", "The capital of France is", " Paris"),
+    ],
+)
+def test_models_that_people_use(name, prompt, expected):
+    if not (FILES / name).is_file():
+        pytest.skip(f"KWM_GGUF_FILES names no folder with {name}")
+    model = kwm.load_gguf(FILES / name, dtype="bfloat16")
+    model.compile(sampler="greedy")
+    size = len(model.preprocessor.tokenizer(prompt)) + 6
+    text = model.generate(prompt, max_length=size, strip_prompt=True)
+    assert text.startswith(expected)
