@@ -51,6 +51,9 @@ def test_language_models(run, tmp_path):
     found = json.loads(run("pack b.safetensors -o c.safetensors --json"))
     assert found["totals"]["packed_share"] < 0.3
     assert run("generate c.safetensors a --max-length 99").startswith("a")
+    kwm.export(models.backbone("qwen"), "qwen.gguf")
+    run("sparsify qwen.gguf -o d.safetensors")
+    kwm.assert_sparse(kwm.load_model("d.safetensors"), "2:4")
     models.mlp(8, 4).save("a.keras")
     assert "a.keras, a Sequential" in run("generate a.keras a", code=1)
 
@@ -176,7 +179,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
         "sparsify model.keras --data empty.npy -o a.keras": "in a .npy file",
         "sparsify model.keras -o model.keras": "--overwrite replaces it",
         "sparsify model.keras -o x/a.keras": "folder that exists",
-        "export model.keras -o a.gguf": "a KerasHub Llama",
+        "export model.keras -o a.gguf": "a KerasHub language model",
         f"info model.keras --backend {other}": "Keras runs on",
     }
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
