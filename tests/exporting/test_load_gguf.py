@@ -11,7 +11,7 @@ import keras_weightmods as kwm
 from keras_weightmods.exporting import gguf_header
 from tests import models
 
-pytestmark = pytest.mark.one_backend
+one_backend = pytest.mark.one_backend
 
 pytest.importorskip("keras_hub")
 gguf = pytest.importorskip("gguf")
@@ -90,6 +90,7 @@ def rewritten(path, fields=None, drop=(), **tensors):
     return path
 
 
+@one_backend
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_exported_is_loaded_bit_for_bit(case, tmp_path):
     model, path = exported(tmp_path, case)
@@ -122,6 +123,7 @@ def test_in_another_dtype(tmp_path):
 TYPES = "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL"
 
 
+@one_backend
 @pytest.mark.parametrize("kind", TYPES.split())
 def test_types_of_tensors(kind, tmp_path, monkeypatch):
     # Parts of three rows.
@@ -151,6 +153,7 @@ def test_types_of_tensors(kind, tmp_path, monkeypatch):
         np.testing.assert_array_equal(value, expected[name])
 
 
+@one_backend
 def test_files_that_do_not_fit(tmp_path):
     _, path = exported(tmp_path, "qwen", num_layers=1)
     whole = path.read_bytes()
@@ -210,6 +213,7 @@ def test_files_that_do_not_fit(tmp_path):
         kwm.load_gguf(rewritten(path, **{"rope_freqs.weight": factors}))
 
 
+@one_backend
 def test_files_that_are_cut(tmp_path):
     _, path = exported(tmp_path, "qwen", num_layers=1)
     whole = path.read_bytes()
@@ -252,6 +256,7 @@ def byte_pairs(**fields):
     }
 
 
+@one_backend
 def test_byte_pairs(tmp_path):
     _, path = exported(tmp_path, "qwen", vocabulary_size=15)
     model = kwm.load_gguf(rewritten(path, byte_pairs()))
@@ -290,6 +295,7 @@ def test_byte_pairs(tmp_path):
         assert model.preprocessor is None
 
 
+@one_backend
 def test_sentence_piece(tmp_path):
     pytest.importorskip("sentencepiece")
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
@@ -322,6 +328,7 @@ def test_sentence_piece(tmp_path):
 FILES = pathlib.Path(os.environ.get("KWM_GGUF_FILES", "none"))
 
 
+@one_backend
 @pytest.mark.llm
 @pytest.mark.heavy
 @pytest.mark.parametrize(
