@@ -134,7 +134,8 @@ def train_part(
             variable.constraint = constraint
         part.compile(keras.optimizers.Adam(schedule), loss=lambda _, loss: loss)
         before = part.evaluate(held, verbose=0)
-        part.fit(fit, epochs=epochs, verbose=verbose)
+        # `Batches` shuffles, by a seed; Keras by the generator of Python.
+        part.fit(fit, epochs=epochs, verbose=verbose, shuffle=False)
         after = part.evaluate(held, verbose=0)
         # Also where it is NaN.
         if not after <= before:
