@@ -33,7 +33,14 @@ class Moments:
 
 
 def change_kernels(
-    model, targets, batches, change, rebuild=None, verbose=1, held=None
+    model,
+    targets,
+    batches,
+    change,
+    rebuild=None,
+    verbose=1,
+    held=None,
+    recall=None,
 ):
     """Change each of `targets`, in the order of execution.
 
@@ -50,6 +57,9 @@ def change_kernels(
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
         held: List of pairs as `batches`, to measure on alone, where something
             is fitted. Defaults to `None`.
+        recall: As in `Walk`, but it returns pairs of a target and its row,
+            with an attribute `rows`: those that it was fitted to, or None.
+            Defaults to `None`.
 
     Returns:
         List of the rows.
@@ -68,6 +78,20 @@ def change_kernels(
     rows: list[Any] = []
     few: list[str] = []
 
+    def see(target, row, fitted):
+        rows.append(row)
+        errors = [] if row.error is None else [(_METRIC, row.error)]
+        progress.update(len(rows), errors)
+        size = target.contraction_size
+        if fitted is not None and fitted < size:
+            few.append(f"{target.path} ({fitted} for {size} inputs)")
+
+    def recalled(targets):
+        pairs = recall(targets) if recall else []
+        for target, row in pairs:
+            see(target, row, row.rows)
+        return [target for target, _ in pairs]
+
     def visit(group, moments, note=""):
         for each in () if moments is None else (moments.fit, moments.held):
             if not bool(ops.all(ops.isfinite(each))):
@@ -76,18 +100,17 @@ def change_kernels(
                     "Received: NaN or infinite ones at the input of "
                     f"{group[0].path}"
                 )
+        fitted = None if moments is None else moments.rows
         for row, target in zip(change(group, moments, note), group):
-            rows.append(row)
-            errors = [] if moments is None else [(_METRIC, row.error)]
-            progress.update(len(rows), errors)
-            size = target.contraction_size
-            if moments is not None and moments.rows < size:
-                few.append(f"{target.path} ({moments.rows} for {size} inputs)")
+            see(target, row, fitted)
 
     if batches is None:
         visit(ordered, None)
     else:
-        Walk(model, ordered, batches, visit, rebuild, held or ())()
+        walk = Walk(
+            model, ordered, batches, visit, rebuild, held or (), recalled
+        )
+        walk()
     if few and held is not None:
         warnings.warn(
             f"{len(few)} of {len(rows)} kernels were fitted to fewer rows than "
@@ -159,14 +182,26 @@ class Walk:
             `None`.
         held: List of pairs as `batches`, on which nothing is fitted.
             Defaults to none.
+        recall: Callable from the pending targets of an operation to those
+            that it has changed as an earlier walk did: the others are visited.
+            With `rebuild` these are all or none. Defaults to none.
     """
 
-    def __init__(self, model, targets, batches, visit, rebuild=None, held=()):
+    def __init__(
+        self,
+        model,
+        targets,
+        batches,
+        visit,
+        rebuild=None,
+        held=(),
+        recall=lambda targets: [],
+    ):
         self.model, self.fitted = model, len(batches)
         self.batches = [*batches, *held]
         self.pending = list(targets)
         self.used = [calibration.used_positions(w) for _, w in self.batches]
-        self.visit, self.rebuild = visit, rebuild
+        self.visit, self.rebuild, self.recall = visit, rebuild, recall
 
     def __call__(self):
         """Go through the model once."""
@@ -221,6 +256,9 @@ class Walk:
 
         own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
         taught = outputs_of(taught)
+        known = self.recall(targets)
+        targets = [t for t in targets if t not in known]
+        self.pending = [t for t in self.pending if t not in known]
         while here := [t for t in self.pending if id(t.layer) in inside]:
             self._visit_next(call, own, here)
         if targets and self.rebuild is not None:

@@ -15,6 +15,11 @@ from keras_weightmods.cli.files import load_model, read_data, written
         "default": ("blocks", "scales"),
         "help": "none is several times faster and less exact",
     },
+    resume={
+        "metavar": "FOLDER",
+        "help": "where each block is written; killed, the same command goes on "
+        "from there",
+    },
     size={"help": "the most that it takes packed, such as 60MB"},
 )
 def _quantize(args):
@@ -37,6 +42,7 @@ def _quantize(args):
         args.bits,
         size=args.size,
         refine=None if "none" in args.refine else args.refine,
+        resume=args.resume,
         verbose=not args.quiet,
     )
     return written(model, report, args.output)

@@ -60,7 +60,7 @@ def choose_bits(
     grid_for: Any,
     bits: Any,
     size: int | None,
-) -> tuple[dict[str, int], int | None]:
+) -> tuple[list[int], int | None]:
     """Choose the bits of each kernel, so that all of them lose least.
 
     Args:
@@ -70,7 +70,7 @@ def choose_bits(
         size: Int, the bytes of all weights of the model once packed, or None.
 
     Returns:
-        Dict of the bits by the keys of the targets; the bytes, or None.
+        List of the bits of the targets; the bytes, or None.
     """
     widths, sizes = [], []
     shared = seam.shared_variables(model)
@@ -118,9 +118,7 @@ def choose_bits(
             "of `data`. Pass `bits` as an int, 2 to 6."
         )
     places = choose(sizes, losses, budget)
-    chosen = {
-        target.key: own[i] for target, own, i in zip(targets, widths, places)
-    }
+    chosen = [own[i] for own, i in zip(widths, places)]
     if size is not None:
         size = rest + sum(own[i] for own, i in zip(sizes, places))
     return chosen, size
@@ -193,7 +191,7 @@ def expected_losses(
         # It sums the squares of gradients, and changes nothing.
         adagrad = keras.optimizers.Adagrad(0.0, initial_accumulator_value=0.0)
         part.compile(adagrad, loss=lambda _, loss: loss)
-        part.fit(data, verbose=0)
+        part.fit(data, verbose=0, shuffle=False)
         trained = part.trainable_variables
         squares = adagrad.variables[-len(trained) :]
         undo.structure.restore()

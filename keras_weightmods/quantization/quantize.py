@@ -13,7 +13,6 @@ from keras import ops
 
 from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
-    ReconstructedBlock,
     is_float,
     train_block,
 )
@@ -47,6 +46,7 @@ from keras_weightmods.quantization.head import (
     find_table,
     round_table,
 )
+from keras_weightmods.quantization.record import Record
 from keras_weightmods.quantization.report import QuantizedKernel, QuantizeReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
@@ -77,6 +77,7 @@ def quantize(
     damping: float = 0.01,
     epochs: int = 6,
     learning_rate: float = 4e-4,
+    resume: Any = None,
     verbose: int = 1,
 ) -> QuantizeReport:
     """Round the weights of a model to 2 to 6 bits, in place, on data.
@@ -155,6 +156,11 @@ def quantize(
         epochs: Int, passes of `"blocks"` over its data. Defaults to `6`.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
             Defaults to `4e-4`.
+        resume: String or path of a folder, to which each block is written
+            once it is done. After a kill or an error the same call goes on
+            from there, to the same weights, bit for bit on the same machine.
+            It takes the disk space of the kernels, and is removed when the
+            call is done. Defaults to `None`, for none.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
@@ -167,7 +173,8 @@ def quantize(
         ValueError: If an argument is outside the ranges above, `data` are
             empty or endless, or reach no kernel, or are missing for a model
             that writes no text, there is no kernel, a target is
-            reparameterized, or an activation or a weight is not finite. The
+            reparameterized, an activation or a weight is not finite, or
+            `resume` is of a call with other arguments, model or data. The
             model is unchanged then, as it is after any other error.
 
     Example:
@@ -271,23 +278,42 @@ def quantize(
             note = "Without scales: it gives no vector of floats to compare"
         if note:
             refinements = tuple(r for r in refinements if r != "scales")
-    if data is None:
-        if not hasattr(model, "generate"):
-            expected = "calibration data, some 100 rows; only a KerasHub "
-            expected += "`CausalLM` writes text of its own"
-            raise checks.error("data", expected, None)
-        length = longest_input(model, _LENGTH)
-        data = self_generated(model, _ROWS, length, verbose=verbose)
-    batches, held = data_forms.held_out(
-        data_forms.calibration_batches(model, data, batch_size)
-    )
-    is_trained = "blocks" in refinements
+    batches: Any = None
+    if data is not None:
+        batches = data_forms.calibration_batches(model, data, batch_size)
+    elif not hasattr(model, "generate"):
+        expected = "calibration data, some 100 rows; only a KerasHub "
+        expected += "`CausalLM` writes text of its own"
+        raise checks.error("data", expected, None)
+    changed = [*tables, *kernels]
     fit = {"epochs": epochs, "learning_rate": learning_rate}
-    quantizer = _Quantizer(bits, group_size, damping, fit if is_trained else {})
-    rows: list[QuantizedKernel] = []
+    arguments = {
+        **fit,
+        "batch_size": batch_size,
+        "bits": bits,
+        "damping": damping,
+        "group_size": group_size,
+        "refine": sorted(refinements),
+        "size": size,
+    }
+    record = Record(resume, model, batches, changed, arguments, verbose)
+    if data is None:
+        length = longest_input(model, _LENGTH)
+        text = record.once(
+            "text",
+            lambda: self_generated(
+                model, _ROWS, length, verbose=verbose
+            ).tolist(),
+        )
+        data = np.array(text, "int32")
+        batches = data_forms.calibration_batches(model, data, batch_size)
+    batches, held = data_forms.held_out(batches)
+    is_trained = "blocks" in refinements
+    quantizer = _Quantizer(
+        bits, group_size, damping, fit if is_trained else {}, record
+    )
     trained: Any = None
     both: Any = None
-    changed = [*tables, *kernels]
     undo = RestoredOnError(model, values=[each.variable for each in changed])
     with undo:
         if tables or is_mixed or "scales" in refinements:
@@ -295,34 +321,48 @@ def quantize(
             outputs = Outputs(body, batches, held, verbose)
             taught = values_of(end) if "scales" in refinements else {}
         if is_mixed:
-            quantizer.own_bits, size = choose_bits(
-                model, end, outputs, changed, quantizer.grid_for, bits, size
+            given = model, end, outputs, changed, quantizer.grid_for
+            own_bits, size = record.once(
+                "bits", lambda: choose_bits(*given, bits, size)
             )
+            quantizer.own_bits = dict(zip((t.key for t in changed), own_bits))
         if held:
             measure = HeldOut(model, held)
-            quantizer.to_nearest(changed)
-            plain = measure()
-            undo.give_values_back()
+
+            def to_nearest() -> float:
+                quantizer.to_nearest(changed)
+                found = measure()
+                undo.give_values_back()
+                return found
+
+            plain = record.once("nearest", to_nearest)
         for table in tables:
+            if record.recall([table]):
+                continue
             grid = quantizer.grid_for(table)
             scales, nearest, error = round_table(
                 table, outputs, grid, damping, verbose
             )
-            quantizer.scales[table.key] = GridScales(table, scales, grid)
+            record.scales[table.key] = GridScales(table, scales, grid)
             about = table.key, table.path, table.shape
-            rows.append(QuantizedKernel(*about, nearest, error, grid.bits))
+            record.rows[table.key] = QuantizedKernel(
+                *about, nearest, error, grid.bits
+            )
+            record.keep([table])
         if kernels:
             train = quantizer.train if is_trained else None
             most = _POSITIONS // 8 if end else math.inf
             shown, measured = _first(batches, 7 * most), _first(held, most)
-            rows += change_kernels(
-                model, kernels, shown, quantizer.round, train, verbose, measured
+            change_kernels(
+                *(model, kernels, shown, quantizer.round, train, verbose),
+                *(measured, record.recall),
             )
+        rows = [*record.rows.values()]
         check_reached(rows, "`kwm.pack(model, 'int4')` rounds without data.")
         shared = seam.shared_variables(model)
         items = [
             item
-            for item in quantizer.scales.values()
+            for item in record.scales.values()
             if id(item.target.variable) not in shared
         ]
         if "scales" in refinements and items:
@@ -346,12 +386,12 @@ def quantize(
                 )
                 note = f"{note}. {why}".removeprefix(". ")
                 rows = [dataclasses.replace(k, error=k.nearest) for k in rows]
-                quantizer.blocks.clear()
+                record.blocks.clear()
                 trained = None
                 after = plain
             both = None if math.isnan(plain) else (plain, after)
-    blocks = tuple(quantizer.blocks)
-    done = tuple(rows), skipped, blocks, note, both, trained
+    record.remove()
+    done = tuple(rows), skipped, tuple(record.blocks), note, both, trained
     if is_mixed:
         weights = [math.prod(row.shape) for row in rows]
         bits = float(np.average([row.bits for row in rows], weights=weights))
@@ -372,20 +412,18 @@ class _Quantizer:
         bits: Int, or float with a budget: those of a weight, on the mean.
         group_size, damping: As of `quantize`.
         fit: Options of `train_block`; empty where blocks are not trained.
+        record: `Record` of what has been done.
         own_bits: Dict by key of the bits of a kernel, with a budget.
         items: Dict by key of what has been rounded and not been trained.
-        scales: Dict by key of the `GridScales` of all that has been rounded.
-        blocks: List of the `ReconstructedBlock`.
     """
 
     bits: Any
     group_size: int
     damping: float
     fit: dict[str, Any]
+    record: Record
     own_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
-    scales: dict[str, GridScales] = dataclasses.field(default_factory=dict)
-    blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
 
     def to_nearest(self, targets: list[Target]) -> None:
         """Round each weight to nearest."""
@@ -433,17 +471,22 @@ class _Quantizer:
                     own = f"{own}; to nearest, better on rows held out"
             item = GridWeights(target, before, after, scales, grid)
             target.variable.assign(item.rounded())
-            self.scales[target.key] = GridScales(target, scales, grid)
+            self.record.scales[target.key] = GridScales(target, scales, grid)
             if self.fit:
                 self.items[target.key] = item
-            yield QuantizedKernel(
+            row = QuantizedKernel(
                 target.key,
                 target.path,
                 target.shape,
                 *errors,
                 bits=grid.bits,
                 note=own.removeprefix("; "),
+                rows=None if moments is None else moments.rows,
             )
+            self.record.rows[target.key] = row
+            yield row
+        if not self.fit:
+            self.record.keep(group)
 
     def train(self, operation: Any, group: list[Target], *calls: Any) -> None:
         """Train the kernels of a block through their rounding."""
@@ -452,9 +495,10 @@ class _Quantizer:
         block = train_block(operation, group, *calls, **self.fit)
         seam.fold(operation, GridWeights)
         for item in items:
-            self.scales[item.target.key].scales = item.scales
+            self.record.scales[item.target.key].scales = item.scales
         if block is not None:
-            self.blocks.append(block)
+            self.record.blocks.append(block)
+        self.record.keep(group, block)
 
     def grid_for(self, target: Target, bits: int | None = None) -> Grid:
         """A grid whose weights the kernel's type holds without rounding."""

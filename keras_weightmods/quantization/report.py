@@ -25,12 +25,15 @@ class QuantizedKernel(Row):
         error: Float, what was changed instead; None as above.
         bits: Int, those of its weights.
         note: String, why it was rounded to nearest, if it was.
+        rows: Int, the rows of inputs that it was fitted to; None for a head,
+            and as above.
     """
 
     nearest: float | None
     error: float | None
     bits: int = 4
     note: str = ""
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

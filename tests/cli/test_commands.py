@@ -47,7 +47,9 @@ def test_language_models(run, tmp_path):
     data = "--data text.txt --length 12 --rows 4 --quiet"
     run(f"sparsify llm.safetensors --criterion wanda {data} -o a.safetensors")
     kwm.assert_sparse(kwm.load_model("a.safetensors"), "2:4")
-    run(f"quantize llm.safetensors {data} --refine none -o b.safetensors")
+    data += " --refine none --resume steps"
+    run(f"quantize llm.safetensors {data} -o b.safetensors")
+    assert not (tmp_path / "steps").exists()
     found = json.loads(run("pack b.safetensors -o c.safetensors --json"))
     assert found["totals"]["packed_share"] < 0.3
     assert run("generate c.safetensors a --max-length 99").startswith("a")

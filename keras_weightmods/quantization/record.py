@@ -1,0 +1,197 @@
+"""What `quantize` has decided, in files that the same call goes on from."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.backend import whole
+from keras_weightmods.calibration.block_reconstruction import ReconstructedBlock
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.targets import Target
+from keras_weightmods.ops.rounding import Grid
+from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.quantization.grid_weights import GridScales
+from keras_weightmods.quantization.report import QuantizedKernel
+from keras_weightmods.saving.bounded_json import json_array
+from keras_weightmods.saving.container import Reader, write_arrays
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
+from keras_weightmods.version import __version__
+
+_FORMAT, _VERSION = "keras_weightmods.quantize", 1
+_JSON = "step.json"
+
+
+class Record:
+    """What a call of `quantize` has decided, and the files of its steps.
+
+    Args:
+        folder: String or path, where each step is written and those of an
+            interrupted call are read; None for neither.
+        model: A built Keras model or layer, as it was given.
+        batches: List of pairs (inputs, sample weights or None), or None where
+            the model writes them.
+        targets: List of the `Target` to round.
+        arguments: Dict, of JSON, of the arguments that decide.
+        verbose: 0 or 1, whether to show progress.
+
+    Attributes:
+        rows: Dict by key of the `QuantizedKernel`, in the order of rounding.
+        scales: Dict by key of the `GridScales`.
+        blocks: List of the `ReconstructedBlock`.
+
+    Raises:
+        ValueError: If there can be no such folder, or it holds steps of
+            another call.
+    """
+
+    def __init__(
+        self,
+        folder: Any,
+        model: Any,
+        batches: Any,
+        targets: Sequence[Target],
+        arguments: dict[str, Any],
+        verbose: Any,
+    ) -> None:
+        self.rows: dict[str, QuantizedKernel] = {}
+        self.scales: dict[str, GridScales] = {}
+        self.blocks: list[ReconstructedBlock] = []
+        self._steps: set[str] = set()
+        self._folder: Any = None
+        if folder is None:
+            return
+        self._folder = pathlib.Path(checks.check_path("resume", folder))
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            expected = "a folder, or a new one in a folder that exists"
+            raise checks.error("resume", expected, folder) from error
+        data = [x for x in keras.tree.flatten(batches) if x is not None]
+        data = [ops.convert_to_numpy(x) for x in data]
+        with Progress(len(model.weights), "weight", verbose) as progress:
+            weights = Checkpoint("model", model).fingerprint(see=progress.add)
+        # The same weights may be computed with in another type.
+        layers = keras_compat.layers_of(model)
+        kinds = [f"{type(x).__name__} {x.compute_dtype}" for x in layers]
+        facts = {
+            **arguments,
+            "backend": keras.backend.backend(),
+            "data": Checkpoint("data", data).fingerprint() if data else None,
+            "model": [weights, collections.Counter(kinds)],
+            "targets": [*map(_place, targets)],
+            "version of keras_weightmods": __version__,
+        }
+        self._facts = json.loads(json.dumps(facts))
+        for path in sorted(self._folder.glob("quantize-*.safetensors")):
+            name = path.stem.removeprefix("quantize-")
+            try:
+                found = self._read(name)[0]["facts"]
+            except (ValueError, OSError) as error:
+                warnings.warn(
+                    "A step of `quantize` cannot be read, and is done again. "
+                    f"{error}",
+                    stacklevel=3,
+                )
+                continue
+            # By their text: 4 bits are not a mean of 4.0.
+            other = [
+                name
+                for name, fact in self._facts.items()
+                if repr(found.get(name)) != repr(fact)
+            ]
+            if other:
+                raise ValueError(
+                    "`resume` goes on with the same call. Received: "
+                    f"resume={checks.shown(str(folder))}, with steps of a call "
+                    f"that differs in {', '.join(other)}. Call as then, or "
+                    "pass another folder to begin anew."
+                )
+            self._steps.add(name)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, of JSON, or did in a call before."""
+        if name in self._steps:
+            return self._read(name)[0]["step"]
+        step = make()
+        self._write(name, step)
+        return step
+
+    def keep(
+        self, targets: Sequence[Target], block: ReconstructedBlock | None = None
+    ) -> None:
+        """Write what was decided on kernels, and the block they are in."""
+        own = {target.key: target for target in targets}
+        rows, tensors = {}, {}
+        for key in filter(own.__contains__, self.rows):
+            place, scales = _place(own[key]), self.scales[key]
+            row = dataclasses.astuple(self.rows[key])[3:]
+            rows[place] = row, dataclasses.astuple(scales.grid)
+            tensors[f"{place}/values"] = own[key].variable
+            tensors[f"{place}/scales"] = scales.scales
+        step = rows, block and dataclasses.astuple(block)
+        self._write(_place(targets[0]), step, tensors)
+
+    def recall(self, targets: Sequence[Target]) -> list[Any]:
+        """Change kernels as a call before did.
+
+        Returns:
+            List of pairs, of those of `targets` that were changed, and their
+            rows.
+        """
+        pairs = []
+        own = {_place(target): target for target in targets}
+        for name in filter(self._steps.__contains__, own):
+            found, arrays = self._read(name)
+            rows, block = found["step"]
+            for place, (row, grid) in rows.items():
+                target = own[place]
+                target.variable.assign(arrays[f"{place}/values"])
+                scales = ops.convert_to_tensor(arrays[f"{place}/scales"])
+                self.scales[target.key] = GridScales(
+                    target, scales, Grid(*grid)
+                )
+                about = target.key, target.path, target.shape
+                self.rows[target.key] = QuantizedKernel(*about, *row)
+                pairs.append((target, self.rows[target.key]))
+            if block:
+                self.blocks.append(ReconstructedBlock(*block))
+        return pairs
+
+    def remove(self) -> None:
+        """Remove the files, and the folder if nothing else is in it."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                for name in self._steps:
+                    self._path(name).unlink()
+                self._folder.rmdir()
+
+    def _read(self, name: str) -> tuple[Any, dict[str, Any]]:
+        with Reader(self._path(name), _FORMAT, (_VERSION,)) as reader:
+            names = [each for each in reader.entries if each != _JSON]
+            arrays = {each: reader.read(each) for each in names}
+            return reader.read_json(_JSON), arrays
+
+    def _write(self, name: str, step: Any, tensors: Any = None) -> None:
+        if self._folder is None:
+            return
+        arrays = {key: whole(x) for key, x in (tensors or {}).items()}
+        arrays[_JSON] = json_array({"facts": self._facts, "step": step})
+        write_arrays(self._path(name), _FORMAT, _VERSION, arrays)
+        self._steps.add(name)
+
+    def _path(self, name: str) -> Any:
+        return self._folder / f"quantize-{name}.safetensors"
+
+
+def _place(target: Target) -> str:
+    """Return the place of a kernel in the model: paths may have numbers."""
+    return target.key.partition(":")[0]
