@@ -20,9 +20,8 @@ one_backend = pytest.mark.one_backend
 TOKENS = np.random.default_rng(0).integers(2, 16, size=(32, 12))
 
 
-def make_llama(num_layers=2):
-    llama = models.causal_lm("llama", num_layers=num_layers)
-    return models.randomize(llama, scale=0.2)
+def make_llama():
+    return models.randomize(models.causal_lm("llama"), scale=0.2)
 
 
 @pytest.fixture
@@ -55,12 +54,12 @@ def stopped(monkeypatch):
     [
         # Nearest, two blocks.
         (make_mlp, {}, 3),
-        # Nearest, the head, two blocks.
-        (make_llama, {}, 4),
+        # Nearest, the head, one block.
+        (make_llama, {}, 3),
         # The bits, nearest, the head, one block.
         (lambda: test_head.make()[0], {"bits": 3.5}, 4),
         # Nearest, and the groups of kernels that share their inputs.
-        (lambda: make_llama(1), {"refine": "scales", "head": False}, 5),
+        (make_llama, {"refine": None, "head": False}, 5),
         (make_mlp, {"refine": None, "size": 6000}, 4),
     ],
 )
