@@ -18,9 +18,22 @@ _BYTE_PAIRS = {
     "Qwen": (("<|endoftext|>",), ()),
     "Qwen3": (("<|im_end|>",), ("<|endoftext|>",)),
 }
-# What splits text before the merges, `tokenizer.ggml.pre`, as KerasHub does:
-# where it differs, in runs of digits, these vocabularies have no merges.
-_SPLIT_AS_LLAMA3 = ("llama-bpe", "llama3", "qwen2", "smaug-bpe")
+# How text is split before the merges, by `tokenizer.ggml.pre`: a regex, and
+# whether digits are apart first.
+_GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "gpt-2": (_GPT2, False),
+    "smollm": (_GPT2, True),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""), False),
+    **dict.fromkeys(("llama-bpe", "smaug-bpe"), (_LLAMA3, False)),
+}
 
 
 def make_preprocessor(fields: dict[str, Any], family: str) -> Any:
@@ -82,16 +95,15 @@ def _byte_pairs(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
         merges=fields["tokenizer.ggml.merges"],
         unsplittable_tokens=special,
     )
-    split = fields.get("tokenizer.ggml.pre")
-    if split == "smollm":
-        keras_compat.split_as_smollm(tokenizer)
-    elif split not in _SPLIT_AS_LLAMA3:
+    kind = fields.get("tokenizer.ggml.pre")
+    if kind not in _SPLITS:
         warnings.warn(
-            f"The tokenizer of the file splits text as {split!r}, KerasHub's "
-            "as Llama 3: where words end at other places, token ids differ.",
+            f"The tokenizer of the file splits text as {kind!r}. It is split "
+            "as by Llama 3: where words end at other places, token ids differ.",
             # The line that calls `load_gguf`.
             stacklevel=5,
         )
+    keras_compat.split_text(tokenizer, *_SPLITS.get(kind, (_LLAMA3, False)))
     return tokenizer
 
 
@@ -109,6 +121,8 @@ def _sentence_piece(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
         # What controls is not found in text.
         elif kind == _CONTROL:
             kind = _USER_DEFINED
+        # A file has spaces in what is found in text, a proto none.
+        token = token.replace(" ", "▁")
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)

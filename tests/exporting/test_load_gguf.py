@@ -36,7 +36,11 @@ CASES = {
     "qwen": ("qwen", {"tie_word_embeddings": False}),
     "qwen, tied": ("qwen", {"rope_max_wavelength": 1e6}),
     "gemma3": ("gemma3", SLIDING),
-    "gemma3, long": ("gemma3", {**SLIDING, "global_rope_scaling_factor": 8.0}),
+    # The last of six blocks sees all tokens.
+    "gemma3, long": (
+        "gemma3",
+        {**SLIDING, "num_layers": 6, "global_rope_scaling_factor": 8.0},
+    ),
 }
 
 
@@ -239,7 +243,7 @@ def test_files_that_are_cut(tmp_path):
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-BYTES = [*"abcdef12", "Ġ", "Ċ", "ab", "ĊĊ", *SPECIAL]
+BYTES = [*"abcdef12", "Ġ", "Ċ", "ab", "ĊĊ", "fĠ", *SPECIAL]
 
 
 def byte_pairs(**fields):
@@ -247,9 +251,9 @@ def byte_pairs(**fields):
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": BYTES,
-        "tokenizer.ggml.token_type": [1] * 12 + [3] * 3,
-        "tokenizer.ggml.merges": ["a b", "Ċ Ċ"],
-        "tokenizer.ggml.eos_token_id": 14,
+        "tokenizer.ggml.token_type": [1] * 13 + [3] * 3,
+        "tokenizer.ggml.merges": ["a b", "Ċ Ċ", "f Ġ"],
+        "tokenizer.ggml.eos_token_id": 15,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",
         **fields,
@@ -258,13 +262,15 @@ def byte_pairs(**fields):
 
 @one_backend
 def test_byte_pairs(tmp_path):
-    _, path = exported(tmp_path, "qwen", vocabulary_size=15)
+    _, path = exported(tmp_path, "qwen", vocabulary_size=16)
     model = kwm.load_gguf(rewritten(path, byte_pairs()))
     tokenizer = model.preprocessor.tokenizer
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.end_token == "<|im_end|>"
     ids = tokenizer("<|im_start|>ab12\n\nc<|im_end|>").tolist()
-    assert ids == [13, 10, 6, 7, 11, 2, 14]
+    assert ids == [14, 10, 6, 7, 11, 2, 15]
+    # No token crosses the end of a word.
+    assert tokenizer("f a").tolist() == [5, 8, 0]
     assert tokenizer.detokenize([10, 8, 2]) == "ab c"
     assert isinstance(model.generate("ab", max_length=6), str)
     split = {"tokenizer.ggml.pre": "smollm"}
@@ -272,7 +278,7 @@ def test_byte_pairs(tmp_path):
     # Two line ends before a word are two tokens, at the end of a text one.
     assert smollm("a\n\nb").tolist() == [0, 9, 9, 1]
     assert smollm("a\n\n").tolist() == [0, 11]
-    base = {"tokenizer.ggml.eos_token_id": 12}
+    base = {"tokenizer.ggml.eos_token_id": 13}
     base = kwm.load_gguf(rewritten(path, base)).preprocessor.tokenizer
     assert base.end_token == "<|endoftext|>"
     with pytest.warns(UserWarning, match="splits text as 'other'"):
@@ -281,9 +287,9 @@ def test_byte_pairs(tmp_path):
         ({"tokenizer.ggml.eos_token_id": 0}, "ends texts by 'a'"),
         (
             {
-                "tokenizer.ggml.eos_token_id": 14,
+                "tokenizer.ggml.eos_token_id": 15,
                 "tokenizer.ggml.pre": "qwen2",
-                "tokenizer.ggml.bos_token_id": 12,
+                "tokenizer.ggml.bos_token_id": 13,
                 "tokenizer.ggml.add_bos_token": True,
             },
             "begins texts by '<|endoftext|>'".replace("|", r"\|"),
@@ -300,12 +306,12 @@ def test_sentence_piece(tmp_path):
     pytest.importorskip("sentencepiece")
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
     tokens += ["<end_of_turn>", *(f"<0x{i:02X}>" for i in range(256))]
-    tokens += ["▁", "a", "b", "ab", "▁ab"]
+    tokens += ["▁", "a", "b", "ab", "▁ab", "   "]
     fields = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [0.0] * 265 + [-2.0, -1.0],
-        "tokenizer.ggml.token_type": [3] * 6 + [6] * 256 + [1] * 5,
+        "tokenizer.ggml.scores": [0.0] * 265 + [-2.0, -1.0, 0.0],
+        "tokenizer.ggml.token_type": [3] * 6 + [6] * 256 + [1] * 5 + [4],
         "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": True,
     }
@@ -314,14 +320,41 @@ def test_sentence_piece(tmp_path):
     _, path = exported(tmp_path, "gemma3", vocabulary_size=len(tokens))
     model = kwm.load_gguf(rewritten(path, fields))
     tokenizer = model.preprocessor.tokenizer
-    ids = tokenizer("<start_of_turn>ab ab  c<end_of_turn>").tolist()
+    ids = tokenizer("<start_of_turn>ab ab   c<end_of_turn>").tolist()
     space = tokens.index("▁")
     byte = tokens.index("<0x63>")
-    assert ids == [4, space + 3, space + 4, space, space, byte, 5]
+    assert ids == [4, space + 3, space + 4, space + 5, byte, 5]
     assert tokenizer.chat_template is None
     x = model.preprocessor.generate_preprocess(["ab"], sequence_length=3)
     assert np.asarray(x["token_ids"]).tolist() == [[2, space + 3, 0]]
     assert isinstance(model.generate("ab", max_length=6), str)
+
+
+@one_backend
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same(case, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp_py_sync")
+    model, path = made(case), tmp_path / "model.gguf"
+    # So small that places of tokens matter, and nothing saturates.
+    for variable in model.weights:
+        if variable.name == "scale":
+            offset = 0 if "gemma" in case else 1
+            variable.assign(models.numpy(variable) / 4 + offset)
+    kwm.export(model, path, dtype="f32")
+    model = kwm.load_gguf(path)
+    tokens = [1, 7, 20, 33, 5, 64, 12, 90, 3, 8] * 3
+    x = {"token_ids": np.array([tokens])}
+    x["padding_mask"] = np.ones((1, len(tokens)), "int32")
+    logits = models.numpy(model(x))[0, -1]
+    options = {"type_k": "f32", "type_v": "f32", "flash_attn_type": 0}
+    llama = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, **options)
+    llama._eval_tokens(tokens, 0)
+    scores = llama._lib.llama_get_logits_ith(llama._ctx, -1)
+    scores = np.array([scores[i] for i in range(96)])
+    llama.close()
+    # Its gelu is a table in fp16.
+    error = np.abs(scores - logits).max() / np.abs(logits).max()
+    assert error < (1e-3 if "gemma" in case else 1e-5), error
 
 
 # Files of models that people use, in a folder.

@@ -161,19 +161,22 @@ def takes_training(layer: Any) -> bool:
     return bool(layer._call_has_training_arg)
 
 
-def split_as_smollm(tokenizer: Any) -> None:
-    """Let a byte-pair tokenizer of KerasHub split text as SmolLM does.
+def split_text(tokenizer: Any, pattern: str, single_digits: bool) -> None:
+    """Let a byte-pair tokenizer of KerasHub split text by a regex.
 
-    As GPT-2, and each digit from the next. Needless if `BytePairTokenizer` took
-    the pattern that it splits by; its own cuts runs of white space elsewhere.
+    KerasHub 0.32 means to, but gives its pattern to `tokenizers` as a string,
+    which is searched for as it stands: no text is split, and tokens cross the
+    ends of words. Needless if `BytePairTokenizer` took a pattern.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
 
+    digits = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            *(digits if single_digits else ()),
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(
-                add_prefix_space=tokenizer.add_prefix_space
+                add_prefix_space=tokenizer.add_prefix_space, use_regex=False
             ),
         ]
     )
