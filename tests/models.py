@@ -185,6 +185,7 @@ _BACKBONES = {
     "llama": ("Llama", _HEADS),
     "llama3": ("Llama3", _HEADS),
     "qwen": ("Qwen", _HEADS),
+    "qwen3": ("Qwen3", {**_HEADS, "head_dim": 8}),
     "gpt2": ("GPT2", {"num_heads": 2, "max_sequence_length": 16}),
     "gemma": ("Gemma", {**_HEADS, "head_dim": 8}),
     # Calls its backbone by a keyword, on inputs that are not in order.

@@ -195,6 +195,19 @@ FAMILIES = {
         {**_BLOCK, **_BIASES},
         {"use_sliding_window_attention": False},
     ),
+    "qwen3": Family(
+        ("Qwen3",),
+        {**_SIZES, **_ROPE, **_HEAD, "rope_scaling_factor": _SCALING},
+        _TENSORS,
+        {
+            **_BLOCK,
+            "attn_q_norm.weight": "self_attention/query_dense_layernorm/scale",
+            "attn_k_norm.weight": "self_attention/key_dense_layernorm/scale",
+        },
+        {},
+        # KerasHub's default is longer than texts, and not always used.
+        unused={"sliding_window_size": None},
+    ),
     "gemma3": Family(
         ("Gemma3",),
         {

@@ -40,6 +40,7 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
     |---|---|
     | `llama` | `Llama3CausalLM`, or `LlamaCausalLM` with SentencePiece |
     | `qwen2` | `QwenCausalLM` |
+    | `qwen3` | `Qwen3CausalLM` |
     | `gemma3` | `Gemma3CausalLM`, for text |
 
     All types of tensors are read that the package `gguf` dequantizes: F32, F16,

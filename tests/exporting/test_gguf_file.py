@@ -333,7 +333,7 @@ def test_what_the_file_cannot_hold_is_refused(backbone, tokenizer, tmp_path):
     missing = tmp_path / "none.gguf"
     for model, match, options in (
         (make(), "of 96 tokens, and .*=20", {"tokenizer_from": tokenizer}),
-        (models.mlp(), "of the kinds Llama3, Qwen, Gemma3", {}),
+        (models.mlp(), "of the kinds Llama3, Qwen, Qwen3, Gemma3", {}),
         (odd, "hidden_dim=48. Use dtype='f16'", {"dtype": "q8_0"}),
         (backbone, "one of", {"dtype": "int3"}),
         (backbone, "a GGUF file", {"tokenizer_from": missing}),

@@ -35,6 +35,10 @@ CASES = {
     "llama 3.1": ("llama3", LLAMA31),
     "qwen": ("qwen", {"tie_word_embeddings": False}),
     "qwen, tied": ("qwen", {"rope_max_wavelength": 1e6}),
+    "qwen3": (
+        "qwen3",
+        {"head_dim": 32, "sliding_window_size": None, **TIED},
+    ),
     "gemma3": ("gemma3", SLIDING),
     # The last of six blocks sees all tokens.
     "gemma3, long": (
