@@ -397,9 +397,7 @@ class Quantized:
 
         data = model_inputs(train[:, :-1])
         began = time.process_time()
-        report = kwm.quantize(
-            model, data, batch_size=4, verbose=0, **self.options
-        )
+        report = kwm.quantize(model, data, verbose=0, **self.options)
         details = {
             "processor_seconds": round(time.process_time() - began, 1),
             "peak_bytes": harness.peak_bytes(),

@@ -42,7 +42,9 @@ def blocks_table(blocks):
     return Table("Blocks, reconstructed", blocks, columns)
 
 
-def train_block(operation, targets, fit, held, epochs, learning_rate):
+def train_block(
+    operation, targets, fit, held, epochs, learning_rate, positions=None
+):
     """Train the nonzero weights of one block after the other.
 
     A block gets what the changed blocks before it give, and is trained by Adam
@@ -65,12 +67,14 @@ def train_block(operation, targets, fit, held, epochs, learning_rate):
         epochs: Int, passes over the calibration data.
         learning_rate: Float > 0, the peak; it rises over a tenth of the steps
             and falls to zero.
+        positions: Int, those of a step: as many rows as have so many, or one.
+            Defaults to `None`, for a batch.
 
     Returns:
         A `ReconstructedBlock`; None, with a warning, for a block without a
         float in its outputs.
     """
-    data = Batches(*fit)
+    data = Batches(*fit, positions)
     if not data.places:
         warnings.warn(
             f"The block {operation.name!r} gives no float, so that its "
@@ -154,9 +158,15 @@ def only_trained(operation, trained):
 
 
 class Batches(keras.utils.PyDataset):
-    """What a block is called on, what it is to give, and where that counts."""
+    """What a block is called on, what it is to give, and where that counts.
 
-    def __init__(self, calls, taught, used):
+    Args:
+        calls, taught, used: As `fit` of `train_block`.
+        positions: As of `train_block`. A batch stays whole where not all
+            tensors have its rows. Defaults to `None`.
+    """
+
+    def __init__(self, calls, taught, used, positions=None):
         super().__init__()
         self.example = calls[0]
         outputs = list(map(keras.tree.flatten, taught))
@@ -175,8 +185,15 @@ class Batches(keras.utils.PyDataset):
                 weights = calibration.mask_of(mask, tuple(flat[i].shape[:-1]))
                 inputs[f"taught_{i}"] = flat[i]
                 inputs[f"weights_{i}"] = weights.astype("float32")
-            self.inputs.append(inputs)
-        self.order = np.arange(len(calls))
+            counts = {len(x) for x in inputs.values()}
+            step = most = max(counts)
+            if positions and len(counts) == 1:
+                step = max(1, positions * most // max(1, weights.size))
+            self.inputs += [
+                {name: x[start : start + step] for name, x in inputs.items()}
+                for start in range(0, most, step)
+            ]
+        self.order = np.arange(len(self.inputs))
         self.random = np.random.default_rng(0)
         self._begin_apart()
 

@@ -26,6 +26,7 @@ def train_scales(
     items: list[GridScales],
     steps: int,
     learning_rate: float,
+    positions: int | None,
     verbose: Any,
 ) -> tuple[float, float]:
     """Train the scales of a model to give the outputs that it had before.
@@ -43,6 +44,7 @@ def train_scales(
         steps: Int, about how many are made: in whole epochs, at least one.
         learning_rate: Float > 0, the peak rate of Adam for factors of the
             scales, which are 1 at the start.
+        positions: Int, about those of a step, or None for a batch.
         verbose: 0 or 1, whether to show Keras' progress bars.
 
     Returns:
@@ -54,8 +56,8 @@ def train_scales(
     calls: Any = [((x,), {}) for x, _ in outputs.batches]
     calls = keras.tree.map_structure(ops.convert_to_tensor, calls)
     fit, held = (
-        Batches(calls[part], outputs.states[part], outputs.used[part])
-        for part in (outputs.fit, outputs.held)
+        Batches(calls[part], outputs.states[part], outputs.used[part], size)
+        for part, size in ((outputs.fit, positions), (outputs.held, None))
     )
     # On an error the caller restores the model.
     seam.attach(whole, items)

@@ -63,15 +63,17 @@ class GridWeights(Reparameterization):
         @ops.custom_gradient
         def through_rounding(groups: Any, scales: Any) -> Any:
             ratio = groups / scales
-            integers = ops.round(ops.clip(ratio, low, high))
+            clipped = ops.clip(ratio, low, high)
+            integers = ops.round(clipped)
+            inside = ops.equal(clipped, ratio)
+            # What a change of the scale changes.
+            by_scale = ops.where(inside, integers - ratio, integers)
 
             def pullback(*args: Any, upstream: Any = None) -> Any:
                 # torch passes the inputs, too.
                 slope = args[0] if upstream is None else upstream
-                inside = ops.logical_and(ratio >= low, ratio <= high)
-                by_groups = slope * ops.cast(inside, slope.dtype)
-                by_scales = slope * integers - by_groups * ratio
-                return by_groups, ops.sum(by_scales, axis=2, keepdims=True)
+                by_scales = ops.sum(slope * by_scale, axis=2, keepdims=True)
+                return ops.where(inside, slope, 0.0), by_scales
 
             return integers * scales, pullback
 

@@ -56,9 +56,11 @@ from keras_weightmods.utils.report import skipped_text
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
 _REFINEMENTS = ("blocks", "scales")
 # Steps, and the peak rate of Adam, of training scales.
-_SCALES = 32, 2e-3
+_SCALES = 32, 1e-3
 # Positions of texts that kernels and blocks are fitted to.
 _POSITIONS = 2**14
+# Positions of texts in a step of training.
+_STEP = 256
 # What a model writes where no data are given.
 _ROWS, _LENGTH = 128, 256
 
@@ -75,7 +77,7 @@ def quantize(
     group_size: int = 64,
     batch_size: int = 8,
     damping: float = 0.01,
-    epochs: int = 6,
+    epochs: int | None = None,
     learning_rate: float = 4e-4,
     resume: Any = None,
     verbose: int = 1,
@@ -150,10 +152,12 @@ def quantize(
         group_size: Int, the inputs that share a scale. Packing has 64.
             Defaults to `64`.
         batch_size: Int, the rows run at a time where `data` are arrays or
-            strings, and the rows of a step of `refine`. Defaults to `8`.
+            strings, and the rows of a step of `refine`; with a language model
+            a step has about 256 positions. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
             diagonal that is added to it. Defaults to `0.01`.
-        epochs: Int, passes of `"blocks"` over its data. Defaults to `6`.
+        epochs: Int, passes of `"blocks"` over its data. Defaults to `None`, for
+            `2` with a language model and `6` with others.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
             Defaults to `4e-4`.
         resume: String or path of a folder, to which each block is written
@@ -223,10 +227,13 @@ def quantize(
     checks.check_int("batch_size", batch_size, 1)
     checks.check_verbose(verbose)
     damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("epochs", epochs, 1, 10_000)
+    if epochs is not None:
+        checks.check_int("epochs", epochs, 1, 10_000)
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
     targets = resolve_targets(model, targets)
     end = find_head(model)
+    # With texts many small steps gain more in the same time than few large.
+    epochs, step = epochs or (2 if end else 6), _STEP if end else None
     tables, left = find_table(model, end if head else None, targets)
     # It is rounded or left by itself, whatever is found out elsewhere.
     own = {*(t.path for t in tables), *(s.path for s in left)}
@@ -286,7 +293,7 @@ def quantize(
         expected += "`CausalLM` writes text of its own"
         raise checks.error("data", expected, None)
     changed = [*tables, *kernels]
-    fit = {"epochs": epochs, "learning_rate": learning_rate}
+    fit = {"epochs": epochs, "learning_rate": learning_rate, "positions": step}
     arguments = {
         **fit,
         "batch_size": batch_size,
@@ -367,7 +374,7 @@ def quantize(
         ]
         if "scales" in refinements and items:
             trained = train_scales(
-                model, end, taught, outputs, items, *_SCALES, verbose
+                model, end, taught, outputs, items, *_SCALES, step, verbose
             )
         if held:
             after = measure()
