@@ -407,7 +407,7 @@ class Quantized:
             model, head="auto" if self.options["head"] else "int8", verbose=0
         )
         kwm.unpack(model, verbose=0)
-        return {**details, "bytes": packed.after}
+        return {**details, "bytes": packed.model_bytes}
 
 
 def to_nearest(model, train):

@@ -74,7 +74,7 @@ def train_block(
         A `ReconstructedBlock`; None, with a warning, for a block without a
         float in its outputs.
     """
-    data = Batches(*fit, positions)
+    data = Batches(*fit, positions=positions)
     if not data.places:
         warnings.warn(
             f"The block {operation.name!r} gives no float, so that its "
