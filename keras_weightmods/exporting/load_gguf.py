@@ -55,10 +55,10 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
     the kinds CONTROL and USER_DEFINED in the file are, but for the unknown
     token of SentencePiece. The preprocessor adds the token that begins a text
     where the file says so: a chat template that writes it too makes it double.
-    Byte pairs split text as the file says. What is saved and loaded again, and
-    what runs in a graph of TensorFlow, as in `tf.data`, splits it as KerasHub
-    does, which gives other ids; `chat_template` is not saved. Set
-    `model.preprocessor` to that of `load_gguf` there.
+    Byte pairs split text as the file says, also once `save_model` has saved
+    them. In files of Keras, in presets and in a graph of TensorFlow, as in
+    `tf.data`, they split it as KerasHub does, which gives other ids: set
+    `model.preprocessor` anew there. `chat_template` is not saved.
 
     Args:
         filepath: String or path of the file. One that is split is joined by

@@ -58,7 +58,7 @@ def save_model(
     and the file holds the model alone: `load_model` then gives one whose
     `preprocessor` is `None`, to be set by you. What a tokenizer was given
     after it was made, past its config and vocabulary, is lost as in any file
-    of Keras.
+    of Keras, but for how one of `load_gguf` splits text.
 
     Not saved is what `compile` and `fit` add: optimizer, loss, metrics, the
     sampler of `generate`; nor constraints of variables that no layer's config

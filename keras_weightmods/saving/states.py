@@ -28,6 +28,8 @@ from keras_weightmods.utils.checks import cut
 _WEIGHTS = "weights/"
 _ASSETS = "assets/"
 GROUPS = _WEIGHTS, _ASSETS
+# How a byte-pair tokenizer of `load_gguf` splits text, which its class forgets.
+_SPLIT = "text_split.json"
 _CONTAINERS = (list, dict, tuple)
 _OF_TRAINING = (
     keras.losses.Loss,
@@ -232,6 +234,9 @@ def save_assets(parts, folder):
         plain = plain_view(part)
         if hasattr(plain, "save_assets"):
             plain.save_assets(_folder_of(name, folder))
+            split = keras_compat.text_split(plain)
+            if split is not None:
+                pathlib.Path(folder, name, _SPLIT).write_bytes(split)
     return {
         _ASSETS + file.relative_to(folder).as_posix(): file
         for file in sorted(pathlib.Path(folder).rglob("*"))
@@ -244,6 +249,9 @@ def load_assets(parts, folder):
     for name, part in parts.items():
         if hasattr(part, "load_assets"):
             part.load_assets(_folder_of(name, folder))
+            split = pathlib.Path(folder, name, _SPLIT)
+            if split.is_file():
+                keras_compat.restore_text_split(part, split.read_bytes())
 
 
 def extract_assets(reader, folder):

@@ -275,6 +275,9 @@ def test_byte_pairs(tmp_path):
     assert ids == [14, 10, 6, 7, 11, 2, 15]
     # No token crosses the end of a word.
     assert tokenizer("f a").tolist() == [5, 8, 0]
+    kwm.save_model(model, tmp_path / "model.safetensors")
+    saved = kwm.load_model(tmp_path / "model.safetensors")
+    assert saved.preprocessor.tokenizer("f a").tolist() == [5, 8, 0]
     assert tokenizer.detokenize([10, 8, 2]) == "ab c"
     assert isinstance(model.generate("ab", max_length=6), str)
     split = {"tokenizer.ggml.pre": "smollm"}

@@ -180,3 +180,21 @@ def split_text(tokenizer: Any, pattern: str, single_digits: bool) -> None:
             ),
         ]
     )
+
+
+def text_split(part: Any) -> bytes | None:
+    """Return how a part splits text by `split_text`; None for all others."""
+    inner: Any = getattr(part, "_tokenizer", None)
+    if not hasattr(inner, "pre_tokenizer"):
+        return None
+    state: bytes = inner.pre_tokenizer.__getstate__()
+    return state if b'"Regex"' in state else None
+
+
+def restore_text_split(tokenizer: Any, state: bytes) -> None:
+    """Let a tokenizer split text as the one that `text_split` was read of."""
+    from tokenizers import pre_tokenizers
+
+    restored = pre_tokenizers.Whitespace()
+    restored.__setstate__(state)
+    tokenizer._tokenizer.pre_tokenizer = restored
