@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.native.layout import dense_dtype
+from keras_weightmods.native.layout import dtype_of, pattern_of
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
 _MATMUL = "kwm_xla_matmul"
@@ -28,7 +28,8 @@ def sparse_matmul(xla, x, packed):
         packed: `Packed` of a kernel of shape (K, N).
     """
     values = _tensor(packed.values)
-    meta = _tensor(np.zeros(0, "int32") if packed.is_dense else packed.meta)
+    is_dense = packed.pattern is None
+    meta = _tensor(np.zeros(0, "int32") if is_dense else packed.meta)
     no_scale = np.zeros(0, "float32")
     scale = _tensor(no_scale if packed.scale is None else packed.scale)
     target = _MATMUL
@@ -51,7 +52,8 @@ def _dtype(x):
 def _product(xla, target, x, values, meta, scale, size):
     """By the kernel or its transpose; `size` entries in the last axis.
 
-    An empty meta, in one axis, is that of a dense matrix.
+    An empty meta, in one axis, is that of a dense matrix; one in four axes is
+    a mask, which is multiplied by with int8 activations.
     """
 
     def product(x, values, meta, scale):
@@ -64,9 +66,11 @@ def _product(xla, target, x, values, meta, scale, size):
 
     def gradient(x, values, meta, scale, dy):
         inner = x.shape[-1]
-        if len(meta.shape) == 1:
-            kind = (inner, size), dense_dtype(values), "int8"
-            kernel = Packed(values, None, scale, *kind)
+        if len(meta.shape) != 3:
+            mask = meta if len(meta.shape) == 4 else None
+            dtype = dtype_of(values, _dtype(values), pattern_of(mask))
+            kind = (inner, size), dtype, "int8"
+            kernel = Packed(values, mask, scale, *kind)
             dx = ops.matmul(dy, ops.transpose(unpack_tensor(kernel)))
             return ops.cast(dx, dy.dtype), None, None, None
         is_transposed = target == _TRANSPOSED

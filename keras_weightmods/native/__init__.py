@@ -10,13 +10,14 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {
     **{"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3},
     **{"int2": 4, "int3": 5, "int5": 6, "int6": 7},
 }
+MASKED = 16  # added where `meta` is a mask
 
 # C's types, by the letters of Python's `struct`.
 _C_TYPES = {

@@ -38,7 +38,7 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
 }
 
 // Entries of x by values of a column, in 32 rows.
-template <bool kDense, int kBits>
+template <bool kDense, int kBits>  // those stored
 int32_t multiply_block(const int8_t* x, const Packed& w, int64_t place,
                        int lane) {
   int32_t sum = 0;
@@ -74,7 +74,7 @@ int32_t multiply_block(const int8_t* x, const Packed& w, int64_t place,
   return sum;
 }
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   const int64_t row_blocks = w.row_blocks();
@@ -87,7 +87,7 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
         for (int64_t b = 0; b < row_blocks; ++b) {
           auto bytes = reinterpret_cast<const int8_t*>(x.bytes) +
                        (b * x.rows + row) * kBlockRows;
-          const int32_t sum = multiply_block<kDense, kBits>(
+          const int32_t sum = multiply_block<kDense, kStored>(
               bytes, w, column_block * row_blocks + b, lane);
           const float scale =
               kBits == 8 ? 1 : w.scale_at(column_block, b, lane);
@@ -101,10 +101,11 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{TileRows<1, 4>::kSizes, quantize,
-                                       multiply<kDense, kBits>};
+                                       multiply<kDense, kBits, kStored>,
+                                       expand_bits<kBits, 0>};
 };
 
 }  // namespace

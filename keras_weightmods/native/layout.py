@@ -18,6 +18,17 @@ say which. The arrays come in blocks of 16 columns and 32 rows:
 That is 0.53 of the bytes of a float32 kernel, 0.28 in bfloat16, 0.16 in int8,
 0.10 in int4 (3.25 bits a weight).
 
+A kernel of pattern 16:32 has at most 16 nonzeros in each 32 rows of a column,
+as one of 8:16, 4:8 or fewer has. It takes as many bytes:
+
+- `meta`, int32 (NB, KB, 8, 2), is a mask of 512 bits a block. Those of word g,
+  the low half first, are of the rows 4g + q: bit 4j + q is of column j.
+- `values` in floats, read as (NB, KB, 256), and the words of integers (NB, KB,
+  4, 16, 4), read alike, are those of the bits that are set, in their order, and
+  zeros behind. In int4 the words p and p + 2 share a byte.
+
+So the bits and the values are those of the dense int8 layout below.
+
 A dense matrix in integers of b bits, 2 to 6 or 8, has no `meta`, and all its
 rows: `values` (NB, KB, b, 16, 4), of int8 or as uint8, are b lines for the
 eight words of a block. Word g holds the rows 4g + q, and in int8 is line g.
@@ -42,13 +53,15 @@ SLOTS = 16
 GROUP = 64  # rows of a scale of integers of fewer than 8 bits
 
 VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
+# Of at most half of the rows: two bits for the place of each, or a mask.
+PATTERNS = ("2:4", "16:32")
 # Those of dense matrices.
 INTEGERS = ("int2", "int3", "int4", "int5", "int6", "int8")
 ACTIVATIONS = ("float32", "int8")
 
 
 def packed_arrays(
-    shape: tuple[int, int], dtype: str, is_dense: bool = False
+    shape: tuple[int, int], dtype: str, pattern: str | None = "2:4"
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shapes and types of the arrays of a packed kernel.
 
@@ -57,15 +70,15 @@ def packed_arrays(
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
             `"int8"` or `"int4"`; of a dense matrix `"int8"`, or `"int2"` to
             `"int6"`.
-        is_dense: Bool, True for a dense matrix without `"meta"`. Defaults to
-            False.
+        pattern: String, `"2:4"` or `"16:32"`; None for a dense matrix without
+            `"meta"`. Defaults to `"2:4"`.
 
     Returns:
         Dict of `(shape, dtype)` for `"values"`, `"meta"` and, with integers,
         `"scale"`.
 
     Raises:
-        ValueError: If `shape` or `dtype` is none of these.
+        ValueError: If an argument is none of these.
 
     Example:
 
@@ -81,7 +94,8 @@ def packed_arrays(
     if len(checks.check_shape("shape", shape)) != 2:
         expected = "a pair (K, N) of ints, the contraction and the outputs"
         raise checks.error("shape", expected, shape)
-    checks.check_bool("is_dense", is_dense)
+    checks.check_choice("pattern", pattern, (None, *PATTERNS))
+    is_dense = pattern is None
     checks.check_choice("dtype", dtype, INTEGERS if is_dense else VALUE_TYPES)
     rows, columns = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
     arrays: dict[str, Any] = {}
@@ -94,7 +108,8 @@ def packed_arrays(
     else:
         arrays["values"] = (columns, rows * SLOTS, COLUMNS), dtype
     if not is_dense:
-        arrays["meta"] = (columns, rows, COLUMNS), "int32"
+        bits = (COLUMNS,) if pattern == "2:4" else (8, 2)
+        arrays["meta"] = (columns, rows, *bits), "int32"
     if is_grouped(dtype):
         arrays["scale"] = (columns, -(-rows // 2), COLUMNS), "bfloat16"
     elif dtype == "int8":
@@ -112,9 +127,24 @@ def is_grouped(dtype: str) -> bool:
     return dtype in INTEGERS and dtype != "int8"
 
 
-def dense_dtype(values: Any) -> str:
-    """Return the type of the values of a dense matrix."""
-    return f"int{values.shape[2]}"
+def pattern_of(meta: Any) -> str | None:
+    """Return the pattern of a packed kernel, which its `meta` tells."""
+    if meta is None:
+        return None
+    return "2:4" if len(meta.shape) == 3 else "16:32"
+
+
+def dtype_of(values: Any, kind: str, pattern: str | None) -> str:
+    """Return the type of packed values.
+
+    Args:
+        values: Their array.
+        kind: String, the type of its entries.
+        pattern: String, as of `packed_arrays`.
+    """
+    if pattern is None:
+        return f"int{values.shape[2]}"
+    return "int4" if kind == "uint8" else kind
 
 
 def words(xp: Any, values: Any, dtype: str) -> Any:

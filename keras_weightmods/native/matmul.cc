@@ -282,11 +282,13 @@ struct Matmul {
     const kwm::Product product{w, y};
     kwm::multiply_tiles(
         threads, tiling, &product, 1, tiling.padded,
-        [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
-            int64_t out_stride) {
-          kernels.multiply[w.type](panel.get() + tile * tile_floats,
-                                   tiling.padded, w, column_block, out,
-                                   out_stride);
+        [&] {
+          return [&](int64_t tile, const Packed& w, int64_t column_block,
+                     float* out, int64_t out_stride) {
+            kernels.multiply[w.type](panel.get() + tile * tile_floats,
+                                     tiling.padded, w, column_block, out,
+                                     out_stride);
+          };
         });
   }
 

@@ -1,6 +1,7 @@
 // Products with int8 activations: choice of the kernels, panels of
 // activations, split of the work.
 
+#include <memory>
 #include <vector>
 
 #include "work.h"
@@ -23,7 +24,8 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
 #if defined(__x86_64__)
     case KWM_ISA_AVX512: {
       static const bool here = __builtin_cpu_supports("avx512vnni") &&
-                               __builtin_cpu_supports("avx512vbmi");
+                               __builtin_cpu_supports("avx512vbmi") &&
+                               __builtin_cpu_supports("avx512vbmi2");
       if (here) return *kwm::avx512_int8_kernels(type, dense);
       return *kwm::avx2_int8_kernels(type, dense);
     }
@@ -40,7 +42,47 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
   return *kwm::scalar_int8_kernels(type, dense);
 }
 
-void run_panel(const Int8Kernels& kernels, const float* x, int64_t rows,
+// Blocks of columns with a byte for each value, from those of a matrix with a
+// mask.
+class Expanded {
+ public:
+  explicit Expanded(const Int8Kernels& kernels) : kernels_(kernels) {}
+
+  // The kCallBlocks from `column_block` on, or those left.
+  const Packed& at(const Packed& w, int64_t column_block) {
+    if (&w == from_ && column_block == first_) return part_;
+    const int64_t row_blocks = w.row_blocks();
+    const int64_t blocks =
+        kwm::min(kwm::kCallBlocks, w.column_blocks() - column_block);
+    constexpr int64_t kBytes = kBlockRows * kwm::kLanes;
+    if (from_ == nullptr || w.k != from_->k) {
+      bytes_ = std::make_unique<Scratch<char>>(kwm::kCallBlocks * row_blocks *
+                                               kBytes);
+    }
+    for (int64_t i = 0; i < blocks * row_blocks; ++i) {
+      const int64_t place = column_block * row_blocks + i;
+      kernels_.expand(w.values_at(place), w.meta + place * kwm::kLanes,
+                      bytes_->get() + i * kBytes);
+    }
+    from_ = &w, first_ = column_block;
+    const int64_t column = column_block * kwm::kLanes;
+    const bool is_int8 = w.type == KWM_INT8;
+    const void* scale = w.group_scale(column_block);
+    if (is_int8) scale = w.int8_scale(column_block);
+    return part_ = {w.k,  kwm::min(kwm::kCallBlocks * kwm::kLanes, w.n - column),
+                    is_int8 ? KWM_INT8 : kwm::kInt4InBytes, bytes_->get(),
+                    nullptr, scale};
+  }
+
+ private:
+  const Int8Kernels& kernels_;
+  const Packed* from_ = nullptr;
+  int64_t first_ = 0;
+  std::unique_ptr<Scratch<char>> bytes_;
+  Packed part_{};
+};
+
+void run_panel(const Int8Kernels& kernels, bool masked, const float* x, int64_t rows,
                int64_t k, const std::vector<Product>& products,
                const Threads& threads) {
   const Tiling tiling(rows, kernels.tile_rows);
@@ -71,9 +113,22 @@ void run_panel(const Int8Kernels& kernels, const float* x, int64_t rows,
   kwm::multiply_tiles(
       threads, tiling, products.data(),
       static_cast<int64_t>(products.size()), kwm::ceil_div(tiling.padded, 4),
-      [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
-          int64_t out_stride) {
-        kernels.multiply(rows_of(tile), w, column_block, out, out_stride);
+      [&] {
+        return [&, expanded = std::make_unique<Expanded>(kernels)](
+                   int64_t tile, const Packed& w, int64_t column_block,
+                   float* out, int64_t out_stride) {
+          if (!masked) {
+            kernels.multiply(rows_of(tile), w, column_block, out, out_stride);
+            return;
+          }
+          if (tiling.count == 1 && kernels.multiply_masked != nullptr) {
+            kernels.multiply_masked(rows_of(tile), w, column_block, out,
+                                    out_stride);
+            return;
+          }
+          kernels.multiply(rows_of(tile), expanded->at(w, column_block), 0, out,
+                           out_stride);
+        };
       });
 }
 
@@ -90,6 +145,8 @@ void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
 void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k, int type,
                           const kwm_product* products, int64_t count,
                           kwm_parallel_for parallel_for, void* pool) {
+  const bool masked = type >= KWM_MASKED;
+  if (masked) type -= KWM_MASKED;
   std::vector<Product> panel;
   panel.reserve(static_cast<size_t>(count));
   for (const kwm_product* p = products; p != products + count; ++p) {
@@ -98,10 +155,11 @@ void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k, int type,
   }
   if (panel.empty()) return;
   const Int8Kernels& kernels =
-      int8_kernels(type, panel[0].w.meta == nullptr);
+      int8_kernels(masked && type == KWM_INT4 ? kwm::kInt4InBytes : type,
+                   masked || panel[0].w.meta == nullptr);
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const int64_t here = kwm::min(kPanelRows, rows - row);
-    run_panel(kernels, x + row * k, here, k, panel, {parallel_for, pool});
+    run_panel(kernels, masked, x + row * k, here, k, panel, {parallel_for, pool});
     for (Product& product : panel) product.y += here * product.w.n;
   }
 }

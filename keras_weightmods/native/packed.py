@@ -1,4 +1,4 @@
-"""A 2:4 kernel as its kept values and their places; dense ones in integers."""
+"""A sparse kernel as kept values and their places; dense ones in integers."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,14 @@ from keras_weightmods.native.layout import (
     COLUMNS,
     GROUP,
     INTEGERS,
+    PATTERNS,
     ROWS,
     SLOTS,
     bits_of,
     cast,
     is_grouped,
     packed_arrays,
+    pattern_of,
     words,
 )
 from keras_weightmods.utils import checks
@@ -29,14 +31,14 @@ _NAMES = ("values", "meta", "scale")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed 2:4 kernel: what `pack_kernel` returns.
+    """A packed kernel: what `pack_kernel` returns.
 
     The arrays may be NumPy arrays, tensors of the backend or Keras variables;
     `packed_arrays` gives their shapes, and `native/layout.py` what is in them.
 
     Args:
         values: Array of the kept values.
-        meta: int32 array of their places, two bits each.
+        meta: int32 array of their places: two bits each, or a mask.
         scale: Array of the scales of integers, else None.
         shape: Pair of ints (K, N), the shape of the kernel.
         dtype: String, type of the values, as of `packed_arrays`.
@@ -70,13 +72,13 @@ class Packed:
                 "int8 activations need values in integers. Received: "
                 f"activations='int8' with values of type {self.dtype}"
             )
-        if self.is_dense and self.activations != "int8":
+        if self.pattern is None and self.activations != "int8":
             raise ValueError(
                 "`meta` can be None, for a dense matrix, with int8 activations "
                 f"alone. Received: meta=None, type {self.dtype}, "
                 f"activations={self.activations!r}"
             )
-        specs = packed_arrays(self.shape, self.dtype, self.is_dense)
+        specs = packed_arrays(self.shape, self.dtype, self.pattern)
         for name in _NAMES:
             array, received = getattr(self, name), None
             if array is not None:
@@ -90,9 +92,9 @@ class Packed:
                 )
 
     @property
-    def is_dense(self) -> bool:
-        """Whether it is a dense matrix and not a 2:4 kernel."""
-        return self.meta is None
+    def pattern(self) -> str | None:
+        """`"2:4"` or `"16:32"`; None of a dense matrix."""
+        return pattern_of(self.meta)
 
 
 def pack_kernel(
@@ -100,8 +102,9 @@ def pack_kernel(
     dtype: str | None = None,
     activations: str = "float32",
     scale: Any = None,
+    pattern: str = "2:4",
 ) -> Packed:
-    """Pack a 2:4 kernel.
+    """Pack a 2:4 kernel, or one with half of each 32 rows.
 
     float32 values are kept as they are. bfloat16 rounds them to the nearest;
     int8 to multiples of a scale, max |w| / 127 of the column; int4 to -8 to 7
@@ -109,9 +112,9 @@ def pack_kernel(
     A kernel that lies on such a grid already comes back as it was.
 
     Args:
-        kernel: Array, tensor or variable of shape (K, N), exactly 2:4 along
-            K, the contraction. A last group of fewer than four may hold two
-            nonzeros as well.
+        kernel: Array, tensor or variable of shape (K, N), exactly of the
+            pattern along K, the contraction. A last group of fewer than four
+            may hold two nonzeros as well, and one of fewer than 32 rows 16.
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
             `"int8"` or `"int4"`. Defaults to bfloat16 for a bfloat16 kernel,
             and float32 for any other.
@@ -120,13 +123,17 @@ def pack_kernel(
         scale: Array of the scales of `kernel`, which holds integers then that
             are not rounded: (1, N) with int8, (ceil(K / 64), N) with int4.
             Defaults to `None`.
+        pattern: String, `"2:4"`, or `"16:32"`, which holds all patterns of at
+            most a half whose groups divide 32, as 8:16 and 4:8.
+            Compiled kernels multiply by the latter with int8 activations
+            alone. Defaults to `"2:4"`.
 
     Returns:
         `Packed` of NumPy arrays.
 
     Raises:
-        ValueError: If the kernel is no matrix, or not 2:4, or `scale` is of
-            another shape.
+        ValueError: If the kernel is no matrix, or not of the pattern, or
+            `scale` is of another shape.
 
     Example:
 
@@ -151,9 +158,24 @@ def pack_kernel(
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)
         dtype = "bfloat16" if given == "bfloat16" else "float32"
-    specs = packed_arrays(shape, dtype)
-    columns, rows, _ = specs["meta"][0]
-    padded = _pad(_to_numpy(kernel, np.float32), columns, rows)
+    checks.check_choice("pattern", pattern, PATTERNS)
+    specs = packed_arrays(shape, dtype, pattern)
+    columns, rows = specs["meta"][0][:2]
+    matrix = _to_numpy(kernel, np.float32)
+    if pattern != "2:4":
+        mask = matrix != 0
+        if dtype in INTEGERS and scale is None:
+            matrix, scale = quantize.round_matrix(matrix, dtype)
+        meta, values = _masked(mask, matrix, columns, rows)
+        if dtype in INTEGERS:
+            scale = _lay_out_scale(scale, specs["scale"])
+            values = values.reshape(columns, rows, 4, COLUMNS, 4)
+            values = _lines(values, dtype)
+        else:
+            values = values.astype(numpy_dtype(dtype))
+            values = values.reshape(specs["values"][0])
+        return Packed(values, meta, scale, shape, dtype, activations)
+    padded = _pad(matrix, columns, rows)
     groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
     flags = (groups != 0).view(np.uint8) << np.arange(4, dtype=np.uint8)[
         :, None
@@ -182,6 +204,35 @@ def pack_kernel(
         scale = _lay_out_scale(scale, specs["scale"])
     values = _values_of_slots(slots, dtype)
     return Packed(values, meta, scale, shape, dtype, activations)
+
+
+def _masked(mask: Any, matrix: Any, columns: int, rows: int) -> Any:
+    """Return the bits of a mask of pattern 16:32, and 256 values a block."""
+
+    def blocks(matrix: Any) -> Any:
+        """Return (column block, row block, place in the dense layout)."""
+        padded = _pad(matrix, columns, rows)
+        padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
+        return padded.transpose(3, 0, 1, 4, 2).reshape(
+            columns, rows, ROWS * COLUMNS
+        )
+
+    mask = blocks(mask)
+    counts = mask.reshape(columns, rows, 8, COLUMNS, 4).sum(axis=(2, 4))
+    if bad := int(np.count_nonzero(counts > SLOTS)):
+        raise ValueError(
+            "`kernel` must be 16:32 along its first axis: at most 16 nonzeros "
+            "in every 32 consecutive entries of a column. Received: a kernel "
+            f"of shape {matrix.shape} with {bad} of "
+            f"{rows * matrix.shape[1]} groups holding more. Make it 16:32 "
+            "first, for example by `keras_weightmods.ops.nm_project`."
+        )
+    # In order, those that are kept first.
+    order = np.argsort(~mask, axis=2, kind="stable")[..., : SLOTS * COLUMNS]
+    values = np.take_along_axis(np.where(mask, blocks(matrix), 0), order, 2)
+    bits = np.packbits(mask, axis=2, bitorder="little")
+    meta = bits.view("<i4").astype(np.int32)
+    return meta.reshape(columns, rows, 8, 2), values
 
 
 # By which entries of a group are not 0, a bit each: the places of the two that
@@ -225,7 +276,7 @@ def pack_dense(matrix: Any, dtype: str, scale: Any = None) -> Packed:
     steps = _to_numpy(matrix, np.float32)
     if scale is None:
         steps, scale = quantize.round_matrix(steps, dtype)
-    specs = packed_arrays(shape, dtype, is_dense=True)
+    specs = packed_arrays(shape, dtype, None)
     columns, rows = specs["values"][0][:2]
     padded = _pad(steps, columns, rows)
     padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
@@ -262,7 +313,7 @@ def unpack_kernel(packed: Packed) -> Any:
     arrays = {
         name: _to_numpy(getattr(packed, name), numpy_dtype(dtype))
         for name, (_, dtype) in packed_arrays(
-            packed.shape, packed.dtype, packed.is_dense
+            packed.shape, packed.dtype, packed.pattern
         ).items()
     }
     return _unpack(np, packed, **arrays)
@@ -300,13 +351,17 @@ def _unpack(
     Neither `repeat` nor `full` are used: on torch they read a number from the
     GPU, which a CUDA graph forbids.
     """
-    blocks, slots = values.shape[0], ROWS if packed.is_dense else SLOTS
+    blocks = values.shape[0]
+    is_sparse = packed.pattern == "2:4"
+    slots = SLOTS if is_sparse else ROWS
     rows = -(-packed.shape[0] // ROWS)
     if packed.dtype in INTEGERS:
         # (column block, row block, slot, column)
         values = words(xp, values, packed.dtype)
+        if packed.pattern == "16:32":
+            values = _spread(xp, values, meta)
         # Slot p + 4q is at [:, :, p, :, q], row 4g + q at [:, :, g, :, q].
-        order = (0, 1, 2, 4, 3) if packed.is_dense else (0, 1, 4, 2, 3)
+        order = (0, 1, 4, 2, 3) if is_sparse else (0, 1, 2, 4, 3)
         values = xp.transpose(values, order)
         values = xp.reshape(values, (blocks, rows, slots, COLUMNS))
         scale = cast(xp, scale, "float32")
@@ -317,10 +372,14 @@ def _unpack(
             scale = xp.reshape(scale, (blocks, 2 * count, 1, COLUMNS))
             scale = scale[:, :rows]
         values = cast(xp, values, "float32") * scale
+    elif packed.pattern == "16:32":
+        values = _spread(xp, cast(xp, values, "float32"), meta)
+        values = xp.transpose(values, (0, 1, 2, 4, 3))
+        values = xp.reshape(values, (blocks, rows, slots, COLUMNS))
     elif packed.dtype == "bfloat16":
         values = xp.transpose(values, (0, 1, 3, 2))
     values = cast(xp, values, "float32")
-    if packed.is_dense:
+    if not is_sparse:
         kernel = xp.transpose(values, (1, 2, 0, 3))
     else:
         shifts = xp.arange(0, 2 * SLOTS, 2, dtype="int32")
@@ -338,6 +397,24 @@ def _unpack(
         kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
     kernel = xp.reshape(kernel, (rows * ROWS, blocks * COLUMNS))
     return kernel[: packed.shape[0], : packed.shape[1]]
+
+
+def _spread(xp: Any, values: Any, meta: Any) -> Any:
+    """Return the words of the dense layout, from those that a mask keeps."""
+    blocks, rows = meta.shape[:2]
+    places = xp.reshape(xp.arange(32, dtype="int32"), (1, 32))
+    meta = xp.right_shift(xp.reshape(meta, (blocks, rows, 16, 1)), places)
+    one = xp.ones((1,), dtype="int32")
+    kept = xp.reshape(xp.bitwise_and(meta, one), (blocks, rows, 512))
+    count = SLOTS * COLUMNS
+    number = xp.cumsum(kept, axis=2) - one
+    # Bits beyond the values, which `pack_kernel` never sets, are zero.
+    is_kept = xp.logical_and(xp.equal(kept, one), xp.less(number, count))
+    number = xp.clip(number, 0, count - 1)
+    values = xp.reshape(values, (blocks, rows, count))
+    values = xp.take_along_axis(values, number, 2)
+    values = xp.where(is_kept, values, xp.zeros_like(values))
+    return xp.reshape(values, (blocks, rows, 8, COLUMNS, 4))
 
 
 def _lines(words: Any, dtype: str) -> Any:

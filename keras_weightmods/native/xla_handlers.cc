@@ -6,7 +6,8 @@
 // of the packed weights, `meta` as int32, and `scale` as float32, empty unless
 // the values are int8, or as bfloat16 for fewer bits, which are uint8 here.
 // Without meta (empty) the matrix is dense, and the third axis of its values is
-// as long as they have bits. All leading axes of an activation are rows.
+// as long as they have bits; with four axes meta is a mask. All leading axes of
+// an activation are rows.
 
 #include <cstring>
 #include <functional>
@@ -65,6 +66,7 @@ ffi::Error Invalid(const char* what) {
                     std::string("keras_weightmods: ") + what);
 }
 
+// Without KWM_MASKED.
 int TypeOf(const ffi::AnyBuffer& values, bool dense = false) {
   switch (values.element_type()) {
     case ffi::F32:
@@ -164,9 +166,11 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
       return Invalid("meta is of int32, and results are of float32");
     }
     const bool is_dense = meta->element_count() == 0;
-    const int own = TypeOf(*values, is_dense);
+    const bool is_masked = !is_dense && meta->dimensions().size() == 4;
+    const int own =
+        TypeOf(*values, is_dense) + (is_masked ? KWM_MASKED : 0);
     if (i == 0) type = own, dense = is_dense;
-    if (type < KWM_INT8) {
+    if (type % KWM_MASKED < KWM_INT8) {
       return Invalid(
           "int8 activations need values of int8, or uint8 of 2 to 6 bits");
     }

@@ -9,8 +9,10 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_weightmods.native.layout import ROWS
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import Axes, from_matrix, to_matrix
 
@@ -145,6 +147,30 @@ def nm_violations(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     nonzero = ops.not_equal(groups, 0)
     counts = ops.sum(ops.cast(nonzero, "int32"), axis=1)
     return ops.sum(ops.cast(ops.greater(counts, n), "int32"))
+
+
+def packed_pattern(x: Any, axis: Axes = 0) -> str | None:
+    """Return the pattern in which `pack` stores a kernel.
+
+    Args:
+        x: Tensor or variable, of any shape.
+        axis: Int or tuple of ints, the contraction axes.
+
+    Returns:
+        `"2:4"`; `"16:32"`, which holds all patterns of at most a half whose
+        groups divide 32; or None, if the kernel has neither.
+    """
+    kept = ops.cast(ops.not_equal(to_matrix(x, axis), 0), "int32")
+    size, columns = kept.shape
+    if not size % 4 and not nm_violations(kept, "2:4"):
+        return "2:4"
+    blocks = -(-size // ROWS)
+    kept = ops.pad(kept, ((0, blocks * ROWS - size), (0, 0)))
+    counts = ops.sum(ops.reshape(kept, (blocks, ROWS, columns)), axis=1)
+    # A last block of fewer rows has half of these.
+    rows = np.minimum(ROWS, size - ROWS * np.arange(blocks)).astype("int32")
+    is_half = ops.all(ops.less_equal(counts, rows[:, None] // 2))
+    return "16:32" if is_half else None
 
 
 def pack_bits(mask: Any) -> Any:

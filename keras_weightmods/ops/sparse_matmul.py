@@ -1,4 +1,4 @@
-"""The product of an activation and a packed 2:4 kernel."""
+"""The product of an activation and a packed kernel."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from keras_weightmods.utils import checks
 
 
 def sparse_matmul(x: Any, packed: Any) -> Any:
-    """Multiplies by a packed 2:4 kernel: `x @ unpack_kernel(packed)`.
+    """Multiplies by a packed kernel: `x @ unpack_kernel(packed)`.
 
     On a CPU by compiled kernels, which read the packed weights alone, with
     the threads of the backend. Where they are missing, one warning says why,
@@ -26,7 +26,9 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     the products are of integers, each block's sum exact. An output is off by
     at most the sum over the blocks of s / 2 times their sum of |w|, so an
     outlier costs its own block alone. A block that holds NaN or infinity makes
-    all outputs of its row that read the block NaN.
+    all outputs of its row that read the block NaN. Kernels of pattern 16:32
+    have compiled products of int8 activations alone: with others they are
+    unpacked in each call.
 
     On an NVIDIA GPU, JAX and torch multiply by cuSPARSELt or dense: whichever a
     trial on the card, once for each shape and type, found faster for the
@@ -75,6 +77,8 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
             f"contraction of the packed kernel of shape {packed.shape}. "
             f"Received: x of shape {tuple(x.shape)}"
         )
+    if packed.pattern == "16:32" and packed.activations != "int8":
+        return dense_matmul(x, packed)
     return _implementation()(x, packed)
 
 

@@ -29,7 +29,8 @@ class Format:
 
     Attributes:
         dtype: String, for `pack(dtype=...)`.
-        pattern: String, `"2:4"` if it holds such matrices alone; else None.
+        pattern: String, `"2:4"` or `"16:32"` if it holds such matrices alone;
+            else None.
         name: String, in files; made of these two.
         activations: Tuple of strings, what it can be multiplied by.
         trainable: Bool, whether its `"values"` can be trained.
@@ -120,17 +121,19 @@ class NativeFormat(Format):
         self.dtype, self.pattern = dtype, pattern
         is_integer = dtype in layout.INTEGERS
         self.activations = layout.ACTIVATIONS if is_integer else ("float32",)
-        self.trainable = dtype == "float32"
+        self.trainable = dtype == "float32" and pattern == "2:4"
         self.needs_finite = is_integer
 
     def arrays(self, shape):
-        return layout.packed_arrays(shape, self.dtype, self.pattern is None)
+        return layout.packed_arrays(shape, self.dtype, self.pattern)
 
     def pack(self, matrix, scale=None):
         if self.pattern is None:
             packed = native_format.pack_dense(matrix, self.dtype, scale)
         else:
-            packed = native_format.pack_kernel(matrix, self.dtype, scale=scale)
+            packed = native_format.pack_kernel(
+                matrix, self.dtype, scale=scale, pattern=self.pattern
+            )
         return {
             name: getattr(packed, name) for name in self.arrays(packed.shape)
         }
@@ -251,7 +254,8 @@ def formats_of(dtype: str | None) -> dict[str | None, Format]:
     return {f.pattern: f for f in FORMATS.values() if f.dtype == dtype}
 
 
-for _dtype in layout.VALUE_TYPES:
-    register_format(NativeFormat(_dtype, "2:4"))
+for _pattern in layout.PATTERNS:
+    for _dtype in layout.VALUE_TYPES:
+        register_format(NativeFormat(_dtype, _pattern))
 for _dtype in layout.INTEGERS:
     register_format(NativeFormat(_dtype, None))

@@ -25,7 +25,7 @@ from keras_weightmods.native.layout import (
     bits_of,
     is_grouped,
 )
-from keras_weightmods.ops.nm import nm_violations
+from keras_weightmods.ops.nm import nm_violations, packed_pattern
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, formats_of
 from keras_weightmods.packing.packed_parameters import (
@@ -68,15 +68,18 @@ def pack(
 
     A 2:4 kernel is stored as its kept values, and two bits for the place of
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
-    0.10 in int4. Packed are the kernels of Dense, EinsumDense, Conv1D to Conv3D
-    (which then multiply the patches of their input), of separable convolutions,
-    of the experts of KerasHub's mixtures, and of layers that
-    `register_layer_kind` makes known with their `call`. Their layers
-    multiply by the packed arrays with `ops.sparse_matmul`. Each layer stays the
-    same object with the same name; the dense weight is gone from it, and it has
-    `kernel_values`, for 2:4 kernels `kernel_meta`, and for integers
-    `kernel_scale` instead, frozen weights like any other. `layer.kernel` gives
-    the dense kernel, computed anew each time.
+    0.10 in int4. One of another pattern, with at most 16 nonzeros in each 32
+    inputs, as of 16:32, 8:16 or 4:8, takes as much with a mask, in the format
+    "16:32"; in floats it is small in files alone, with a warning. Packed are
+    the kernels of Dense, EinsumDense, Conv1D to Conv3D (which then multiply the
+    patches of their input), of separable convolutions, of the experts of
+    KerasHub's mixtures, and of layers that `register_layer_kind` makes known
+    with their `call`. Their layers multiply by the packed arrays with
+    `ops.sparse_matmul`. Each layer stays the same object with the same name;
+    the dense weight is gone from it, and it has `kernel_values`, for sparse
+    kernels `kernel_meta`, and for integers `kernel_scale` instead, frozen
+    weights like any other. `layer.kernel` gives the dense kernel, computed anew
+    each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
@@ -329,10 +332,9 @@ def _item(
     None where rounding or pruning comes first.
     """
     variable, size = target.variable, target.contraction_size
-    axes, pattern = target.contraction_axes, None
     weight = variable.value if integers is None else integers[0]
-    if not (is_head or size % 4 or nm_violations(weight, "2:4", axes)):
-        pattern = "2:4"
+    axes = target.contraction_axes
+    pattern = None if is_head else packed_pattern(weight, axes)
 
     def form_of(dtype: Any) -> Any:
         forms = formats_of(dtype)
@@ -409,8 +411,9 @@ def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
     value, axes = target.variable.value, target.contraction_axes
     return ValueError(
         "The kernels must be exactly 2:4, at most two nonzeros in each group "
-        f"of four{also}. Received: {len(targets)} of {count} kernels that are "
-        f"not, the first being {target.path} {target.shape}: "
+        f"of four, or 16:32, as 8:16 and 4:8 are{also}. Received: "
+        f"{len(targets)} of {count} kernels that are not, the first being "
+        f"{target.path} {target.shape}: "
         f"{int(nm_violations(value, '2:4', axes)):,} of "
         f"{math.prod(target.shape) // 4:,} groups hold more. Round them by "
         "`kwm.quantize(model, data)` first, which costs least, or by "
@@ -461,6 +464,16 @@ def _warn(items: Any) -> None:
             f"quality. `kwm.quantize(model, data, bits={bits_of(dtype)})`, "
             "without `group_size`, before `kwm.pack(model)` costs less, and "
             "`kwm.pack(model, 'int8')` next to nothing.",
+            stacklevel=3,
+        )
+    names = "float32 16:32", "bfloat16 16:32"
+    half = [item for item in items if item.form.name in names]
+    if half:
+        warnings.warn(
+            f"{len(half)} kernels of pattern 16:32 are packed in files alone "
+            f"and stay dense in memory, {half[0].target.path!r} first: nothing "
+            "multiplies by their packed floats. `kwm.pack(model, 'int8')` "
+            "packs them in memory too.",
             stacklevel=3,
         )
     whole = [item for item in items if item.unused_axes]

@@ -91,7 +91,8 @@ class PackedParameters(Reparameterization):
         super().__init__(target)
         if trainable and not form.trainable:
             raise ValueError(
-                "Only float32 values can be trained. Received: trainable=True, "
+                "Only float32 values of 2:4 kernels can be trained. Received: "
+                "trainable=True, "
                 f"format={form.name!r}"
             )
         own = form.activations
@@ -122,20 +123,20 @@ class PackedParameters(Reparameterization):
             self.plan = gpu_plan(
                 self.shape, target.layer.compute_dtype, activations
             )
-            # On a GPU nothing multiplies by stacks, by dense integers, or by
+            # On a GPU nothing multiplies by stacks, by what is not 2:4, or by
             # parts that are split over devices.
             is_dense = self.plan is not None and (
-                not form.pattern
+                form.pattern != "2:4"
                 or target.stack_axes
                 or not self.plan.is_sparse
                 or layout is not None
             )
-            # Compiled kernels multiply by dense integers in integers alone.
+            # Compiled kernels multiply by what is not 2:4 in integers alone.
             is_float = activations == "float32"
             self.is_held = bool(
                 reason_for_dense()
                 or is_dense
-                or (is_float and not form.pattern)
+                or (is_float and form.pattern != "2:4")
             )
             if self.is_held and is_float and not is_table:
                 # By the layer's own call.

@@ -24,7 +24,8 @@ class PackedWeight:
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
-        pattern: String, `"2:4"`, or None where all weights are held.
+        pattern: String, `"2:4"`, `"16:32"`, which others of at most a half
+            are stored as, or None where all weights are held.
         integers: String, `"kept"` where Keras had rounded the weight and the
             same integers are packed, with scales rounded to their type here,
             and `"rounded again"` where they are others; empty for floats.

@@ -75,7 +75,11 @@ def choose_bits(
     widths, sizes = [], []
     shared = seam.shared_variables(model)
     for target in targets:
-        is_sparse = _is_sparse(target)
+        pattern = None
+        if not isinstance(target.layer, keras.layers.Embedding):
+            pattern = nm.packed_pattern(
+                target.variable.value, target.contraction_axes
+            )
         if size is not None and (
             id(target.variable) in shared
             or reason_dense(target.layer, target.attribute)
@@ -85,11 +89,11 @@ def choose_bits(
             widths.append([WIDTHS[-1]])
             sizes.append([bytes_of([target.variable])])
             continue
-        widths.append([4] if is_sparse else [*WIDTHS])
+        widths.append([4] if pattern else [*WIDTHS])
         sizes.append(
             [b * math.prod(target.shape) for b in widths[-1]]
             if size is None
-            else [_packed_bytes(target, b, is_sparse) for b in widths[-1]]
+            else [_packed_bytes(target, b, pattern) for b in widths[-1]]
         )
     weights = sum(math.prod(target.shape) for target in targets)
     stored = [target.variable for target in targets]
@@ -124,23 +128,11 @@ def choose_bits(
     return chosen, size
 
 
-def _is_sparse(target: Target) -> bool:
-    """Return whether a kernel is 2:4, which packing holds in four bits."""
-    axes, value = target.contraction_axes, target.variable.value
-    return not (
-        isinstance(target.layer, keras.layers.Embedding)
-        or target.contraction_size % 4
-        or nm.nm_violations(value, "2:4", axes)
-    )
-
-
-def _packed_bytes(target: Target, bits: int, is_sparse: bool) -> int:
+def _packed_bytes(target: Target, bits: int, pattern: Any) -> int:
     axes = target.contraction_axes, target.stack_axes
     stacks, rows, units = stack_shape(target.shape, *axes)
     units = -(-units // layout.COLUMNS) * layout.COLUMNS
-    arrays = layout.packed_arrays(
-        (rows, stacks * units), f"int{bits}", not is_sparse
-    )
+    arrays = layout.packed_arrays((rows, stacks * units), f"int{bits}", pattern)
     return sum(
         math.prod(shape) * int(numpy_dtype(dtype).itemsize)
         for shape, dtype in arrays.values()

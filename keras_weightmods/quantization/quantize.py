@@ -136,8 +136,8 @@ def quantize(
             for text that the model writes itself first, by `self_generated`.
             Defaults to `None`.
         bits: Int, 2 to 6, of each weight; or float, 2.0 to 6.0, the mean over
-            all of them. Kernels with a 2:4 pattern have 4. Defaults to `None`,
-            for `4` where `size` is not given.
+            all of them. Kernels with a 2:4 or 16:32 pattern have 4. Defaults to
+            `None`, for `4` where `size` is not given.
         size: Int or string, the most bytes that all weights of the model take
             once `pack(model)` has packed them, such as `"60MB"` or `"1.5GiB"`.
             Defaults to `None`.

@@ -94,7 +94,7 @@ def split_as(packed, layout):
     about = packed.shape, packed.dtype, ("rows", "columns")
     split, left = layouts.split_of(layout, (0,), *about)
     assert not left
-    specs = packed_arrays(packed.shape, packed.dtype, packed.is_dense)
+    specs = packed_arrays(packed.shape, packed.dtype, packed.pattern)
     arrays = {
         name: jax.device_put(getattr(packed, name), own)
         for name, own in split.layouts(specs).items()
@@ -108,7 +108,7 @@ def product(packed, split):
     used = x.astype("float64")
     if packed.activations == "int8":
         used = references.round_activations(x)
-    names = packed_arrays(packed.shape, packed.dtype, packed.is_dense)
+    names = packed_arrays(packed.shape, packed.dtype, packed.pattern)
 
     def loss(x, *arrays):
         own = dataclasses.replace(split, **dict(zip(names, arrays)))

@@ -93,7 +93,7 @@ uint16_t high_half(float value) {
 // A packed kernel of random bits, and what it holds by the layout.
 struct Weights {
   Weights(Random& random, int64_t k, int64_t n, int type, bool dense,
-          bool valid)
+          bool valid, bool masked = false)
       : row_blocks((k + 31) / 32),
         places((n + 15) / 16 * row_blocks),
         dense(dense),
@@ -104,18 +104,35 @@ struct Weights {
                                 : 0),
         kernel(32 * row_blocks * n),
         scale_of(row_blocks * n) {
-    fill(random, type, valid);
+    fill(random, type, valid && !masked);
+    // Words without a bit, with all of them, and with a quarter.
+    for (int64_t i = 0; masked && valid && i < meta.size; ++i) {
+      const int64_t kind = between(random, 0, 5);
+      meta[i] = kind < 2 ? 0 - static_cast<uint32_t>(kind)
+                         : meta[i] & static_cast<uint32_t>(random());
+    }
+    std::vector<int> numbers;
+    if (masked) numbers = numbers_of_bits();
     for (int64_t column = 0; column < n; ++column) {
       const int64_t lane = column % 16;
       for (int64_t b = 0; b < row_blocks; ++b) {
         const int64_t place = column / 16 * row_blocks + b;
-        for (int slot = 0; slot < (dense ? 32 : 16); ++slot) {
+        for (int slot = 0; slot < (dense || masked ? 32 : 16); ++slot) {
           int64_t row = 32 * b + slot;
-          if (!dense) {
+          int at = slot;
+          int64_t from = lane;
+          if (masked) {
+            const int number = numbers[static_cast<size_t>(
+                place * 512 + slot / 4 * 64 + lane * 4 + slot % 4)];
+            if (number < 0) continue;
+            // Which slot of the layout of 2:4 values has it.
+            at = number / 64 + number % 4 * 4;
+            from = number / 4 % 16;
+          } else if (!dense) {
             const uint32_t bits = meta[place * 16 + lane];
             row = 32 * b + slot / 2 * 4 + (bits >> (2 * slot) & 3);
           }
-          const double value = value_at(type, place, slot, lane);
+          const double value = value_at(type, place, at, from);
           kernel[row * n + column] += value;
           largest = std::max(largest, fabs(value));
         }
@@ -179,6 +196,19 @@ struct Weights {
     }
   }
 
+  // Of each bit of a mask, how many come before it in its block; -1 where it is
+  // not set, or there is no value for it.
+  std::vector<int> numbers_of_bits() {
+    std::vector<int> numbers;
+    int next = 0;
+    for (int64_t i = 0; i < places * 512; ++i) {
+      if (i % 512 == 0) next = 0;
+      const bool kept = (meta[i / 32] >> (i % 32) & 1) != 0 && next < 256;
+      numbers.push_back(kept ? next++ : -1);
+    }
+    return numbers;
+  }
+
   double value_at(int type, int64_t place, int slot, int64_t lane) {
     if (type == KWM_FLOAT32) {
       float value;
@@ -237,7 +267,7 @@ struct Case {
   bool run();
   bool run_products();
   bool run_bfloat16(const Array<float>& floats, Weights& w, double meeting);
-  bool run_int8(bool dense);
+  bool run_int8(bool dense, bool masked = false);
   bool run_attend();
 
   Random random;
@@ -256,13 +286,15 @@ bool Case::run() {
       between(random, 0, static_cast<int64_t>(sets.size()) - 1))]);
   if (type >= KWM_INT8 && !run_int8(true)) return false;
   if (type > KWM_INT4) return true;
-  if (type >= KWM_INT8 && !run_int8(false)) return false;
+  if (type >= KWM_INT8 && (!run_int8(false) || !run_int8(false, true))) {
+    return false;
+  }
   return run_products() && run_attend();
 }
 
 // int8 activations by random bits, in exact integers.
-bool Case::run_int8(bool dense) {
-  Weights w(random, k, n, type, dense, valid);
+bool Case::run_int8(bool dense, bool masked) {
+  Weights w(random, k, n, type, dense, valid, masked);
   Array<float> x(rows * k), y(rows * n);
   for (int64_t i = 0; i < x.size; ++i) x[i] = normal(random);
   // A row of zeros, an outlier and something that is not finite, at times.
@@ -280,8 +312,9 @@ bool Case::run_int8(bool dense) {
     }
   }
   for (int64_t i = 0; i < y.size; ++i) y[i] = 0.125f;
-  kwm_matmul_int8(x.get(), rows, k, n, type, w.values.get(), w.meta_or_null(),
-                  w.scale_or_null(), y.get(), threaded ? parallel_for : nullptr, &pool);
+  kwm_matmul_int8(x.get(), rows, k, n, type + (masked ? KWM_MASKED : 0),
+                  w.values.get(), w.meta_or_null(), w.scale_or_null(), y.get(),
+                  threaded ? parallel_for : nullptr, &pool);
 
   Array<int> q(32);
   Array<double> sum(n), size(n);
@@ -316,8 +349,8 @@ bool Case::run_int8(bool dense) {
         printf("int8: a row that is not finite gave %.9g\n", got);
         return false;
       }
-      if (!close(dense ? "dense int8" : "int8", got, sum[column],
-                 size[column])) {
+      const char* what = dense ? "dense int8" : masked ? "masked int8" : "int8";
+      if (!close(what, got, sum[column], size[column])) {
         return false;
       }
     }

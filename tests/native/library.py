@@ -78,7 +78,7 @@ def matmul(x, packed, parallel_for=None, transposed=False):
     x = guarded(np.ascontiguousarray(x, dtype))
     y = result(len(x), packed.shape[0 if transposed else 1], dtype=dtype)
     arrays = map(pointer, (packed.values, packed.meta, packed.scale))
-    weights = *packed.shape, native.TYPES[packed.dtype], *arrays
+    weights = *packed.shape, type_of(packed), *arrays
     name = "kwm_matmul"
     if transposed:
         name = "kwm_matmul_transposed"
@@ -91,6 +91,11 @@ def matmul(x, packed, parallel_for=None, transposed=False):
     function = getattr(LIBRARY, name)
     function(pointer(x), len(x), *weights, pointer(y), parallel_for, None)
     return y
+
+
+def type_of(packed):
+    masked = native.MASKED if packed.pattern == "16:32" else 0
+    return native.TYPES[packed.dtype] + masked
 
 
 def matmul_int8_many(x, kernels, parallel_for=None):
@@ -106,7 +111,7 @@ def matmul_int8_many(x, kernels, parallel_for=None):
             for packed, y in zip(kernels, outs)
         )
     )
-    dtype = native.TYPES[kernels[0].dtype] if kernels else 2
+    dtype = type_of(kernels[0]) if kernels else 2
     LIBRARY.kwm_matmul_int8_many(
         *(pointer(x), *x.shape, dtype, ctypes.addressof(products)),
         *(len(kernels), parallel_for, None),

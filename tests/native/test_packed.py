@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import math
 
 import keras
 import ml_dtypes
@@ -65,14 +67,25 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
     np.testing.assert_array_equal(unpacked, expected)
 
 
-@breadth("dtype", [*DTYPES, *(f"dense {i}" for i in INTEGERS)], 3, 7, 8)
+@breadth(
+    "dtype",
+    [
+        *DTYPES,
+        *(f"16:32 {i}" for i in DTYPES),
+        *(f"dense {i}" for i in INTEGERS),
+    ],
+    *(3, 4, 5, 7, 11, 12),
+)
 def test_tensors_and_variables_unpack_alike(dtype):
     if dtype.startswith("dense"):
         packed = module.pack_dense(kernel_of(100, 20), dtype.split()[1])
+    elif dtype.startswith("16:32"):
+        kernel = half_kernel(100, 20)
+        packed = pack_kernel(kernel, dtype.split()[1], pattern="16:32")
     else:
         packed = pack_kernel(kernel_of(100, 20), dtype)
     expected = unpack_kernel(packed)
-    specs = packed_arrays(packed.shape, packed.dtype, packed.is_dense)
+    specs = packed_arrays(packed.shape, packed.dtype, packed.pattern)
     tensors = {
         name: keras.ops.convert_to_tensor(getattr(packed, name))
         for name in specs
@@ -205,6 +218,73 @@ def test_dense_matrices(shape, dtype):
         assert np.all(np.abs(expected - matrix) <= largest / 253)
 
 
+def half_kernel(k, n, group=32, seed=0):
+    """A random kernel with half of each group, and an empty column."""
+    rng = np.random.default_rng(seed)
+    order = rng.random((-(-k // group), group, n)).argsort(1).argsort(1)
+    kept = (order < group // 2).reshape(-1, n)[:k]
+    kept[:, -1] = False
+    return (rng.normal(size=(k, n)) * kept).astype("float32")
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [2, 8, 32])
+@pytest.mark.parametrize("shape", [(64, 16), (101, 21), (5, 2), (0, 3), (4, 0)])
+def test_masks(shape, group, dtype):
+    """A bit for each row of a column, and the values one after the other."""
+    kernel = half_kernel(*shape, group) if math.prod(shape) else np.ones(shape)
+    packed = pack_kernel(kernel, dtype, pattern="16:32")
+    assert packed.pattern == "16:32"
+    # As many bytes as with places of two bits.
+    same = pack_kernel(np.zeros(shape), dtype)
+    assert packed.values.shape == same.values.shape
+    assert packed.meta.nbytes == same.meta.nbytes
+    expected = np.zeros(shape)
+    blocks, rows = packed.meta.shape[:2]
+    for block, row in itertools.product(range(blocks), range(rows)):
+        words = packed.meta[block, row].astype("int64") % 2**32
+        values = packed.values.reshape(blocks, rows, -1)[block, row]
+        count = 0
+        for word, lane, q in np.ndindex(8, 16, 4):
+            bit = 4 * lane + q
+            if not words[word, bit // 32] >> bit % 32 & 1:
+                continue
+            i, column = 32 * row + 4 * word + q, 16 * block + lane
+            if dtype == "int4":
+                value = int(values[count % 128]) >> count // 128 * 4 & 15
+                value = value - 16 if value > 7 else value
+                value *= float(packed.scale[block, row // 2, lane])
+            else:
+                value = float(values[count])
+                value *= packed.scale[block, lane] if dtype == "int8" else 1
+            expected[i, column] = value
+            count += 1
+        assert not values[count:].any() or dtype == "int4"
+    unpacked = unpack_kernel(packed)
+    np.testing.assert_array_equal(unpacked, expected.astype("float32"))
+    if dtype == "float32":
+        np.testing.assert_array_equal(unpacked, kernel)
+    elif dtype == "bfloat16":
+        np.testing.assert_allclose(unpacked, kernel, rtol=2**-8)
+    else:
+        # Zeros are exact, so that the others round as in a dense matrix.
+        dense = unpack_kernel(module.pack_dense(kernel, dtype))
+        np.testing.assert_array_equal(unpacked, dense)
+
+
+@pytest.mark.one_backend
+def test_bits_beyond_the_values_are_zero():
+    packed = pack_kernel(half_kernel(64, 16), pattern="16:32")
+    full = dataclasses.replace(packed, meta=np.full_like(packed.meta, -1))
+    unpacked = unpack_kernel(full)
+    np.testing.assert_array_equal(
+        unpacked.reshape(2, 8, 4, 16).transpose(0, 1, 3, 2).reshape(2, -1),
+        np.pad(packed.values.reshape(2, 256), ((0, 0), (0, 256))),
+    )
+    assert np.array_equal(module.unpack_tensor(full), unpacked)
+
+
 @pytest.mark.one_backend
 def test_not_2_4():
     kernel = kernel_of(36, 5)
@@ -215,6 +295,14 @@ def test_not_2_4():
         pack_kernel(kernel)
     with pytest.raises(ValueError, match="8 of 8 groups"):
         pack_kernel(np.full((16, 2), np.nan))
+    kernel = half_kernel(100, 5)
+    kernel[32:49, 1] = 1.0
+    with pytest.raises(
+        ValueError, match=r"must be 16:32 .* \(100, 5\) with 1 of 20 groups"
+    ):
+        pack_kernel(kernel, pattern="16:32")
+    with pytest.raises(ValueError, match=r"`pattern` must be .*'4:8'"):
+        pack_kernel(kernel, pattern="4:8")
 
 
 @pytest.mark.one_backend

@@ -30,7 +30,10 @@ KINDS = [
     ("bfloat16", "bfloat16"),
     *(
         ("int8", dtype)
-        for dtype in ("int8", "int4", *(f"dense {i}" for i in layout.INTEGERS))
+        for dtype in (
+            *("int8", "int4", "16:32 int8", "16:32 int4"),
+            *(f"dense {i}" for i in layout.INTEGERS),
+        )
     ),
 ]
 INTEGERS = KINDS[5:]
@@ -52,13 +55,32 @@ def sparse_kernel(rng, k, n, zeros=0.1):
     return kernel
 
 
+def half_kernel(rng, k, n):
+    """16:32, with columns of no, of few and of 16 nonzeros, in any places."""
+    kernel = rng.standard_normal((k, n)).astype("float32")
+    padded = -(-k // 32) * 32
+    order = rng.random((padded // 32, 32, n)).argsort(1).argsort(1)
+    # All in the first half, or in the last one.
+    order[rng.random(len(order)) < 0.1] = np.arange(32)[:, None]
+    order[rng.random(len(order)) < 0.1] = np.arange(31, -1, -1)[:, None]
+    count = rng.integers(0, 17, (len(order), 1, n))
+    count[rng.random(count.shape) < 0.7] = 16
+    kernel[(order >= count).reshape(padded, n)[:k]] = 0
+    return kernel
+
+
 def make(rng, kind, k, n, any_meta=False):
     activations, dtype = kind
     if dtype.startswith("dense"):
         kernel = rng.standard_normal((k, n)).astype("float32")
         return library.guarded_weights(pack_dense(kernel, dtype.split()[1]))
     held = "int8" if activations == "int8" else "float32"
-    packed = pack_kernel(sparse_kernel(rng, k, n), dtype, held)
+    if dtype.startswith("16:32"):
+        kernel, pattern = half_kernel(rng, k, n), "16:32"
+        dtype = dtype.split()[1]
+        packed = pack_kernel(kernel, dtype, held, pattern=pattern)
+    else:
+        packed = pack_kernel(sparse_kernel(rng, k, n), dtype, held)
     if any_meta:
         meta = rng.integers(0, 2**32, packed.meta.shape, "uint32").view("int32")
         packed = dataclasses.replace(packed, meta=meta)
@@ -251,7 +273,7 @@ def test_largest_integers_do_not_overflow(kind, name, rng):
     packed = make(rng, kind, 128, 32, any_meta=True)
     most = 2 ** (layout.bits_of(packed.dtype) - 1)
     shape = list(packed.values.shape)
-    shape[2] = 8 if packed.is_dense else 4
+    shape[2] = 8 if packed.pattern is None else 4
     for value in (-127, 127) if most == 128 else (-most, most - 1):
         words = np.full(shape, value, "int8")
         packed.values[...] = lines(words, packed.dtype)

@@ -14,7 +14,7 @@ from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
 from tests import models, references
 from tests.backends import breadth
 from tests.models import normal, numpy
-from tests.native.test_packed import DTYPES, kernel_of
+from tests.native.test_packed import DTYPES, half_kernel, kernel_of
 
 # The function has taken the module's name.
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
@@ -52,10 +52,12 @@ CASES = [
         (dtype, "int8")
         for dtype in ("int8", "int4", *(f"{i} dense" for i in INTEGERS))
     ),
+    *(("16:32 int8", "int8"), ("16:32 int4", "int8")),
+    *(("16:32 int4", "float32"), ("16:32 bfloat16", "float32")),
 ]
 
 
-@breadth(("dtype", "activations"), CASES, 0, 5, 9, 10)
+@breadth(("dtype", "activations"), CASES, 0, 5, 9, 10, 13)
 @breadth(
     ("leading", "k", "n"),
     [((3, 2), 37, 21), ((1,), 64, 48), ((19,), 132, 17), ((), 5, 2)],
@@ -76,6 +78,9 @@ def check_product(sparse_matmul, leading, k, n, dtype, activations):
     kernel = kernel_of(k, n)
     if dtype.endswith("dense"):
         packed = pack_dense(normal(k, n, seed=2), dtype.removesuffix(" dense"))
+    elif dtype.startswith("16:32"):
+        kind = dtype.split()[1], activations
+        packed = pack_kernel(half_kernel(k, n), *kind, pattern="16:32")
     else:
         packed = pack_kernel(kernel, dtype, activations)
     w = unpack_kernel(packed).astype("float64")

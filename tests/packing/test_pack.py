@@ -84,16 +84,19 @@ def rounded(kernel, dtype, axes):
 
 
 def make_for(name, pattern, seed=0):
-    """One of `MODELS`, 2:4 or not."""
+    """One of `MODELS`; 16:32 in groups of 8."""
     keras.utils.set_random_seed(seed)
     model = MODELS[name]()
-    return model if pattern is None else make_sparse(model, seed=seed)
+    if pattern is None:
+        return model
+    return make_sparse(model, pattern.replace("16:32", "4:8"), seed=seed)
 
 
 # The pattern of the kernels, arguments of `pack`, and a tolerance.
 CASES = [("2:4", *case) for case in ROUNDED] + [
     (None, {"dtype": f"int{bits}"}, 0.03) for bits in (8, 4, 3, 2, 5, 6)
 ]
+CASES += [("16:32", {"dtype": f"int{bits}"}, 0.03) for bits in (8, 4)]
 pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
 
 
@@ -101,8 +104,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
     ("name", "pattern", "arguments", "tolerance"),
     [("dense", *case) for case in CASES]
     + [("middle", *CASES[i]) for i in (1, 5)]
-    + [("axes apart", *CASES[i]) for i in (4, 6)],
-    *(2, 6, 7),
+    + [("axes apart", *CASES[i]) for i in (4, 6, 12)],
+    *(2, 6, 7, 12),
 )
 def test_unpack_gives_the_rounded_kernel(name, pattern, arguments, tolerance):
     model = make_for(name, pattern)
@@ -223,6 +226,74 @@ def test_what_was_rounded_is_packed_without_being_told():
     # Values that are to be trained are floats.
     report = pack(model, targets=[both], trainable=True)
     assert report.weights[0].dtype == "float32"
+
+
+@one_backend
+@needs_native
+@pytest.mark.parametrize(
+    ("pattern", "stored"),
+    [
+        *((p, "2:4") for p in ("1:2", "1:4", "2:4", "2:8")),
+        *((p, "16:32") for p in ("3:8", "4:8", "8:16", "16:32")),
+        *((p, None) for p in ("3:4", "5:8", "17:32", "16:31")),
+    ],
+)
+def test_patterns_are_found_by_the_zeros(pattern, stored, tmp_path):
+    rows = 93 if pattern == "16:31" else 96
+    model = make_sparse(mlp(rows, 20), pattern)
+    before, x = model.get_weights(), inputs_for(model)
+    (row,) = pack(model, "int4").weights
+    assert row.pattern == stored
+    assert row.bits == pytest.approx((3.25 if stored else 4.25) * 32 / 20, 0.1)
+    packed = outputs(model, x)
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    models.assert_same(outputs(loaded, x), packed)
+    unpack(loaded)
+    kernel, bias = loaded.get_weights()
+    assert not kernel[before[0] == 0].any()
+    y = references.round_activations(x) @ kernel.astype("float64") + bias
+    assert_allclose(packed, y, rtol=1e-4, atol=1e-5)
+    # What lies on the grid is packed without a type.
+    (again,) = pack(loaded).weights
+    assert (again.dtype, again.pattern) == ("int4", stored)
+
+
+@one_backend
+@needs_native
+def test_half_of_the_last_rows_is_a_pattern_too():
+    for kept, stored in ((8, "16:32"), (9, None)):
+        model = mlp(48, 20)
+        kernel = np.zeros((48, 20), "float32")
+        kernel[16:32] = kernel[32 : 32 + kept] = normal(kept, 20)[:1] + 1
+        model.layers[0].kernel.assign(kernel)
+        (row,) = pack(model, "int8").weights
+        assert row.pattern == stored
+
+
+@one_backend
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_floats_in_a_mask_are_small_in_files_alone(dtype, tmp_path):
+    model = make_sparse(mlp(96, 64), "16:32")
+    x, before = inputs_for(model), numpy(model.layers[0].kernel)
+    with pytest.warns(UserWarning, match=r"1 kernels of pattern 16:32.*'int8'"):
+        report = pack(model, None if dtype == "float32" else dtype)
+    (row,) = report.weights
+    assert (row.pattern, row.dtype) == ("16:32", dtype)
+    assert report.totals["packed_share"] == 1
+    bits = 17 if dtype == "float32" else 9
+    assert report.host_bytes == 96 * 64 * bits // 8
+    expected = outputs(model, x)
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    models.assert_same(outputs(loaded, x), expected)
+    unpack(loaded)
+    found = numpy(loaded.layers[0].kernel)
+    assert_allclose(found, before, rtol=0 if dtype == "float32" else 2**-8)
+    assert_array_equal(found == 0, before == 0)
+    with pytest.raises(ValueError, match=r"of 2:4 kernels can be trained"):
+        pack(loaded, trainable=True)
 
 
 @one_backend

@@ -55,7 +55,7 @@ def split_matmul(x, packed):
         Array of shape (..., N), its last axis split as the columns are.
     """
     split = packed.split
-    about = packed.shape, packed.dtype, packed.is_dense
+    about = packed.shape, packed.dtype, packed.pattern
     arrays = {
         name: keras.ops.convert_to_tensor(getattr(packed, name))
         for name in packed_arrays(*about)
@@ -66,7 +66,7 @@ def split_matmul(x, packed):
 
 
 @functools.cache
-def _split_call(split, batch, rank, shape, dtype, is_dense, activations):
+def _split_call(split, batch, rank, shape, dtype, pattern, activations):
     sides = split.parts("rows"), split.parts("columns")
     own_shape = shape[0] // sides[0], shape[1] // sides[1]
     options = {"dtype": dtype, "activations": activations}
@@ -78,7 +78,7 @@ def _split_call(split, batch, rank, shape, dtype, is_dense, activations):
 
     spec = jax.sharding.PartitionSpec
     leading = (batch, *(None,) * (rank - 2)) if rank > 1 else ()
-    specs = split.specs(packed_arrays(shape, dtype, is_dense))
+    specs = split.specs(packed_arrays(shape, dtype, pattern))
     mapped = jax.shard_map(
         multiply,
         mesh=split.mesh,

@@ -12,15 +12,18 @@ import math
 import torch
 
 from keras_weightmods import native
-from keras_weightmods.native.layout import dense_dtype, packed_arrays
+from keras_weightmods.native.layout import (
+    dtype_of,
+    packed_arrays,
+    pattern_of,
+)
 from keras_weightmods.utils import checks
 
-# Dense integers say by their shape how many bits they have.
 _TYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
-    torch.uint8: "int4",
+    torch.uint8: "uint8",
 }
 # Multiply-adds below which one thread is used: to wake others that sleep or
 # that the machine has given other work takes longer.
@@ -28,7 +31,8 @@ _ALONE = 2**22
 
 _library = torch.library.Library("keras_weightmods", "DEF")
 # By the kernel or its transpose, of so many columns. Without `meta` it is a
-# dense matrix; `rounded` rounds activations to int8.
+# dense matrix, in four axes that is a mask; `rounded` rounds activations to
+# int8.
 _library.define(
     "sparse_matmul(Tensor x, Tensor values, Tensor? meta, Tensor? scale, "
     "SymInt size, bool rounded=False, bool transposed=False) -> Tensor"
@@ -51,11 +55,11 @@ def _matmul_on_gpu(*arguments):
 @torch.library.impl(_library, "sparse_matmul", "CPU")
 def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
     inner = x.shape[-1]
-    if meta is None and not rounded:
+    if pattern_of(meta) != "2:4" and not rounded:
         form = importlib.import_module("keras_weightmods.native.packed")
         shape = (size, inner) if transposed else (inner, size)
-        kind = shape, dense_dtype(values), "int8"
-        matrix = form.unpack_tensor(form.Packed(values, None, scale, *kind))
+        kind = shape, _dtype(values, meta), "int8"
+        matrix = form.unpack_tensor(form.Packed(values, meta, scale, *kind))
         return x @ (matrix.T if transposed else matrix)
     arrays = values, meta, scale
     if transposed:
@@ -198,22 +202,28 @@ def weights_of(k, n, values, meta, scale):
 
     Without `meta` they are a dense matrix.
     """
-    dtype = _TYPES.get(values.dtype)
-    if dtype is None:
-        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    if meta is None and values.dim() == 5:
-        dtype = dense_dtype(values)
+    dtype, pattern = _dtype(values, meta), pattern_of(meta)
     given = {"values": values, "meta": meta, "scale": scale}
-    for name, spec in _arrays(k, n, dtype, meta is None).items():
+    for name, spec in _arrays(k, n, dtype, pattern).items():
         _check(name, given[name], *spec)
     pointers = [x if x is None else x.data_ptr() for x in given.values()]
-    return k, n, native.TYPES[dtype], *pointers
+    kind = native.TYPES[dtype] + native.MASKED * (pattern == "16:32")
+    return k, n, kind, *pointers
+
+
+def _dtype(values, meta):
+    kind = _TYPES.get(values.dtype)
+    if kind is None:
+        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
+    # Without their five axes the check of the arrays refuses them.
+    pattern = pattern_of(meta) if values.dim() == 5 else "2:4"
+    return dtype_of(values, kind, pattern)
 
 
 @functools.lru_cache(maxsize=1024)
-def _arrays(k, n, dtype, dense=False):
+def _arrays(k, n, dtype, pattern="2:4"):
     """`packed_arrays` with sizes and types of torch."""
-    arrays = packed_arrays((k, n), dtype, dense)
+    arrays = packed_arrays((k, n), dtype, pattern)
     return {
         name: (torch.Size(shape), getattr(torch, array_dtype))
         for name, (shape, array_dtype) in arrays.items()

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods import native
 from keras_weightmods.backend.torch import operators, sparse_matmul
+from keras_weightmods.native.layout import pattern_of
 
 _aten = torch.ops.aten
 _PRODUCT = torch.ops.keras_weightmods.sparse_matmul.default
@@ -311,7 +312,8 @@ def _prepare_products(graph):
         if weights[0].is_cpu:
             rounded = node.args[5:6] == (True,)
             # One call takes matrices of one type.
-            key = x, _dtype(arrays[0]), weights[0].shape[2], arrays[1] is None
+            pattern = pattern_of(weights[1])
+            key = x, _dtype(arrays[0]), weights[0].shape[2], pattern
             is_shared = rounded and not _is_changed(x)
             found[key if is_shared else node].append((node, (*weights, n)))
     for products in found.values():

@@ -117,7 +117,7 @@ inline int8x16_t signed_word(const char* block, int word) {
 }
 
 // The sums of a block for 4 columns and R rows.
-template <bool kDense, int kBits, int R>
+template <bool kDense, int kBits, int R>  // the bits stored
 inline void multiply_block(const uint8_t* x, const char* block,
                            const char* words, int32x4_t sum[R]) {
   for (int r = 0; r < R; ++r) sum[r] = vdupq_n_s32(0);
@@ -153,10 +153,10 @@ inline void multiply_block(const uint8_t* x, const char* block,
 }
 
 // R rows by 4 H columns of a block, from column `lane` on.
-template <bool kDense, int kBits, int R, int H>
+template <bool kDense, int kBits, int kStored, int R, int H>
 void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
                        int lane, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = (kDense ? 64 : 32) * kBits;
+  constexpr int64_t kBytes = (kDense ? 64 : 32) * kStored;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block)) + 4 * lane;
   const char* meta = nullptr;
@@ -171,7 +171,7 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
       int32x4_t sum[R];
-      multiply_block<kDense, kBits, R>(
+      multiply_block<kDense, kStored, R>(
           x.bytes + b * R * kBlockRows, values + b * kBytes + 16 * h,
           kDense ? nullptr : meta + b * 64 + 16 * h, sum);
       float32x4_t scale = vdupq_n_f32(1);
@@ -203,7 +203,7 @@ void multiply_quarters(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, int kBits, int R>
+template <bool kDense, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   constexpr int H = R <= 2 ? 4 : R <= 4 ? 2 : 1;
@@ -211,8 +211,8 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block < end; ++column_block) {
     for (int lane = 0; lane < kLanes; lane += H * kQuarter) {
-      multiply_quarters<kDense, kBits, R, H>(x, w, column_block, lane, y,
-                                             y_stride);
+      multiply_quarters<kDense, kBits, kStored, R, H>(x, w, column_block, lane,
+                                                      y, y_stride);
     }
     y += kLanes;
   }
@@ -220,19 +220,20 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 8>;
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kDense, kBits, decltype(rows)::value>(x, w, column_block,
-                                                           y, y_stride);
+    multiply_columns<kDense, kBits, kStored, decltype(rows)::value>(
+        x, w, column_block, y, y_stride);
   });
 }
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{Tiles::kSizes, quantize<kDense>,
-                                       multiply<kDense, kBits>};
+                                       multiply<kDense, kBits, kStored>,
+                                       expand_bits<kBits, 0>};
 };
 
 #if !defined(KWM_DOT)

@@ -77,6 +77,15 @@ struct Int8Kernels {
   // As Kernels::multiply.
   void (*multiply)(const Int8Rows& x, const Packed& w, int64_t column_block,
                    float* y, int64_t y_stride);
+
+  // Of dense values with a byte each: the 512 of a block, from those that a
+  // mask keeps.
+  void (*expand)(const void* values, const uint32_t* mask, char* bytes);
+
+  // As `multiply`, by a matrix with a mask; null where each block had better be
+  // expanded before.
+  void (*multiply_masked)(const Int8Rows& x, const Packed& w,
+                          int64_t column_block, float* y, int64_t y_stride) = nullptr;
 };
 constexpr int kMostTileRows = 16;
 

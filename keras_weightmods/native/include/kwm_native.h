@@ -37,6 +37,21 @@
 // is left of the bytes of all lines, after one another, holds the other words.
 // So the 3 bits of word 6 are bits 6 and 7 of line 0, and bit 6 of line 1.
 //
+// A matrix with at most 16 nonzeros in each 32 rows of a column, whatever their
+// places, is held as one of int8 or int4 for kwm_matmul_int8 too:
+//
+//   meta      uint32   [NB, KP/32, 8, 2]      a bit for each byte of the dense
+//                                             int8 values of a block, in their
+//                                             order: bit 4 j + q of the 64 of
+//                                             word g is row 4g + q of column j
+//   values                                    of the size above. The i-th bit
+//                                             that is set has value i, which is
+//                                             byte i of int8; of int4 the low
+//                                             (i < 128) or high half of byte
+//                                             i % 128
+//
+// Values beyond the bits are not read, and bits beyond the 256 values are zero.
+//
 // Arrays need no alignment beyond that of their elements. Nothing here keeps
 // state between calls but the choice of kwm_set_isa.
 
@@ -55,7 +70,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 7
+#define KWM_ABI_VERSION 8
 
 enum {
   KWM_FLOAT32 = 0,
@@ -65,7 +80,8 @@ enum {
   KWM_INT2 = 4,  // it and those below: dense matrices alone
   KWM_INT3 = 5,
   KWM_INT5 = 6,
-  KWM_INT6 = 7
+  KWM_INT6 = 7,
+  KWM_MASKED = 16  // added to KWM_INT8 or KWM_INT4: meta is a mask
 };
 
 enum {
@@ -119,7 +135,8 @@ KWM_API void kwm_matmul_bfloat16(const uint16_t* x, int64_t rows, int64_t k,
 
 // y (rows, n) = x (rows, k) @ W with int8 activations: of every 32 entries of a
 // row, s = max |x| / 127 (1 where that is 0) and q = x / s rounded to nearest
-// even. type is one of integers; meta is NULL where W is dense. The sum
+// even. type is one of integers, with KWM_MASKED where meta is a mask; meta is
+// NULL where W is dense. The sum
 // over 32 rows of W is one of integers and exact; those are scaled and added in
 // float32. So |y - x @ W| <= sum over the entries of s / 2 * |W[:, column]|,
 // but for the rounding of that sum. A row with a NaN or an infinity is NaN.
@@ -138,7 +155,8 @@ typedef struct {
 } kwm_product;
 
 // kwm_matmul_int8 of one x by `count` matrices, which rounds x once and shares
-// the threads' work once. Either all matrices have meta, or none has.
+// the threads' work once. Either all matrices have meta, or none has; type is
+// that of all.
 KWM_API void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k,
                                   int type, const kwm_product* products,
                                   int64_t count, kwm_parallel_for parallel_for,

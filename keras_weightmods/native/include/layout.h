@@ -35,8 +35,10 @@ inline uint16_t float_to_bfloat16(float value) {
 }
 
 // The bits of a value, by its type.
-constexpr int kTypeBits[] = {32, 16, 8, 4, 2, 3, 5, 6};
-constexpr int kTypes = sizeof kTypeBits / sizeof kTypeBits[0];
+constexpr int kTypeBits[] = {32, 16, 8, 4, 2, 3, 5, 6, 8};
+constexpr int kTypes = 8;
+// Of int4 with a byte each: dense blocks that were expanded from a mask.
+constexpr int kInt4InBytes = kTypes;
 
 // Bytes of the values kept in 32 rows of 16 columns.
 inline int64_t block_bytes(int type) {

@@ -77,12 +77,12 @@ struct Product {
 };
 
 // multiply_tile(tile, w, column block, out, its stride) of all, kCallBlocks
-// blocks of columns at a time. All matrices have as many rows. A value is
+// blocks of columns at a time; start() gives one for each range of work. All matrices have as many rows. A value is
 // multiplied as often as by that many rows of floats.
-template <class MultiplyTile>
+template <class Start>
 void multiply_tiles(const Threads& threads, const Tiling& tiling,
                     const Product* products, int64_t count,
-                    int64_t cost_in_rows, const MultiplyTile& multiply_tile) {
+                    int64_t cost_in_rows, const Start& start) {
   constexpr int64_t kColumns = kCallBlocks * kLanes;
   const auto parts_of = [](const Product& product) {
     return ceil_div(product.w.n, kColumns);
@@ -96,6 +96,7 @@ void multiply_tiles(const Threads& threads, const Tiling& tiling,
       grain(products->w.padded_k() / 2 * (cost_in_rows + 3) * kCallBlocks),
       [&](int64_t begin, int64_t end) {
         alignas(64) float padded[kMostTileRows * kColumns];
+        const auto multiply_tile = start();
         for (int64_t item = begin; item < end; ++item) {
           const int64_t tile = item % tiling.count;
           const int64_t rows = tiling.rows_of(tile);

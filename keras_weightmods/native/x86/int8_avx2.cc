@@ -162,8 +162,9 @@ inline __m256i bytes(int value) {
 }
 
 // Word `word` of a block of dense values, made unsigned.
-template <int kBits>
+template <int kBits, int kStored>
 inline __m256i unsigned_word(const char* block, int word) {
+  if (kStored != kBits) return load(block + 64 * word);
   __m256i value = _mm256_setzero_si256();
   int next = 0;
 #pragma GCC unroll 8
@@ -186,7 +187,7 @@ inline __m256i unsigned_word(const char* block, int word) {
 
 // The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
 // point to the first of the columns.
-template <bool kDense, int kBits, int R>
+template <bool kDense, int kBits, int kStored, int R>
 inline void multiply_block(const uint8_t* x, const int32_t* offsets,
                            const char* block, const char* words,
                            __m256i sum[R]) {
@@ -194,8 +195,8 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
     for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(offsets[r]);
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) {
-      const int g = kwm::word_in_order(kBits, n);
-      const __m256i w = unsigned_word<kBits>(block, g);
+      const int g = kwm::word_in_order(kStored, n);
+      const __m256i w = unsigned_word<kBits, kStored>(block, g);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sum[r] = _mm256_dpbusd_avx_epi32(sum[r], w,
@@ -237,7 +238,7 @@ inline __m256i add_signed(__m256i sum, __m256i x, __m256i w, __m256i w_size) {
 
 // The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
 // point to the first of the columns.
-template <bool kDense, int kBits, int R>
+template <bool kDense, int kBits, int kStored, int R>
 inline void multiply_block(const uint8_t* x, const int32_t* offsets,
                            const char* block, const char* words,
                            __m256i sum[R]) {
@@ -260,8 +261,8 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
     __m256i total[R];
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) {
-      const int g = kwm::word_in_order(kBits, n);
-      const __m256i w = unsigned_word<kBits>(block, g);
+      const int g = kwm::word_in_order(kStored, n);
+      const __m256i w = unsigned_word<kBits, kStored>(block, g);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m256i four = spread(x + r * kBlockRows + 4 * g);
@@ -319,10 +320,10 @@ inline __m256 group_scale(const uint16_t* scale) {
 }
 
 // R rows by 8 H columns of a block, from column `lane` on.
-template <bool kDense, int kBits, int R, int H>
+template <bool kDense, int kBits, int kStored, int R, int H>
 void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
                      int lane, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = (kDense ? 64 : 32) * kBits;
+  constexpr int64_t kBytes = (kDense ? 64 : 32) * kStored;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block)) + 4 * lane;
@@ -346,7 +347,7 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
 #pragma GCC unroll 2
     for (int h = 0; h < H; ++h) {
       __m256i sum[R];
-      multiply_block<kDense, kBits, R>(
+      multiply_block<kDense, kBits, kStored, R>(
           x.bytes + b * R * kBlockRows, x.offsets + b * R,
           values + b * kBytes + 32 * h,
           kDense ? nullptr : meta + b * 64 + 32 * h, sum);
@@ -381,7 +382,7 @@ void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, int kBits, int R>
+template <bool kDense, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   // Few rows are bound by memory, and read whole lines.
@@ -390,8 +391,8 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block < end; ++column_block) {
     for (int lane = 0; lane < kLanes; lane += H * kHalf) {
-      multiply_halves<kDense, kBits, R, H>(x, w, column_block, lane, y,
-                                           y_stride);
+      multiply_halves<kDense, kBits, kStored, R, H>(x, w, column_block, lane,
+                                                    y, y_stride);
     }
     y += kLanes;
   }
@@ -399,19 +400,21 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 6, 8>;
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kDense, kBits, decltype(rows)::value>(
+    multiply_columns<kDense, kBits, kStored, decltype(rows)::value>(
         x, w, column_block, y, y_stride);
   });
 }
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{
-      Tiles::kSizes, quantize<kDense, kBits>, multiply<kDense, kBits>};
+      Tiles::kSizes, quantize<kDense, kBits>,
+      multiply<kDense, kBits, kStored>,
+      expand_bits<kBits, kBits == 8 ? 0 : 8>};
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// int8 activations on AVX-512 with VNNI and VBMI: 64 products in one
+// int8 activations on AVX-512 with VNNI, VBMI and VBMI2: 64 products in one
 // instruction, of unsigned bytes and signed ones.
 //
 // Sparse: of two blocks of rows the 64 activations, plus 128, are the table
@@ -7,7 +7,8 @@
 // stand in their byte, and the sums divided by it.
 //
 // Dense: the values are made unsigned, and four activations are read into all
-// lanes. Their sums, one for a block, undo that.
+// lanes. Their sums, one for a block, undo that. Those that a mask keeps are
+// spread to where they are in dense values.
 
 #include "kernels.h"
 
@@ -16,7 +17,8 @@
 #include <immintrin.h>
 
 KWM_TARGET(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,"
+    "fma,popcnt")
 
 #include "tile_rows.h"
 
@@ -198,9 +200,10 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
 }
 
 // Word `word` of a block of dense values, made unsigned.
-template <int kBits>
+template <int kBits, int kStored>
 inline __attribute__((always_inline)) __m512i unsigned_word(const char* block,
                                                             int word) {
+  if (kStored != kBits) return load_once(block + 64 * word);
   if (kBits == 8) {
     return _mm512_xor_si512(load_once(block + 64 * word),
                             _mm512_set1_epi8(-128));
@@ -226,16 +229,83 @@ inline __attribute__((always_inline)) __m512i unsigned_word(const char* block,
       _mm512_set1_epi8(static_cast<char>(1 << (kBits - 1))), kAndXor);
 }
 
-template <int kBits, int R, int C>
+// The values of a block with a mask, one after the other, from which `words`
+// gives those of the dense layout, plus kZero.
+template <int kBits, int kZero>
+class Kept {
+ public:
+  Kept() { memset(bytes_ + kValues, kZero, sizeof bytes_ - kValues); }
+
+  inline __attribute__((always_inline)) void load(const char* block) {
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
+    constexpr int kAndXor = 0x6a;  // (a & b) ^ c
+    for (int i = 0; i < kValues / 64; ++i) {
+      __m512i v = load_once(block + 64 * (kBits == 8 ? i : i % 2));
+      if (kBits == 4) {
+        // Two's complement plus 8 is the bits with the highest one changed.
+        if (i >= 2) v = _mm512_srli_epi32(v, 4);
+        v = _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), zero, kAndXor);
+      } else if (kZero != 0) {
+        v = _mm512_xor_si512(v, zero);
+      }
+      _mm512_store_si512(bytes_ + 64 * i, v);
+    }
+  }
+
+  // words(i, word i) for all eight.
+  template <class Use>
+  inline __attribute__((always_inline)) void words(const char* mask,
+                                                   const Use& use) const {
+    const uint8_t* next = bytes_;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      uint64_t bits;
+      memcpy(&bits, mask + 8 * i, 8);
+      const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
+      use(i, _mm512_mask_expand_epi8(zero, bits, load_once(next)));
+      next += _mm_popcnt_u64(bits);
+    }
+  }
+
+ private:
+  static constexpr int kValues = kwm::kBlockSlots * kLanes;
+  // Bits beyond the values have zero.
+  alignas(64) uint8_t bytes_[2 * kValues + 64];
+};
+
+template <int kBits>
+void expand(const void* values, const uint32_t* mask, char* bytes) {
+  Kept<kBits, kBits == 8 ? 0 : 8> kept;
+  kept.load(static_cast<const char*>(values));
+  kept.words(reinterpret_cast<const char*>(mask), [&](int i, __m512i word) {
+    _mm512_storeu_si512(bytes + 64 * i, word);
+  });
+}
+
+template <int kBits, int kStored, bool kMasked, int R, int C>
 void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
                 float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = 64 * kBits;
+  constexpr int64_t kBytes = (kMasked ? 32 : 64) * kStored;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
   __m512 total[C][R];
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
+  }
+  // Those of a block are stored long before they are used: to be read across
+  // the lines in which they were stored, they have to be in the cache.
+  constexpr int64_t kBefore = 4;
+  std::conditional_t<kMasked, Kept<kBits, 1 << (kBits - 1)>, char>
+      kept[kBefore][C];
+  const char* masks = nullptr;
+  if constexpr (kMasked) {
+    masks = reinterpret_cast<const char*>(w.meta_of(column_block));
+    for (int64_t b = 0; b < kwm::min(kBefore, row_blocks); ++b) {
+      for (int c = 0; c < C; ++c) {
+        kept[b][c].load(values + (c * row_blocks + b) * kBytes);
+      }
+    }
   }
   for (int64_t b = 0; b < row_blocks; ++b) {
     const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
@@ -245,23 +315,34 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
       const char* block = values + (c * row_blocks + b) * kBytes;
       const char* next_block = values + (c * row_blocks + next) * kBytes;
 #pragma GCC unroll 8
-      for (int line = 0; line < kBits; ++line) {
+      for (int line = 0; line < kBytes / 64; ++line) {
         _mm_prefetch(next_block + 64 * line, _MM_HINT_T1);
+      }
+      if constexpr (kMasked) {
+        _mm_prefetch(masks + (c * row_blocks + next) * 64, _MM_HINT_T1);
       }
       __m512i sum[R];
       for (int r = 0; r < R; ++r) {
         sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
       }
-#pragma GCC unroll 8
-      for (int n = 0; n < 8; ++n) {
-        const int word = kwm::word_in_order(kBits, n);
-        const __m512i value = unsigned_word<kBits>(block, word);
+      const auto add_word = [&](int word, __m512i value) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           int32_t activations;
           memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
           sum[r] = _mm512_dpbusd_epi32(sum[r], value,
                                        _mm512_set1_epi32(activations));
+        }
+      };
+      if constexpr (kMasked) {
+        auto& own = kept[b % kBefore][c];
+        own.words(masks + (c * row_blocks + b) * 64, add_word);
+        if (b + kBefore < row_blocks) own.load(block + kBefore * kBytes);
+      } else {
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; ++n) {
+          const int word = kwm::word_in_order(kStored, n);
+          add_word(word, unsigned_word<kBits, kStored>(block, word));
         }
       }
       __m512 scale = _mm512_setzero_ps();
@@ -285,14 +366,19 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-template <bool kDense, int kBits, int R>
+enum class Form { kSparse, kDense, kMasked };
+
+template <Form kForm, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   constexpr int C = R <= 2 ? 2 : 1;
-  constexpr auto tile =
-      kDense ? dense_tile<kBits, R, C> : sparse_tile<kBits, R, C>;
-  constexpr auto last =
-      kDense ? dense_tile<kBits, R, 1> : sparse_tile<kBits, R, 1>;
+  constexpr bool kMasked = kForm == Form::kMasked;
+  constexpr auto tile = kForm == Form::kSparse
+                            ? sparse_tile<kBits, R, C>
+                            : dense_tile<kBits, kStored, kMasked, R, C>;
+  constexpr auto last = kForm == Form::kSparse
+                            ? sparse_tile<kBits, R, 1>
+                            : dense_tile<kBits, kStored, kMasked, R, 1>;
   const int64_t end =
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block + C <= end; column_block += C) {
@@ -307,20 +393,22 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 
 using Tiles = TileRows<1, 2, 4, 6, 8, 12, 16>;
 
-template <bool kDense, int kBits>
+template <Form kForm, int kBits, int kStored>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   Tiles::run(x.rows, [&](auto rows) {
-    multiply_columns<kDense, kBits, decltype(rows)::value>(x, w, column_block,
-                                                           y, y_stride);
+    multiply_columns<kForm, kBits, kStored, decltype(rows)::value>(
+        x, w, column_block, y, y_stride);
   });
 }
 
-template <bool kDense, int kBits>
+template <bool kDense, int kBits, int kStored>
 struct Own {
+  static constexpr int kMaskedBits = kStored == 8 ? kBits : 8;
   static constexpr Int8Kernels kernels{
       Tiles::kSizes, quantize<kDense ? 1 << (kBits - 1) : 0>,
-      multiply<kDense, kBits>};
+      multiply<kDense ? Form::kDense : Form::kSparse, kBits, kStored>,
+      expand<kMaskedBits>, multiply<Form::kMasked, kMaskedBits, kMaskedBits>};
 };
 
 }  // namespace

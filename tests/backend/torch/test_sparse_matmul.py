@@ -10,7 +10,7 @@ from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import references
 from tests.models import normal
-from tests.native.test_packed import DTYPES, kernel_of
+from tests.native.test_packed import DTYPES, half_kernel, kernel_of
 from tests.ops.test_sparse_matmul import assert_close
 
 if keras.backend.backend() != "torch" or reason_for_dense():
@@ -55,7 +55,13 @@ def test_operators_pass_the_checks_of_torch(dtype):
         dtype, ()
     ):
         dense = with_tensors(pack_dense(normal(K, N), dense_dtype))
-        for w in (weights, (dense.values, None, dense.scale)):
+        masked = pack_kernel(half_kernel(K, N), dtype, pattern="16:32")
+        masked = with_tensors(masked)
+        for w in (
+            weights,
+            (dense.values, None, dense.scale),
+            (masked.values, masked.meta, masked.scale),
+        ):
             check(product, (x, *w, N, True))
     with torch.no_grad():
         x, values = x.detach(), values.detach()
