@@ -101,11 +101,22 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
+template <int kBits>
+void expand(const void* values, const uint32_t* mask, char* bytes) {
+  expand_by<kBits>(values, mask, bytes,
+                   [](const int8_t* from, const uint8_t* ranks, char* to) {
+                     for (int i = 0; i < 8; ++i) {
+                       const bool kept = ranks[i] != kwm::Ranks::kNone;
+                       to[i] = static_cast<char>(kept ? from[ranks[i]] : 0);
+                     }
+                   });
+}
+
 template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{TileRows<1, 4>::kSizes, quantize,
                                        multiply<kDense, kBits, kStored>,
-                                       expand_bits<kBits, 0>};
+                                       expand<kStored == 8 ? kBits : 8>};
 };
 
 }  // namespace

@@ -229,11 +229,22 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
   });
 }
 
+template <int kBits>
+void expand(const void* values, const uint32_t* mask, char* bytes) {
+  expand_by<kBits>(values, mask, bytes,
+                   [](const int8_t* from, const uint8_t* ranks, char* to) {
+                     // A rank beyond 7 gives zero.
+                     const int8x8_t eight = vtbl1_s8(
+                         vld1_s8(from), vreinterpret_s8_u8(vld1_u8(ranks)));
+                     memcpy(to, &eight, 8);
+                   });
+}
+
 template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{Tiles::kSizes, quantize<kDense>,
                                        multiply<kDense, kBits, kStored>,
-                                       expand_bits<kBits, 0>};
+                                       expand<kStored == 8 ? kBits : 8>};
 };
 
 #if !defined(KWM_DOT)

@@ -184,6 +184,24 @@ constexpr int word_in_order(int bits, int n) {
   return n < in_line * bits ? n / in_line + n % in_line * bits : n;
 }
 
+// Of each bit of a byte of a mask how many come before it, if it is set.
+struct Ranks {
+  static constexpr uint8_t kNone = 128;
+  uint8_t ranks[8] = {}, count = 0;
+};
+struct RanksOfBytes {
+  constexpr RanksOfBytes() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0; bit < 8; ++bit) {
+        const bool kept = (byte >> bit & 1) != 0;
+        of[byte].ranks[bit] = kept ? of[byte].count++ : Ranks::kNone;
+      }
+    }
+  }
+  Ranks of[256] = {};
+};
+inline constexpr RanksOfBytes kRanks;
+
 // The row, within a block of 32, that a slot was taken from.
 inline int slot_row(uint32_t meta, int slot) {
   return slot / 2 * 4 + ((meta >> (2 * slot)) & 3);

@@ -33,23 +33,26 @@ const kwm::Int8Kernels* int8_kernels_of(int type, bool dense) {
   return &kernels[dense][type - KWM_INT8];
 }
 
-// Int8Kernels::expand of any machine: the values plus kZero, and kZero where
-// there is none.
-template <int kBits, int kZero>
-void expand_bits(const void* values, const uint32_t* mask, char* bytes) {
+// Int8Kernels::expand, by a function that writes the 8 bytes from[ranks[i]], or
+// 0 where a rank is kNone.
+template <int kBits, class Spread>
+void expand_by(const void* values, const uint32_t* mask, char* bytes,
+               const Spread& spread) {
   constexpr int kValues = kwm::kBlockSlots * kwm::kLanes;
   auto from = static_cast<const uint8_t*>(values);
-  int next = 0;
-  for (int i = 0; i < 2 * kValues; ++i) {
-    int value = 0;
-    if (mask[i / 32] >> i % 32 & 1 && next < kValues) {
-      const uint8_t byte = from[next % (kValues * kBits / 8)];
-      value = kBits == 8          ? static_cast<int8_t>(byte)
-              : next < kValues / 2 ? kwm::low_four(byte)
-                                   : kwm::high_four(byte);
-      ++next;
+  // Bits beyond the values have zeros.
+  int8_t kept[2 * kValues + 8] = {};
+  for (int i = 0; i < kValues * kBits / 8; ++i) {
+    kept[i] = static_cast<int8_t>(kBits == 8 ? from[i] : kwm::low_four(from[i]));
+    if (kBits == 4) {
+      kept[i + kValues / 2] = static_cast<int8_t>(kwm::high_four(from[i]));
     }
-    bytes[i] = static_cast<char>(value + kZero);
+  }
+  const int8_t* next = kept;
+  for (int i = 0; i < 2 * kValues / 8; ++i) {
+    const kwm::Ranks& ranks = kwm::kRanks.of[mask[i / 4] >> (i % 4 * 8) & 255];
+    spread(next, ranks.ranks, bytes + 8 * i);
+    next += ranks.count;
   }
 }
 

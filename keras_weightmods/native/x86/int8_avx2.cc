@@ -409,12 +409,28 @@ void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
   });
 }
 
+// int4 values plus 8, as of `unsigned_word`.
+template <int kBits>
+void expand(const void* values, const uint32_t* mask, char* bytes) {
+  expand_by<kBits>(
+      values, mask, bytes,
+      [](const int8_t* from, const uint8_t* ranks, char* to) {
+        // A rank with its highest bit gives zero.
+        const __m128i eight = _mm_shuffle_epi8(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(ranks)));
+        _mm_storel_epi64(
+            reinterpret_cast<__m128i*>(to),
+            _mm_add_epi8(eight, _mm_set1_epi8(kBits == 8 ? 0 : 8)));
+      });
+}
+
 template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr Int8Kernels kernels{
       Tiles::kSizes, quantize<kDense, kBits>,
       multiply<kDense, kBits, kStored>,
-      expand_bits<kBits, kBits == 8 ? 0 : 8>};
+      expand<kStored == 8 ? kBits : 8>};
 };
 
 }  // namespace

@@ -239,16 +239,20 @@ class Kept {
   inline __attribute__((always_inline)) void load(const char* block) {
     const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
     constexpr int kAndXor = 0x6a;  // (a & b) ^ c
-    for (int i = 0; i < kValues / 64; ++i) {
-      __m512i v = load_once(block + 64 * (kBits == 8 ? i : i % 2));
-      if (kBits == 4) {
-        // Two's complement plus 8 is the bits with the highest one changed.
-        if (i >= 2) v = _mm512_srli_epi32(v, 4);
-        v = _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), zero, kAndXor);
-      } else if (kZero != 0) {
-        v = _mm512_xor_si512(v, zero);
+    for (int i = 0; i < kBits / 2; ++i) {
+      const __m512i v = load_once(block + 64 * i);
+      if (kBits == 8) {
+        _mm512_store_si512(bytes_ + 64 * i, _mm512_xor_si512(v, zero));
+        continue;
       }
-      _mm512_store_si512(bytes_ + 64 * i, v);
+      // Two's complement plus 8 is the bits with the highest one changed.
+      for (int half = 0; half < 2; ++half) {
+        const __m512i bits = half ? _mm512_srli_epi32(v, 4) : v;
+        _mm512_store_si512(
+            bytes_ + 64 * (i + 2 * half),
+            _mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(15), zero,
+                                      kAndXor));
+      }
     }
   }
 
@@ -257,11 +261,13 @@ class Kept {
   inline __attribute__((always_inline)) void words(const char* mask,
                                                    const Use& use) const {
     const uint8_t* next = bytes_;
+    // Not known to be zero: to clear the others takes twice as long.
+    __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
+    asm("" : "+v"(zero));
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       uint64_t bits;
       memcpy(&bits, mask + 8 * i, 8);
-      const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
       use(i, _mm512_mask_expand_epi8(zero, bits, load_once(next)));
       next += _mm_popcnt_u64(bits);
     }
@@ -371,8 +377,8 @@ enum class Form { kSparse, kDense, kMasked };
 template <Form kForm, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
-  constexpr int C = R <= 2 ? 2 : 1;
   constexpr bool kMasked = kForm == Form::kMasked;
+  constexpr int C = R <= 2 && !kMasked ? 2 : 1;
   constexpr auto tile = kForm == Form::kSparse
                             ? sparse_tile<kBits, R, C>
                             : dense_tile<kBits, kStored, kMasked, R, C>;
