@@ -10,9 +10,9 @@ torch they are `torch.mm` and the same op. A peer and a number of threads have
 a process of their own, in which dense and sparse, every type of values and
 every instruction set that the machine has, take turns; "int8/int8" are int8
 values with int8 activations, "bfloat16/bfloat16" bfloat16 ones, with results
-in bfloat16. Shown is the median time of the dense float32 product over that of
-the sparse one: above 1 the sparse one is faster. One thread is one core: the
-process is bound to it.
+in bfloat16; "16:32" are places by a mask. Shown is the median time of the dense
+float32 product over that of the sparse one: above 1 the sparse one is faster.
+One thread is one core: the process is bound to it.
 
 Only good on a machine that does nothing else.
 """
@@ -30,7 +30,7 @@ QUICK = {"shapes": SHAPES[:1], "batches": [1, 8, 64], "seconds": 0.2}
 # Types of values, and of activations where these are not float32.
 DTYPES = [
     *("float32", "bfloat16", "bfloat16/bfloat16"),
-    *("int8", "int8/int8", "int4/int8"),
+    *("int8", "int8/int8", "int4/int8", "16:32 int4/int8"),
 ]
 ISAS = {"avx512": 2, "avx_vnni": 4, "avx2": 1, "neon": 3}
 PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
@@ -148,8 +148,9 @@ class Kernels:
         self.dense = keras.ops.convert_to_tensor(kernel)
         self.packed = {}
         for name in dtypes:
-            kind = name.removesuffix("/bfloat16").split("/")
-            packed = pack_kernel(kernel, *kind)
+            pattern, _, kind = name.rpartition(" ")
+            kind = kind.removesuffix("/bfloat16").split("/")
+            packed = pack_kernel(kernel, *kind, pattern=pattern or "2:4")
             arrays = [packed.values, packed.meta, packed.scale]
             arrays = [
                 None if a is None else keras.ops.convert_to_tensor(a)
