@@ -288,9 +288,31 @@ void expand(const void* values, const uint32_t* mask, char* bytes) {
   });
 }
 
+// The next blocks of a matrix with a mask, by their places. They are stored
+// long before they are used: to be read across the lines in which they were
+// stored, they have to be in the cache.
+template <int kBits>
+struct Ahead {
+  static constexpr int64_t kBlocks = 4;
+
+  Ahead(const Packed& w, int64_t begin, int64_t end) : w(w), end(end) {
+    for (int64_t i = 0; i < kBlocks; ++i) load(begin + i);
+  }
+  void load(int64_t place) {
+    if (place >= end) return;
+    at(place).load(static_cast<const char*>(w.values_at(place)));
+  }
+  auto& at(int64_t place) { return blocks[place % kBlocks]; }
+
+  const Packed& w;
+  const int64_t end;
+  Kept<kBits, 1 << (kBits - 1)> blocks[kBlocks];
+};
+
+// `ahead` is of a matrix with a mask; else null.
 template <int kBits, int kStored, bool kMasked, int R, int C>
 void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
-                float* y, int64_t y_stride) {
+                float* y, int64_t y_stride, Ahead<kMasked ? kBits : 8>* ahead) {
   constexpr int64_t kBytes = (kMasked ? 32 : 64) * kStored;
   constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
@@ -299,20 +321,8 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
   }
-  // Those of a block are stored long before they are used: to be read across
-  // the lines in which they were stored, they have to be in the cache.
-  constexpr int64_t kBefore = 4;
-  std::conditional_t<kMasked, Kept<kBits, 1 << (kBits - 1)>, char>
-      kept[kBefore][C];
   const char* masks = nullptr;
-  if constexpr (kMasked) {
-    masks = reinterpret_cast<const char*>(w.meta_of(column_block));
-    for (int64_t b = 0; b < kwm::min(kBefore, row_blocks); ++b) {
-      for (int c = 0; c < C; ++c) {
-        kept[b][c].load(values + (c * row_blocks + b) * kBytes);
-      }
-    }
-  }
+  if (kMasked) masks = reinterpret_cast<const char*>(w.meta_of(column_block));
   for (int64_t b = 0; b < row_blocks; ++b) {
     const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
     const uint8_t* bytes = x.bytes + b * R * kBlockRows;
@@ -341,9 +351,9 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
         }
       };
       if constexpr (kMasked) {
-        auto& own = kept[b % kBefore][c];
-        own.words(masks + (c * row_blocks + b) * 64, add_word);
-        if (b + kBefore < row_blocks) own.load(block + kBefore * kBytes);
+        const int64_t place = (column_block + c) * row_blocks + b;
+        ahead->at(place).words(masks + (c * row_blocks + b) * 64, add_word);
+        ahead->load(place + ahead->kBlocks);
       } else {
 #pragma GCC unroll 8
         for (int n = 0; n < 8; ++n) {
@@ -378,22 +388,29 @@ template <Form kForm, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
   constexpr bool kMasked = kForm == Form::kMasked;
-  constexpr int C = R <= 2 && !kMasked ? 2 : 1;
-  constexpr auto tile = kForm == Form::kSparse
-                            ? sparse_tile<kBits, R, C>
-                            : dense_tile<kBits, kStored, kMasked, R, C>;
-  constexpr auto last = kForm == Form::kSparse
-                            ? sparse_tile<kBits, R, 1>
-                            : dense_tile<kBits, kStored, kMasked, R, 1>;
+  constexpr int C = R <= 2 ? 2 : 1;
   const int64_t end =
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
-  for (; column_block + C <= end; column_block += C) {
-    tile(x, w, column_block, y, y_stride);
-    y += C * kLanes;
-  }
-  for (; C > 1 && column_block < end; ++column_block) {
-    last(x, w, column_block, y, y_stride);
-    y += kLanes;
+  if constexpr (kMasked) {
+    Ahead<kBits> ahead(w, column_block * w.row_blocks(), end * w.row_blocks());
+    for (; column_block < end; ++column_block, y += kLanes) {
+      dense_tile<kBits, kStored, true, R, 1>(x, w, column_block, y, y_stride,
+                                             &ahead);
+    }
+  } else {
+    const auto tile = [&](auto blocks) {
+      constexpr int kBlocks = decltype(blocks)::value;
+      if constexpr (kForm == Form::kSparse) {
+        sparse_tile<kBits, R, kBlocks>(x, w, column_block, y, y_stride);
+      } else {
+        dense_tile<kBits, kStored, false, R, kBlocks>(x, w, column_block, y,
+                                                      y_stride, nullptr);
+      }
+      column_block += kBlocks;
+      y += kBlocks * kLanes;
+    };
+    while (column_block + C <= end) tile(std::integral_constant<int, C>());
+    while (column_block < end) tile(std::integral_constant<int, 1>());
   }
 }
 
