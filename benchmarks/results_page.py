@@ -72,6 +72,7 @@ PARTS = (
         sparse_llm.methods,
     ),
     ("Rounded to 4 bits, the head too", "quality_256", sparse_llm.texts),
+    ("Rounded to few bits, and to budgets", "quality_64", sparse_llm.texts),
     ("One-shot, without training", "one_shot", sparse_llm.one_shot),
     ("CAST by budget", "cast_llm", sparse_llm.budgets),
     ("Scaling law", "cast_llm", sparse_llm.laws),

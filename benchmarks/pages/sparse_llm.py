@@ -9,6 +9,14 @@ from benchmarks.pages.tables import mean, missing, table
 
 # Of the scaling law on the held-out budget, in loss.
 ERROR_BAR = 0.03
+# Title, key, factor and format of a column.
+MEASURES = (
+    ("nats, 99.9 %", "divergence_999", 1, ".1f"),
+    ("same first token", "same_token", 1, ".1%"),
+    ("bits", "bits", 1, ".2f"),
+    ("MB", "bytes", 1e-6, ".1f"),
+    ("processor minutes", "processor_seconds", 1 / 60, ".1f"),
+)
 
 
 def texts(log):
@@ -17,6 +25,12 @@ def texts(log):
     for row in log["rows"]:
         groups[row["method"]].append(row)
     names = list(log["rows"][0]["perplexity"])
+    # What older logs have not.
+    more = [
+        (title, key, scale, form)
+        for title, key, scale, form in MEASURES
+        if any(key in row for row in log["rows"])
+    ]
     rows = [
         [
             name,
@@ -24,6 +38,12 @@ def texts(log):
             *(mean([r["perplexity"][text] for r in group]) for text in names),
             mean([row["x_dense"] for row in group], ".2f"),
             f"{np.mean([list(r['divergence'].values()) for r in group]):.2f}",
+            *(
+                format(scale * np.mean([row[key] for row in group]), form)
+                if key in group[0]
+                else ""
+                for _, key, scale, form in more
+            ),
             len({row["seed"] for row in group}),
             f"{np.mean([row['seconds'] for row in group]) / 60:.1f}",
         ]
@@ -45,7 +65,8 @@ def texts(log):
             table(
                 " | ".join(
                     ["method", "tokens", *(n.replace("_", " ") for n in names)]
-                    + ["x dense", "nats", "seeds", "minutes"]
+                    + ["x dense", "nats", *(title for title, *_ in more)]
+                    + ["seeds", "minutes"]
                 ),
                 rows,
             ),
