@@ -68,13 +68,10 @@ def _run(method, name, snapshot):
 ASKED = {"make_generate_function"}
 
 
-# A language model once; with every method on one backend.
-CASES = [
-    *((method, "Dense") for method in METHODS if "generate" not in method),
-    ("packed_generate", "LlamaCausalLM"),
-]
+# A language model with every method on one backend.
+CASES = [(method, "Dense") for method in METHODS if "generate" not in method]
 EVERYWHERE = len(CASES)
-CASES += [(method, "LlamaCausalLM") for method in methods.METHODS]
+CASES += [(method, "LlamaCausalLM") for method in METHODS]
 
 
 @breadth(("method", "name"), CASES, *range(EVERYWHERE))

@@ -11,7 +11,6 @@ import keras_weightmods as kwm
 from keras_weightmods.quantization import quantize as module
 from keras_weightmods.quantization.record import Record
 from tests import models
-from tests.backends import breadth
 from tests.models import assert_same_bits, weights_of
 from tests.quantization import test_head
 from tests.quantization.test_quantize import data, make_mlp
@@ -49,7 +48,9 @@ def stopped(monkeypatch):
     return run
 
 
-@breadth(
+# JAX compiles for 20 seconds.
+@one_backend
+@pytest.mark.parametrize(
     ("make", "options", "steps"),
     [
         # Nearest, two blocks.
