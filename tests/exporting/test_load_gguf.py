@@ -10,16 +10,13 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.exporting import gguf_header
 from tests import models
+from tests.exporting.test_gguf_file import SIZES, TIED
 
 one_backend = pytest.mark.one_backend
 
 pytest.importorskip("keras_hub")
 gguf = pytest.importorskip("gguf")
 
-SIZES = {"vocabulary_size": 96, "num_layers": 2, "hidden_dim": 64}
-SIZES |= {"intermediate_dim": 96, "num_query_heads": 4}
-SIZES |= {"num_key_value_heads": 2}
-TIED = {"tie_word_embeddings": True}
 LLAMA31 = {
     "rope_frequency_adjustment_factor": 8.0,
     "rope_low_freq_factor": 1.0,
