@@ -70,16 +70,17 @@ def pack(
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
     0.10 in int4. One of another pattern, with at most 16 nonzeros in each 32
     inputs, as of 16:32, 8:16 or 4:8, takes as much with a mask, in the format
-    "16:32"; in floats it is small in files alone, with a warning. Packed are
-    the kernels of Dense, EinsumDense, Conv1D to Conv3D (which then multiply the
-    patches of their input), of separable convolutions, of the experts of
-    KerasHub's mixtures, and of layers that `register_layer_kind` makes known
-    with their `call`. Their layers multiply by the packed arrays with
-    `ops.sparse_matmul`. Each layer stays the same object with the same name;
-    the dense weight is gone from it, and it has `kernel_values`, for sparse
-    kernels `kernel_meta`, and for integers `kernel_scale` instead, frozen
-    weights like any other. `layer.kernel` gives the dense kernel, computed anew
-    each time.
+    "16:32"; in floats it is small in files alone, with a warning, and in
+    integers its products with a few rows are slower than those of 2:4, on AVX2
+    and NEON several times. Packed are the kernels of Dense, EinsumDense, Conv1D
+    to Conv3D (which then multiply the patches of their input), of separable
+    convolutions, of the experts of KerasHub's mixtures, and of layers that
+    `register_layer_kind` makes known with their `call`. Their layers multiply
+    by the packed arrays with `ops.sparse_matmul`. Each layer stays the same
+    object with the same name; the dense weight is gone from it, and it has
+    `kernel_values`, for sparse kernels `kernel_meta`, and for integers
+    `kernel_scale` instead, frozen weights like any other. `layer.kernel` gives
+    the dense kernel, computed anew each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
