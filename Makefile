@@ -116,6 +116,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/prose.py
 
 # A warning, a broken link or a public name without a docstring ends it.
 docs: setup
@@ -165,8 +166,8 @@ sdist: setup
 	$(call IN_CLEAN,jax) -m tests.releases.installed
 	$(call IN_CLEAN,jax) -m pytest tests/packing/test_pack.py
 
-# Each extra of EXTRAS alone in an environment of its own, and there the code of
-# README.md.
+# Each extra of EXTRAS alone in an environment of its own, and there the first
+# code of the guide to packing.
 EXTRAS ?= jax tensorflow torch
 
 extras:

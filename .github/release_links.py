@@ -23,7 +23,7 @@ def main(repository, tag, root=ROOT):
     files = f"{repository}/blob/{tag}"
     urls = {
         "Repository": repository,
-        "Documentation": f"{files}/docs/index.md",
+        "Documentation": f"{files}/README.md",
         "Changelog": f"{files}/CHANGELOG.md",
         "Issues": f"{repository}/issues",
     }

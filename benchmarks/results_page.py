@@ -10,9 +10,11 @@ writes them.
 
 import json
 import pathlib
+import subprocess
 
 from benchmarks import harness
 from benchmarks.pages import packed, sparse_llm, tables, tuning
+from benchmarks.pages.findings import FINDINGS
 
 LOGS = harness.RESULTS
 PAGE = harness.ROOT / "docs" / "results.md"
@@ -38,7 +40,22 @@ def make_page(logs):
     for title, name, write in PARTS:
         log = runs if name == "cast_llm" else read(logs, name)
         parts += [f"## {title}", write(log) if log else tables.missing(name)]
+        if log and title in FINDINGS:
+            parts.append(FINDINGS[title])
+        if log and (date := date_of(logs, name)):
+            parts.append(f"By `{tables.command(name)}`, {date}.")
     return "\n\n".join(parts) + "\n"
+
+
+def date_of(logs, name):
+    """Return the day on which a log was committed, or ""."""
+    shown = subprocess.run(
+        ["git", "log", "-1", "--format=%cs", "--", f"{name}.json", name],
+        cwd=logs,
+        capture_output=True,
+        text=True,
+    )
+    return shown.stdout.strip()
 
 
 def read(logs, name):
@@ -46,19 +63,18 @@ def read(logs, name):
 
 
 HEAD = """\
+<!-- Made by `python -m benchmarks.results_page`: do not edit. -->
+
 # Results
 
-Written by `python -m benchmarks.results_page` from the logs in \
-`benchmarks/results/`; do not edit. Perplexity (lower is better) on held-out \
-text of the kind trained on, and on unrelated text: English prose, and the \
-reference of the Python language, in SmolLM2's own runs. All sparse models are \
-exactly 2:4 unless said otherwise.
+The logs behind these tables are in `benchmarks/results/`. Perplexity (lower \
+is better) is measured on held-out text of the kind trained on, and on \
+unrelated text. All sparse models are exactly 2:4 unless said otherwise.
 
-The runs of CAST by budget, their scaling law, and the quantized and \
-fine-tuned models made from them are older than a fix of `AdamS` (what it \
-does not sparsify now takes Adam's steps) and were not repeated; so are the \
-rows that say it. All were calibrated on all of their rows; `sparsify` and \
-`quantize` hold an eighth of them out now."""
+The runs of CAST by budget, their scaling law, and the models made from them \
+are older than a fix of `AdamS`, and so are the rows that say it: what \
+`AdamS` does not sparsify takes the steps of Adam now. All were calibrated on \
+all of their rows. `sparsify` and `quantize` hold an eighth of them out now."""
 
 # Title, log, and the function that makes a part of it.
 PARTS = (

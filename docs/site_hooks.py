@@ -3,7 +3,7 @@
 - The pages of the API reference are made from the public names; a name or a
   public method without a docstring ends the build.
 - `kwm.name` in the text of a page links to the reference, and must be there.
-- CHANGELOG.md and CONTRIBUTING.md become pages.
+- README.md is the first page; CHANGELOG.md and CONTRIBUTING.md become pages.
 - The code of gallery.md is run, and its pictures put behind it.
 """
 
@@ -69,9 +69,18 @@ def on_files(files, config):
     pages = reference_pages()
     for name in AT_THE_ROOT:
         pages[name.lower()] = (DOCS.parent / name).read_text()
+    pages["index.md"] = first_page()
     for path, text in {**pages, **gallery_pictures()}.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def first_page():
+    """Return README.md with its links as they are within the site."""
+    text = (DOCS.parent / "README.md").read_text().replace("](docs/", "](")
+    for name in AT_THE_ROOT:
+        text = text.replace(f"]({name})", f"]({name.lower()})")
+    return text
 
 
 def gallery_pictures():
@@ -98,7 +107,10 @@ def gallery_pictures():
 def with_pictures(markdown):
     numbers = itertools.count()
     return CODE.sub(
-        lambda match: f"{match[0]}\n![](gallery/{next(numbers)}.png)\n",
+        lambda match: (
+            f"{match[0]}\n![{re.search(r'kwm.plot.[a-z_]+', match[1])[0]}]"
+            f"(gallery/{next(numbers)}.png)\n"
+        ),
         markdown,
     )
 

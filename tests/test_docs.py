@@ -1,4 +1,7 @@
-"""What `make docs` says of the site, said of what lies outside of it too."""
+"""What `make docs` says of the site, said of what lies outside of it too.
+
+And the linter of English, `docs/prose.py`.
+"""
 
 import pathlib
 import re
@@ -46,7 +49,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 120
+    assert len(README.read_text().splitlines()) <= 100
 
 
 def test_the_readme_says_how_to_choose_a_backend():
@@ -55,14 +58,39 @@ def test_the_readme_says_how_to_choose_a_backend():
         assert all(backend in line for backend in readme.BACKENDS), line
 
 
-def test_the_first_page_takes_parts_that_are_there():
-    parts = re.findall(
-        r'"README.md:(\w+)"', (ROOT / "docs/index.md").read_text()
-    )
-    assert parts == ["quality", "runtimes"]
-    for part in parts:
-        assert f"[start:{part}]" in README.read_text()
-        assert f"[end:{part}]" in README.read_text()
+def test_the_readme_is_the_first_page_of_the_site():
+    pytest.importorskip("mkdocs")
+    hooks = runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
+    targets = re.findall(r"\]\(([^)\s#]+)", hooks["first_page"]())
+    made = {name.lower() for name in hooks["AT_THE_ROOT"]}
+    assert made <= {*targets}
+    for target in {*targets} - made:
+        assert (ROOT / "docs" / target).is_file()
+
+
+SLIP = "A kernel that is not a multiple of four words long stays dense. "
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (SLIP, None),
+        ("word " * 36 + ".", "has 36 words, 35 at most"),
+        ("# " + "word " * 36, None),
+        ("| " + "word " * 36, None),
+        ("```bash\n" + "word " * 36 + "\n```", None),
+        ("- " + "word " * 20 + "\n- " + "word " * 20, "20.0 words, 18"),
+        ("Short.\n\nOf these two are left.", "3: 'Of these two are left.'"),
+        ("It holds. As it should.", "begins with a hanging 'As'"),
+        ("It holds.\nThat it holds is nice.", "2: 'That it holds"),
+        ("It has 1.5 of 3 % in int8, 2:4 and [4](5.md) parts. " + SLIP, "12.5"),
+        ("It is `f(1, 2, 3, 4)` of SmolLM2-135M. " + SLIP, None),
+    ],
+)
+def test_the_linter_of_english(text, problem):
+    found = runpy.run_path(str(ROOT / "docs" / "prose.py"))["problems"](text)
+    assert bool(found) == bool(problem), found
+    assert problem is None or any(problem in each for each in found)
 
 
 def test_a_release_has_addresses_and_a_readme_whose_links_hold(tmp_path):

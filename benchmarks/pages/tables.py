@@ -23,13 +23,27 @@ def megabytes(count):
 
 
 def missing(name):
-    program = f"python -m benchmarks.{name}"
+    return f"No log yet: `{command(name)}` writes it."
+
+
+# What differs from `python -m benchmarks.NAME`.
+COMMANDS = {
+    "cast_quality": "benchmarks.quality",
+    "finetune_sparse": "examples.finetune_sparse --json FILE",
+    "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
+    "runtimes_1b": "benchmarks.runtimes --shape 1b",
+    "signature_text": "examples.signature_text --output FILE",
+    "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "
+    "--threads 1 --isas avx512 "
+    "--dtypes bfloat16,bfloat16/bfloat16,int8/int8 --json FILE",
+}
+
+
+def command(name):
+    """Return the command that writes a log."""
     file = f"benchmarks/results/{name}.json"
-    if name == "finetune_sparse":
-        program = f"python -m examples.{name} --json {file}"
-    elif name.startswith("quality_"):
+    program = COMMANDS.get(name, f"benchmarks.{name}")
+    if name.startswith("quality_"):
         steps = name.removeprefix("quality_")
-        program = f"python -m benchmarks.quality --steps {steps} --json {file}"
-    elif name == "packed_llm_compiled":
-        program = f"python -m benchmarks.packed_llm --compiled --json {file}"
-    return f"No log yet: `{program}` writes it."
+        program = f"benchmarks.quality --steps {steps} --json FILE"
+    return f"python -m {program.replace('FILE', file)}"

@@ -60,8 +60,9 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
         sizes = [areas[i] for i in same]
         ax.scatter(*places, s=sizes, alpha=0.5, label=kind)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["perplexity"])
+    ends = [rows[i]["perplexity"] for i in (order[0], order[-1])]
     for rank, i in enumerate(order):
-        is_left = 2 * rank < len(rows)
+        is_left = rows[i]["perplexity"] <= math.sqrt(math.prod(ends))
         # Beside the dot, whose diameter is the root of its area; neighbors
         # above and below.
         away = 3 + math.sqrt(areas[i]) / 2

@@ -1,4 +1,4 @@
-"""Runs the code of README.md where one extra alone is installed.
+"""Runs the first code of the guide to packing where one extra is installed.
 
     python -m tests.releases.readme jax
 
@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 
-README = pathlib.Path(__file__).absolute().parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).absolute().parents[2]
+GUIDE = ROOT / "docs" / "guides" / "pack.md"
 BACKENDS = ("jax", "tensorflow", "torch")
 
 
 def commands():
     """Return the lines of README.md that install and choose a backend."""
-    text = README.read_text("utf-8")
+    text = (ROOT / "README.md").read_text("utf-8")
     return re.search(r"^pip install .*\nexport .*$", text, re.M)[0].splitlines()
 
 
@@ -28,7 +29,7 @@ def main():
         assert all(each in line for each in BACKENDS), line
     code, printed = re.search(
         r"```python\n(.*?)```\n\n```text\n(.*?)```",
-        README.read_text("utf-8"),
+        GUIDE.read_text("utf-8"),
         re.DOTALL,
     ).groups()
     program = pathlib.Path(sys.executable).with_name("keras-weightmods")
