@@ -19,6 +19,9 @@ from keras_weightmods.utils.report import Skipped
 
 # Units of the head that are rounded at a time.
 UNITS = 4096
+# More damping where tokens are looked up in the table, too: whatever enters
+# the head, a row must stay near to itself.
+_LOOKED_UP = 10
 
 
 def find_table(
@@ -73,6 +76,8 @@ def round_table(
         nearest, and as it was rounded, on the rows held out.
     """
     began = time.perf_counter()
+    if target.attribute == "embeddings":
+        damping *= _LOOKED_UP
     fit, measured = map(hidden.moment, (hidden.fit, hidden.held))
     axes = target.contraction_axes
     table = ops.cast(to_matrix(target.variable.value, axes), "float32")

@@ -155,7 +155,8 @@ def quantize(
             strings, and the rows of a step of `refine`; with a language model
             a step has about 256 positions. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
-            diagonal that is added to it. Defaults to `0.01`.
+            diagonal that is added to it; ten times as much for a table that a
+            language model also looks its tokens up in. Defaults to `0.01`.
         epochs: Int, passes of `"blocks"` over its data. Defaults to `None`, for
             `2` with a language model and `6` with others.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
