@@ -954,9 +954,13 @@ def plot(report, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    # Short where the form that is not compiled is no row.
+    names = {row["form"]: row["form"].removesuffix(COMPILED) for row in rows}
     axes = kwm.plot.speed(
         {
-            "name": row["form"],
+            "name": row["form"]
+            if names[row["form"]] in names
+            else names[row["form"]],
             "kind": f"{row['weights']} weights",
             "perplexity": row["x_dense"],
             "tokens_per_second": row["tokens_per_second"]["write 1"],
