@@ -7,7 +7,7 @@ BACKENDS := torch jax tensorflow
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test smoke lint docs notebooks wheel sdist extras walk setup bench \
-    bench-runtimes breadth faults mutants fuzz matrix versions devices gpu \
+    bench-runtimes bench-code breadth faults mutants fuzz matrix versions devices gpu \
     gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
@@ -214,6 +214,14 @@ bench-runtimes: setup
 	-$(BIN)/python -m pip install --quiet 'torchao>=0.18'
 	-$(BIN)/python -m pip install --quiet openvino-genai
 	$(BIN)/python -m benchmarks.runtimes $(ARGS)
+	$(BIN)/python -m benchmarks.results_page
+
+# Problems that a small coder solves, by the form of its weights: hours. It goes on
+# where it was stopped.
+bench-code: setup
+	$(BIN)/python -m pip install --quiet -e '.[code]'
+	-$(BIN)/python -m pip install --quiet $(LLAMA)
+	$(BIN)/python -m benchmarks.humaneval $(ARGS)
 	$(BIN)/python -m benchmarks.results_page
 
 # On a machine with an NVIDIA GPU: tests, then a table of cuSPARSELt over the

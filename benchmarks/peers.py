@@ -102,6 +102,10 @@ def torchao_int4(matrix):
     return linear, sum(getattr(weight, name).nbytes for name in names)
 
 
+# Tokens that llama.cpp reads at once.
+BATCH = 512
+
+
 class LlamaCpp:
     """llama.cpp by its C interface, on a GGUF file.
 
@@ -126,7 +130,7 @@ class LlamaCpp:
         self.threads, self.contexts, self.context = threads, {}, None
         vocabulary = lib.llama_model_get_vocab(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(vocabulary)
-        self.batch = lib.llama_batch_init(512, 0, 1)
+        self.batch = lib.llama_batch_init(BATCH, 0, 1)
 
     def about(self):
         """What was built into the library, as a string."""
@@ -141,19 +145,39 @@ class LlamaCpp:
         return f"{self.package} {version}; {info.strip(' |')}"
 
     def generate(self, rows, count):
-        length = len(rows[0])
-        self.begin(len(rows), length + count)
-        logits = self.decode(rows, 0)
-        found = [logits.argmax(-1)]
-        for step in range(count - 1):
-            logits = self.decode(found[-1][:, None], length + step)
-            found.append(logits.argmax(-1))
-        return np.stack(found, 1)
+        return np.stack(self.answer(rows, count))
+
+    def answer(self, rows, count, stop_token_ids=(), length=None):
+        """Return new tokens after each row, up to a stop token, or `count`.
+
+        Args:
+            rows: Lists of tokens, of any lengths.
+            count: Int.
+            stop_token_ids: Ints. A row ends with one of them.
+            length: Int, of the context of a row. Defaults to what is needed.
+        """
+        self.begin(len(rows), length or max(map(len, rows)) + count)
+        logits, found = self.decode(rows, [0] * len(rows)), [[] for _ in rows]
+        going = range(len(rows))
+        while True:
+            for index, token in zip(going, logits.argmax(-1).tolist()):
+                found[index].append(token)
+            going = [
+                index
+                for index in going
+                if len(found[index]) < count
+                and found[index][-1] not in stop_token_ids
+            ]
+            if not going:
+                return found
+            places = [len(rows[i]) + len(found[i]) - 1 for i in going]
+            last = [found[i][-1:] for i in going]
+            logits = self.decode(last, places, going)
 
     def perplexity(self, rows):
         def logits_of(row):
             self.begin(1, len(row))
-            return self.decode(row[None], 0, every=True)
+            return self.decode(row[None], [0], every=True)
 
         return perplexity_of(rows, logits_of)
 
@@ -162,7 +186,7 @@ class LlamaCpp:
         if (rows, length) not in self.contexts:
             options = self.lib.llama_context_default_params()
             options.n_ctx = rows * length
-            options.n_batch = options.n_ubatch = 512
+            options.n_batch = options.n_ubatch = BATCH
             options.n_seq_max = rows
             options.n_threads = options.n_threads_batch = self.threads
             self.contexts[rows, length] = self.lib.llama_init_from_model(
@@ -173,23 +197,37 @@ class LlamaCpp:
             self.lib.llama_get_memory(self.context), True
         )
 
-    def decode(self, rows, start, every=False):
-        """Logits of the last token of each row, or of every token."""
-        batch, wanted = self.batch, []
-        count, length = np.shape(rows)
-        for index in range(count * length):
-            row, place = divmod(index, length)
-            batch.token[index] = int(rows[row][place])
-            batch.pos[index] = start + place
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = row
-            batch.logits[index] = every or place == length - 1
-            if batch.logits[index]:
-                wanted.append(index)
-        batch.n_tokens = count * length
-        if self.lib.llama_decode(self.context, batch):
-            raise RuntimeError("llama_decode failed")
-        return np.stack([self.logits(index) for index in wanted])
+    def decode(self, rows, starts, sequences=None, every=False):
+        """Logits of the last token of each row, or of every token.
+
+        Args:
+            rows: Lists of tokens, of any lengths.
+            starts: Ints, the place of the first token of each.
+            sequences: Ints, which row of the context each is. By default the
+                first ones.
+            every: Bool.
+        """
+        batch, found = self.batch, []
+        tokens = [
+            (sequence, start + offset, token, every or offset == len(row) - 1)
+            for sequence, start, row in zip(
+                sequences or range(len(rows)), starts, rows
+            )
+            for offset, token in enumerate(row)
+        ]
+        for first in range(0, len(tokens), BATCH):
+            part = tokens[first : first + BATCH]
+            for index, (sequence, place, token, is_wanted) in enumerate(part):
+                batch.token[index] = int(token)
+                batch.pos[index] = place
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = sequence
+                batch.logits[index] = is_wanted
+            batch.n_tokens = len(part)
+            if self.lib.llama_decode(self.context, batch):
+                raise RuntimeError("llama_decode failed")
+            found += [self.logits(i) for i, each in enumerate(part) if each[-1]]
+        return np.stack(found)
 
     def logits(self, index):
         import ctypes

@@ -103,6 +103,7 @@ PARTS = (
     ),
     ("Runtimes: speed, memory and quality", "runtimes", packed.runtimes),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),
+    ("HumanEval, by form of the weights", "humaneval", packed.humaneval),
     ("Packed: the product by shape and rows", "sparse_matmul", packed.products),
     (
         "Packed: the product with inputs in bfloat16",

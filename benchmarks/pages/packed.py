@@ -3,6 +3,8 @@
 import collections
 
 from benchmarks import harness
+from benchmarks.humaneval import COLUMNS
+from benchmarks.humaneval import cells as humaneval_cells
 from benchmarks.pages.tables import megabytes, table
 from benchmarks.runtimes import cells as runtime_cells
 
@@ -116,6 +118,32 @@ def runtimes(log):
     found = dict.fromkeys(row["about"] for row in log["rows"])
     parts.append("Versions: " + "; ".join(found) + ".")
     return "\n\n".join(parts)
+
+
+def humaneval(log):
+    """The forms of humaneval.py: what they solve, speed, size and memory."""
+    rows = log["rows"]
+    first = rows[0]
+    loads = [row["load"] for row in rows]
+    return "\n\n".join(
+        [
+            "Qwen2.5-Coder-0.5B-Instruct, all weights from a GGUF file of "
+            f"Q4_K_M; the first {first['problems']} problems of HumanEval, "
+            f"greedy, {first['batch']} at once, at most {first['new_tokens']} "
+            "new tokens, with the question and the beginning of the answer of "
+            "EvalPlus in the model's chat template. *Of 95 %* is Wilson's "
+            "interval, *to the first* what more and what fewer than the first "
+            "row is solved. Tokens a second are those of `generate`, reading "
+            "and compiling included, and *by CPU* over its processor time; "
+            f"{first['cpu']}, {first['cores']} threads, on a machine with a "
+            f"load of {min(loads):.1f} to {max(loads):.1f}. Files named by "
+            "their type alone were rounded to nearest.",
+            table(
+                " | ".join(["form", *COLUMNS]),
+                [humaneval_cells(row, first) for row in rows],
+            ),
+        ]
+    )
 
 
 def cast_step(log):

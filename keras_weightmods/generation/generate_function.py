@@ -149,9 +149,11 @@ class GenerateFunction:
                 reason = difference(again[:, :known], pair[1], False)
             raise _Read(reason)
 
+        # One row says it; the logits of all would take much memory.
+        shortest = [mask.sum(-1).argmin()]
         inputs = {
-            "token_ids": ops.convert_to_tensor(tokens),
-            "padding_mask": ops.convert_to_tensor(mask),
+            "token_ids": ops.convert_to_tensor(tokens[shortest]),
+            "padding_mask": ops.convert_to_tensor(mask[shortest]),
         }
         view = view_of(self.model, call_with_cache=call_with_cache)
         try:

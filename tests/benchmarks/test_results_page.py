@@ -50,6 +50,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "cast_llm",
         "packed_llm",
         "runtimes",
+        "humaneval",
         "sparse_matmul",
         "one_shot",
         "lift_quality",

