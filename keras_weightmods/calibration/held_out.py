@@ -19,8 +19,10 @@ class HeldOut:
     """Measure how far changes of its weights move the outputs of a model.
 
     The measure is `|Y' - Y|^2 / |Y|^2`: Y are the outputs of the model when
-    this is made, Y' those when it is called. With a large vocabulary only
-    some positions are measured, far apart.
+    this is made, Y' those when it is called. For a language model it is the
+    mean of KL(Y || Y') over positions, which, as its text, does not change
+    with what is added to all logits. With a large vocabulary only some
+    positions are measured, far apart.
 
     Args:
         model: A built Keras model or layer.
@@ -36,11 +38,16 @@ class HeldOut:
 
     def __call__(self) -> float:
         """Return the measure; NaN where no position counts."""
-        change = energy = 0.0
+        change = size = 0.0
         for y, before in zip(self._outputs(), self._before):
-            change += float(ops.sum(ops.square(y - before)))
-            energy += float(ops.sum(ops.square(before)))
-        return change / energy if energy else float("nan")
+            if self._head:
+                y, before = map(ops.log_softmax, (y, before))
+                change += float(ops.sum(ops.exp(before) * (before - y)))
+                size += len(before)
+            else:
+                change += float(ops.sum(ops.square(y - before)))
+                size += float(ops.sum(ops.square(before)))
+        return change / size if size else float("nan")
 
     def _outputs(self) -> list[Any]:
         """Return the outputs of each batch, a row for each position."""

@@ -41,6 +41,7 @@ def change_kernels(
     verbose=1,
     held=None,
     recall=None,
+    stacklevel=4,
 ):
     """Change each of `targets`, in the order of execution.
 
@@ -60,6 +61,8 @@ def change_kernels(
         recall: As in `Walk`, but it returns pairs of a target and its row,
             with an attribute `rows`: those that it was fitted to, or None.
             Defaults to `None`.
+        stacklevel: Int, of a warning. Defaults to `4`, for what is called by
+            what the user calls.
 
     Returns:
         List of the rows.
@@ -116,7 +119,7 @@ def change_kernels(
             f"{len(few)} of {len(rows)} kernels were fitted to fewer rows than "
             f"they have inputs, the first being {few[0]}: on other rows they "
             "may be far off. Pass more `data`, some 100 rows of text.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return rows
 

@@ -15,7 +15,7 @@ from keras_weightmods.utils.checks import shown
 # What a command returns: text to print, and the same for `--json`.
 Result = tuple[str, dict[str, Any]]
 # A model without one of these, and in no folder, may be a preset's name.
-_FILES = (".keras", ".safetensors", ".h5", ".hdf5", ".npz", ".npy")
+_FILES = (".keras", ".gguf", ".safetensors", ".h5", ".hdf5", ".npz", ".npy")
 
 
 def file(path):
@@ -58,6 +58,19 @@ def output(endings):
 def number(text):
     """Return an int, or a float where it is written as one."""
     return float(text) if "." in text else int(text)
+
+
+def names(*known):
+    """Return the type of some of these names, with commas between them."""
+
+    def parse(text):
+        found = text.split(",")
+        if not {*found} <= {*known}:
+            expected = f"some of {','.join(known)}, with commas and no spaces"
+            raise argparse.ArgumentTypeError(f"{text} must be {expected}")
+        return found
+
+    return parse
 
 
 SET = {"action": "store_true"}
@@ -115,7 +128,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--pattern": {"default": "2:4"},
     "--quiet": {**SET, "help": "no progress bars"},
     "--rank": {"type": int, "default": 16},
-    "--refine": {"nargs": "+", "choices": ("swaps", "blocks")},
+    "--refine": {"type": names("swaps", "blocks"), "help": "swaps,blocks"},
     "--rows": {"type": int, "default": 128, "help": "rows of the data"},
     "--sampler": {
         "default": "greedy",

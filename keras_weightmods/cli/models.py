@@ -1,7 +1,13 @@
 """The commands that make a model smaller, let it write, and export it."""
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.command import DATA, MODELS, command, reported
+from keras_weightmods.cli.command import (
+    DATA,
+    MODELS,
+    command,
+    names,
+    reported,
+)
 from keras_weightmods.cli.files import load_model, read_data, written
 
 
@@ -10,15 +16,14 @@ from keras_weightmods.cli.files import load_model, read_data, written
     f"model --bits {DATA} --quiet",
     MODELS,
     refine={
-        "nargs": "+",
-        "choices": ("blocks", "scales", "none"),
+        "type": names("blocks", "scales", "none"),
         "default": ("blocks", "scales"),
         "help": "none is several times faster and less exact",
     },
     resume={
         "metavar": "FOLDER",
-        "help": "where each block is written; killed, the same command goes on "
-        "from there",
+        "help": "where each block is written until the model is; killed, the "
+        "same command goes on from there",
     },
     size={"help": "the most that it takes packed, such as 60MB"},
 )
@@ -35,6 +40,9 @@ def _quantize(args):
       keras-weightmods quantize llm.safetensors --size 60MB \\
           -o rounded.safetensors
     """
+    # It imports Keras.
+    from keras_weightmods.quantization.record import remove_record
+
     model = load_model(args.model)
     report = kwm.quantize(
         model,
@@ -45,7 +53,10 @@ def _quantize(args):
         resume=args.resume,
         verbose=not args.quiet,
     )
-    return written(model, report, args.output)
+    result = written(model, report, args.output)
+    if args.resume:
+        remove_record(args.resume)
+    return result
 
 
 @command(
@@ -59,7 +70,7 @@ def _sparsify(args):
     examples:
       keras-weightmods sparsify model.keras -o sparse.keras
       keras-weightmods sparsify llm.safetensors --data prose.txt \\
-          --criterion sparsegpt --refine swaps blocks -o sparse.safetensors
+          --criterion sparsegpt --refine swaps,blocks -o sparse.safetensors
     """
     model = load_model(args.model)
     report = kwm.sparsify(

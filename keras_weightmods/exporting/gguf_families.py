@@ -75,6 +75,8 @@ class Family:
         tensors: Dict from the tensors of the file to paths of variables.
         block: The same of a block, whose name is `block_name`.
         fixed: Dict of the arguments that each model in a file has.
+        by_blocks: Dict from numbers of blocks to others of these, by which
+            llama.cpp knows a model.
         constants: Dict from keys to the values that each file has.
         unused: Dict of arguments that the backbone asks for needlessly.
         rotates_pairs: Bool, whether llama.cpp rotates neighbors, where KerasHub
@@ -88,12 +90,19 @@ class Family:
     tensors: dict[str, str]
     block: dict[str, str]
     fixed: dict[str, Any]
+    by_blocks: dict[int, dict[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
     block_name: str = "transformer_layer"
     constants: dict[str, float] = dataclasses.field(default_factory=dict)
     unused: dict[str, Any] = dataclasses.field(default_factory=dict)
     rotates_pairs: bool = False
     norm_offset: float = 0.0
     heads_first: bool = False
+
+    def fixed_of(self, blocks: int) -> dict[str, Any]:
+        """Return the arguments that each model with so many blocks has."""
+        return {**self.fixed, **self.by_blocks.get(blocks, {})}
 
     @staticmethod
     def head_size(backbone: Any) -> int:
@@ -233,6 +242,8 @@ FAMILIES = {
             "vision_encoder": None,
             "use_bidirectional_attention": False,
         },
+        # That of 27 billion weights.
+        {62: {"query_head_dim_normalize": False}},
         block_name="decoder_block",
         # KerasHub has no others.
         constants={"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},

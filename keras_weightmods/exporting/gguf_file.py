@@ -77,7 +77,7 @@ def writer(
     architecture, family = found
     if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
         raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
-    for name, value in family.fixed.items():
+    for name, value in family.fixed_of(backbone.num_layers).items():
         if getattr(backbone, name) != value:
             raise ValueError(
                 f"A GGUF file of the architecture {architecture!r} has models "
@@ -325,7 +325,7 @@ def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:
         tokens = tokenizer.vocabulary
         if isinstance(tokens, dict):
             tokens = sorted(tokens, key=tokens.__getitem__)
-        special = {*tokenizer.special_tokens}
+        special = {*tokenizer.special_tokens, *tokenizer.unsplittable_tokens}
         kinds = gguf.TokenType
         file.add_tokenizer_model("gpt2")
         # How text is split before the merges: as Llama 3 does.
@@ -337,6 +337,10 @@ def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:
         file.add_token_merges([*tokenizer.merges])
         file.add_bos_token_id(tokenizer.start_token_id)
         file.add_eos_token_id(tokenizer.end_token_id)
-        file.add_add_bos_token(True)
+        file.add_add_bos_token(preprocessor.add_start_token)
+        # Of `load_gguf`.
+        template = getattr(tokenizer, "chat_template", None)
+        if template:
+            file.add_chat_template(template)
 
     return tokenizer.vocabulary_size(), add

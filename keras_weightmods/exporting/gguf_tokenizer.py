@@ -9,7 +9,7 @@ from keras_weightmods.core import keras_compat
 # Kinds of tokens in GGUF, which are those of SentencePiece.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 # KerasHub's byte pairs -> the tokens that end a text there, and others that it
-# needs. The names of families come first.
+# needs.
 _BYTE_PAIRS = {
     "Llama3": (
         ("<|end_of_text|>", "<|eot_id|>"),
@@ -18,8 +18,8 @@ _BYTE_PAIRS = {
     "Qwen": (("<|endoftext|>",), ()),
     "Qwen3": (("<|im_end|>",), ("<|endoftext|>",)),
 }
-# How text is split before the merges, by `tokenizer.ggml.pre`: a regex, and
-# whether digits are apart first.
+# How text is split before the merges, by `tokenizer.ggml.pre`: a regex, whether
+# digits are apart first, and whether a part that is a token is not merged.
 _GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?!\S)|\s+"
@@ -29,10 +29,11 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {
-    "gpt-2": (_GPT2, False),
-    "smollm": (_GPT2, True),
-    "qwen2": (_LLAMA3.replace("{1,3}", ""), False),
-    **dict.fromkeys(("llama-bpe", "smaug-bpe"), (_LLAMA3, False)),
+    "gpt-2": (_GPT2, False, False),
+    "smollm": (_GPT2, True, False),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""), False, False),
+    "llama-bpe": (_LLAMA3, False, True),
+    "smaug-bpe": (_LLAMA3, False, False),
 }
 
 
@@ -50,25 +51,44 @@ def make_preprocessor(fields: dict[str, Any], family: str) -> Any:
     from keras_hub import models
 
     kind = fields.get("tokenizer.ggml.model", "none")
-    make = {"gpt2": _byte_pairs, "llama": _sentence_piece}.get(kind)
-    if make is None:
-        if kind != "none":
-            _warn(f"is of the kind {kind!r}")
+    if kind == "none":
         return None
-    tokens = fields["tokenizer.ggml.tokens"]
-    kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    tokenizer = make(fields, tokens, kinds, family)
-    if tokenizer is None:
+    try:
+        make = {"gpt2": _byte_pairs, "llama": _sentence_piece}.get(kind)
+        if make is None:
+            raise ValueError(f"it is of the kind {kind!r}")
+        tokens = fields["tokenizer.ggml.tokens"]
+        for name in ("scores", "token_type"):
+            count = len(fields.get(f"tokenizer.ggml.{name}", tokens))
+            if count != len(tokens):
+                raise ValueError(f"{count} {name} for {len(tokens)} tokens")
+        kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        tokenizer = make(fields, tokens, kinds, family)
+        start, end = tokenizer.start_token_id, tokenizer.end_token_id
+        starts = fields.get("tokenizer.ggml.add_bos_token", start is not None)
+        own = fields.get("tokenizer.ggml.bos_token_id", start)
+        if starts and (own is None or own != start):
+            token = "a token" if own is None else repr(tokens[own])
+            raise ValueError(f"it begins texts by {token}")
+    # What KerasHub says of tokens that a class needs, and SentencePiece.
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"it lacks {error}"
+        elif isinstance(error, IndexError):
+            reason = "the id of a special token is too large"
+        warnings.warn(
+            f"KerasHub has no tokenizer like that of the file: {reason}. "
+            "`model.preprocessor` is None: the model takes token ids.",
+            # The line that calls `load_gguf`.
+            stacklevel=3,
+        )
         return None
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
-    starts = fields.get("tokenizer.ggml.add_bos_token")
-    if starts is None:
-        starts = tokenizer.start_token_id is not None
-    if starts and tokenizer.start_token_id is None:
-        place = fields.get("tokenizer.ggml.bos_token_id")
-        token = repr(tokens[place]) if place is not None else "a token"
-        _warn(f"begins texts by {token}")
-        return None
+    own = fields.get("tokenizer.ggml.eos_token_id", end)
+    if own != end:
+        # `generate` stops here too.
+        tokenizer.end_token2_id = own
     cls = getattr(models, f"{family}CausalLMPreprocessor")
     return cls(tokenizer, add_start_token=bool(starts))
 
@@ -79,12 +99,12 @@ def _byte_pairs(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
     place = fields.get("tokenizer.ggml.eos_token_id")
     end = tokens[place] if place is not None else None
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    for name in dict.fromkeys((family, *_BYTE_PAIRS)):
+    for name in sorted(_BYTE_PAIRS, key=family.__ne__):
         ends, others = _BYTE_PAIRS[name]
         if end in ends and vocabulary.keys() >= {*ends, *others}:
             break
     else:
-        return _warn(f"ends texts by {end!r}")
+        raise ValueError(f"it ends texts by {end!r}")
     special = [
         token
         for token, kind in zip(tokens, kinds)
@@ -101,9 +121,10 @@ def _byte_pairs(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
             f"The tokenizer of the file splits text as {kind!r}. It is split "
             "as by Llama 3: where words end at other places, token ids differ.",
             # The line that calls `load_gguf`.
-            stacklevel=5,
+            stacklevel=4,
         )
-    keras_compat.split_text(tokenizer, *_SPLITS.get(kind, (_LLAMA3, False)))
+    split = _SPLITS.get(kind, _SPLITS["smaug-bpe"])
+    keras_compat.split_text(tokenizer, *split)
     return tokenizer
 
 
@@ -141,13 +162,4 @@ def _sentence_piece(fields: Any, tokens: Any, kinds: Any, family: str) -> Any:
     options = {"has_vision_tokens": False} if family == "Gemma3" else {}
     return getattr(tokenizers, f"{family}Tokenizer")(
         proto=proto.SerializeToString(), **options
-    )
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"The tokenizer of the file {reason}, which no tokenizer of KerasHub "
-        "does. `model.preprocessor` is None: the model takes token ids.",
-        # The line that calls `load_gguf`.
-        stacklevel=4,
     )

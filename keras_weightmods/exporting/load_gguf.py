@@ -53,12 +53,14 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
     text. The tokenizer has the `chat_template` of the file, or `None`. Special
     tokens in a text are whole, `tokenizer("<|im_start|>")` is one id: all of
     the kinds CONTROL and USER_DEFINED in the file are, but for the unknown
-    token of SentencePiece. The preprocessor adds the token that begins a text
-    where the file says so: a chat template that writes it too makes it double.
-    Byte pairs split text as the file says, also once `save_model` has saved
-    them. In files of Keras, in presets and in a graph of TensorFlow, as in
-    `tf.data`, they split it as KerasHub does, which gives other ids: set
-    `model.preprocessor` anew there. `chat_template` is not saved.
+    token of SentencePiece. `model.generate` stops at the token that ends a
+    text in the file, and at that of KerasHub's class. The preprocessor adds the
+    token that begins a text where the file says so: a chat template that writes
+    it too makes it double. Byte pairs split text as the file says, also once
+    `save_model` has saved them. In files of Keras, in presets and in a graph of
+    TensorFlow, as in `tf.data`, they split it as KerasHub does, which gives
+    other ids: set `model.preprocessor` anew there. Not saved are
+    `chat_template` and an end that is not that of the class.
 
     Args:
         filepath: String or path of the file. One that is split is joined by
@@ -156,7 +158,10 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
         for key, value in header.fields.items()
         if key.startswith(prefix)
     }
-    arguments = {**family.unused, **family.fixed}
+    if found.get("rope.scaling.type") == "none":
+        # llama.cpp scales nothing then.
+        found.pop(SCALING_FACTOR, None)
+    arguments = dict(family.unused)
     problems = []
     for argument, (key, kind, default) in family.fields.items():
         value = found.get(key, default)
@@ -196,6 +201,7 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
         )
     summary = f"{header.filepath!r} has hyperparameters that do not fit:"
     checks.raise_all(summary, problems)
+    arguments |= family.fixed_of(arguments["num_layers"])
     if arguments["num_layers"] > len(header.tensors):
         raise header.error(f"{prefix}block_count is {arguments['num_layers']}")
     others = sorted(found.keys() - known - _KNOWN - wanted.keys())
@@ -210,6 +216,12 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise header.error("it has no matrix token_embd.weight")
+    tokens = header.fields.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != table.shape[0]:
+        raise header.error(
+            f"it has {len(tokens)} tokens, and token_embd.weight "
+            f"{table.shape[0]} rows"
+        )
     arguments["vocabulary_size"] = table.shape[0]
     if "output.weight" in family.tensors:
         arguments["tie_word_embeddings"] = "output.weight" not in header.tensors
@@ -224,6 +236,7 @@ def _rope_arguments(header: Header, arguments: Any) -> dict[str, Any]:
     A file has no others: the two bounds and the length are those of Meta.
     """
     factors = header.read(_ROPE_FACTORS, "float32")
+    del header.tensors[_ROPE_FACTORS]
     factor = float(factors.max())
     if factor == 1:
         return {}
@@ -257,7 +270,7 @@ def _variables(header: Header, family: Family, backbone: Any) -> dict[str, Any]:
     ]
     problems += [
         f"{name} is not one of this architecture in KerasHub"
-        for name in header.tensors.keys() - variables.keys() - {_ROPE_FACTORS}
+        for name in header.tensors.keys() - variables.keys()
     ]
     for name in variables.keys() & header.tensors.keys():
         expected = family.file_shape(name, variables[name].shape)

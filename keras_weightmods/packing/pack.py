@@ -72,7 +72,7 @@ def pack(
     inputs, as of 16:32, 8:16 or 4:8, takes as much with a mask, in the format
     "16:32"; in floats it is small in files alone, with a warning, and in
     integers its products with a few rows are slower than those of 2:4, on AVX2
-    and NEON several times. Packed are the kernels of Dense, EinsumDense, Conv1D
+    and NEON several times, with a warning too. Packed are the kernels of Dense, EinsumDense, Conv1D
     to Conv3D (which then multiply the patches of their input), of separable
     convolutions, of the experts of KerasHub's mixtures, and of layers that
     `register_layer_kind` makes known with their `call`. Their layers multiply
@@ -475,6 +475,21 @@ def _warn(items: Any) -> None:
             f"and stay dense in memory, {half[0].target.path!r} first: nothing "
             "multiplies by their packed floats. `kwm.pack(model, 'int8')` "
             "packs them in memory too.",
+            stacklevel=3,
+        )
+    masked = [
+        item
+        for item in items
+        if item.pattern == "16:32" and item.packed is not None
+    ]
+    if masked and native.library().kwm_isa() != native.AVX512:
+        warnings.warn(
+            f"{len(masked)} kernels of pattern 16:32 are packed by masks, "
+            f"{masked[0].target.path!r} first. On this CPU, without AVX-512, "
+            "products of few rows take several times as long by these as by "
+            "2:4 or dense kernels. `kwm.pack(model, 'int5')` packs kernels "
+            "with their zeros, in 5.25 bits and not 3.25, and those on the "
+            "grid of int4 without loss.",
             stacklevel=3,
         )
     whole = [item for item in items if item.unused_axes]

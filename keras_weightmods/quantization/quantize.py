@@ -164,8 +164,8 @@ def quantize(
         resume: String or path of a folder, to which each block is written
             once it is done. After a kill or an error the same call goes on
             from there, to the same weights, bit for bit on the same machine.
-            It takes the disk space of the kernels, and is removed when the
-            call is done. Defaults to `None`, for none.
+            It takes the disk space of the kernels. Remove it once you have
+            saved the model. Defaults to `None`, for none.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
@@ -363,7 +363,8 @@ def quantize(
             shown, measured = _first(batches, 7 * most), _first(held, most)
             change_kernels(
                 *(model, kernels, shown, quantizer.round, train, verbose),
-                *(measured, record.recall),
+                # Its warnings are of the line that calls this.
+                *(measured, record.recall, 3),
             )
         rows = [*record.rows.values()]
         check_reached(rows, "`kwm.pack(model, 'int4')` rounds without data.")
@@ -383,9 +384,9 @@ def quantize(
                 undo.give_values_back()
                 quantizer.to_nearest(changed)
                 why = (
-                    "All was rounded to nearest: on rows held out that changes "
-                    f"the outputs by {plain:.2%}, where what was fitted to "
-                    f"the data changes them by {after:.2%}"
+                    "All was rounded to nearest: on rows held out its loss is "
+                    f"{plain:.4f}, and {after:.4f} where it is fitted to the "
+                    "data"
                 )
                 warnings.warn(
                     f"{why}. Pass more `data`, or data like those that the "
@@ -398,7 +399,6 @@ def quantize(
                 trained = None
                 after = plain
             both = None if math.isnan(plain) else (plain, after)
-    record.remove()
     done = tuple(rows), skipped, tuple(record.blocks), note, both, trained
     if is_mixed:
         weights = [math.prod(row.shape) for row in rows]

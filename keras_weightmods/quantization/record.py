@@ -22,12 +22,13 @@ from keras_weightmods.quantization.grid_weights import GridScales
 from keras_weightmods.quantization.report import QuantizedKernel
 from keras_weightmods.saving.bounded_json import json_array
 from keras_weightmods.saving.container import Reader, write_arrays
+from keras_weightmods.saving.file_kinds import metadata_of
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.version import __version__
 
 _FORMAT, _VERSION = "keras_weightmods.quantize", 1
-_JSON = "step.json"
+_JSON, _FILES = "step.json", "quantize-*.safetensors"
 
 
 class Record:
@@ -91,10 +92,11 @@ class Record:
             "version of keras_weightmods": __version__,
         }
         self._facts = json.loads(json.dumps(facts))
-        for path in sorted(self._folder.glob("quantize-*.safetensors")):
+        for path in sorted(self._folder.glob(_FILES)):
             name = path.stem.removeprefix("quantize-")
             try:
-                found = self._read(name)[0]["facts"]
+                with self._reader(name) as reader:
+                    found = reader.read_json(_JSON)["facts"]
             except (ValueError, OSError) as error:
                 warnings.warn(
                     "A step of `quantize` cannot be read, and is done again. "
@@ -120,7 +122,8 @@ class Record:
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what `make` returns, of JSON, or did in a call before."""
         if name in self._steps:
-            return self._read(name)[0]["step"]
+            with self._reader(name) as reader:
+                return reader.read_json(_JSON)["step"]
         step = make()
         self._write(name, step)
         return step
@@ -150,35 +153,24 @@ class Record:
         pairs = []
         own = {_place(target): target for target in targets}
         for name in filter(self._steps.__contains__, own):
-            found, arrays = self._read(name)
-            rows, block = found["step"]
-            for place, (row, grid) in rows.items():
-                target = own[place]
-                target.variable.assign(arrays[f"{place}/values"])
-                scales = ops.convert_to_tensor(arrays[f"{place}/scales"])
-                self.scales[target.key] = GridScales(
-                    target, scales, Grid(*grid)
-                )
-                about = target.key, target.path, target.shape
-                self.rows[target.key] = QuantizedKernel(*about, *row)
-                pairs.append((target, self.rows[target.key]))
+            with self._reader(name) as reader:
+                rows, block = reader.read_json(_JSON)["step"]
+                for place, (row, grid) in rows.items():
+                    target = own[place]
+                    target.variable.assign(reader.read(f"{place}/values"))
+                    scales = reader.read(f"{place}/scales")
+                    self.scales[target.key] = GridScales(
+                        target, ops.convert_to_tensor(scales), Grid(*grid)
+                    )
+                    about = target.key, target.path, target.shape
+                    self.rows[target.key] = QuantizedKernel(*about, *row)
+                    pairs.append((target, self.rows[target.key]))
             if block:
                 self.blocks.append(ReconstructedBlock(*block))
         return pairs
 
-    def remove(self) -> None:
-        """Remove the files, and the folder if nothing else is in it."""
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                for name in self._steps:
-                    self._path(name).unlink()
-                self._folder.rmdir()
-
-    def _read(self, name: str) -> tuple[Any, dict[str, Any]]:
-        with Reader(self._path(name), _FORMAT, (_VERSION,)) as reader:
-            names = [each for each in reader.entries if each != _JSON]
-            arrays = {each: reader.read(each) for each in names}
-            return reader.read_json(_JSON), arrays
+    def _reader(self, name: str) -> Reader:
+        return Reader(self._path(name), _FORMAT, (_VERSION,))
 
     def _write(self, name: str, step: Any, tensors: Any = None) -> None:
         if self._folder is None:
@@ -189,7 +181,17 @@ class Record:
         self._steps.add(name)
 
     def _path(self, name: str) -> Any:
-        return self._folder / f"quantize-{name}.safetensors"
+        return self._folder / _FILES.replace("*", name)
+
+
+def remove_record(folder: str) -> None:
+    """Remove the steps in a folder, and it if nothing else is in it."""
+    path = pathlib.Path(folder)
+    for file in path.glob(_FILES):
+        if metadata_of(file).get("format") == _FORMAT:
+            file.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _place(target: Target) -> str:

@@ -49,13 +49,14 @@ class QuantizeReport(Report):
         blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
         note: String, what was not done as it was asked for, and why.
         held_out: Pair of floats, what rounding changes of the model's outputs
-            on the rows held out, `|Y' - Y|^2 / |Y|^2`: each weight to nearest,
-            and as it was done. Y are the logits of a language model. None
-            where nothing was held out, or nothing can be compared.
+            on the rows held out: each weight to nearest, and as it was done.
+            For a language model this is the mean of KL(given || rounded) over
+            positions, in nats, and for others `|Y' - Y|^2 / |Y|^2`. None where
+            nothing was held out, or nothing can be compared.
         scales: Pair of floats, with `refine="scales"`: the mean loss of a
-            position held out before scales were trained and after it, which
-            for a language model is KL(given || rounded) in nats. They are
-            equal where the training made it worse, and was undone.
+            position held out before scales were trained and after it, for a
+            language model as above. They are equal where the training made it
+            worse, and was undone.
         size: Int, with `size=`: the bytes of all weights once `pack(model)`
             has packed them.
     """
@@ -80,8 +81,8 @@ class QuantizeReport(Report):
             caption += "; mean error {:.2%}, to nearest {:.2%}".format(*means)
         if self.held_out:
             nearest, after = self.held_out
-            caption += f"; of the model on rows held out {after:.2%}, "
-            caption += f"to nearest {nearest:.2%}"
+            caption += f"; loss of the model on rows held out {after:.4f}, "
+            caption += f"to nearest {nearest:.4f}"
         if self.scales:
             caption += "; scales end to end: loss {:.4f} to {:.4f}".format(
                 *self.scales

@@ -21,6 +21,10 @@ def load_weights(path):
     return models.weights_of(load(path))
 
 
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
 def test_what_a_keras_file_cannot_hold_is_not_written(run, tmp_path):
     model = models.mlp()
     kwm.attach_compander(model)
@@ -34,7 +38,7 @@ def test_what_a_keras_file_cannot_hold_is_not_written(run, tmp_path):
 
 
 # What it calls is tested on each backend: to compile it again takes a minute.
-def test_language_models(run, tmp_path):
+def test_language_models(run, tmp_path, monkeypatch):
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())
     (tmp_path / "text.txt").write_text("abc ab cdefgh " * 40)
     model.save_to_preset("preset")
@@ -47,8 +51,13 @@ def test_language_models(run, tmp_path):
     data = "--data text.txt --length 12 --rows 4 --quiet"
     run(f"sparsify llm.safetensors --criterion wanda {data} -o a.safetensors")
     kwm.assert_sparse(kwm.load_model("a.safetensors"), "2:4")
-    data += " --refine none --resume steps"
-    run(f"quantize llm.safetensors {data} -o b.safetensors")
+    data += " --resume steps"
+    line = f"quantize --refine none llm.safetensors {data} -o b.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(kwm, "save_model", interrupted)
+        run(line, code=130)
+    assert len(list((tmp_path / "steps").iterdir())) > 3
+    run(line)
     assert not (tmp_path / "steps").exists()
     found = json.loads(run("pack b.safetensors -o c.safetensors --json"))
     assert found["totals"]["packed_share"] < 0.3
@@ -58,6 +67,7 @@ def test_language_models(run, tmp_path):
     kwm.assert_sparse(kwm.load_model("d.safetensors"), "2:4")
     models.mlp(8, 4).save("a.keras")
     assert "a.keras, a Sequential" in run("generate a.keras a", code=1)
+    assert "no file a.gguf" in run("generate a.gguf a", code=1)
 
 
 def assert_close(path, weights, atol):

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import warnings
 
 import keras
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.exporting import gguf_header
+from keras_weightmods.exporting import gguf_families, gguf_header
 from tests import models
 from tests.exporting.test_gguf_file import SIZES, TIED
 
@@ -212,6 +213,11 @@ def test_files_that_do_not_fit(tmp_path):
         _, path = exported(tmp_path, case)
         with pytest.raises(ValueError, match=match):
             kwm.load_gguf(rewritten(path, fields))
+    scaled = {"gemma3.rope.scaling.type": "none"}
+    scaled["gemma3.rope.scaling.factor"] = 8.0
+    _, path = exported(tmp_path, "gemma3")
+    again = kwm.load_gguf(rewritten(path, scaled))
+    assert again.backbone.global_rope_scaling_factor == 1
     _, path = exported(tmp_path, "llama 3.1")
     factors = np.linspace(1, 8, 8, dtype="float32"), "F32"
     with pytest.raises(ValueError, match="not those of Llama"):
@@ -244,7 +250,7 @@ def test_files_that_are_cut(tmp_path):
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-BYTES = [*"abcdef12", "Ġ", "Ċ", "ab", "ĊĊ", "fĠ", *SPECIAL]
+BYTES = [*"abcdef12", "Ġ", "Ċ", "ab", "ĊĊ", "fĠ", *SPECIAL, "cd"]
 
 
 def byte_pairs(**fields):
@@ -252,7 +258,7 @@ def byte_pairs(**fields):
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": BYTES,
-        "tokenizer.ggml.token_type": [1] * 13 + [3] * 3,
+        "tokenizer.ggml.token_type": [1] * 13 + [3] * 3 + [1],
         "tokenizer.ggml.merges": ["a b", "Ċ Ċ", "f Ġ"],
         "tokenizer.ggml.eos_token_id": 15,
         "tokenizer.ggml.add_bos_token": False,
@@ -263,13 +269,15 @@ def byte_pairs(**fields):
 
 @one_backend
 def test_byte_pairs(tmp_path):
-    _, path = exported(tmp_path, "qwen", vocabulary_size=16)
+    _, path = exported(tmp_path, "qwen", vocabulary_size=17)
     model = kwm.load_gguf(rewritten(path, byte_pairs()))
     tokenizer = model.preprocessor.tokenizer
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.end_token == "<|im_end|>"
     ids = tokenizer("<|im_start|>ab12\n\nc<|im_end|>").tolist()
     assert ids == [14, 10, 6, 7, 11, 2, 15]
+    # No merges make it.
+    assert tokenizer("cd").tolist() == [2, 3]
     # No token crosses the end of a word.
     assert tokenizer("f a").tolist() == [5, 8, 0]
     kwm.save_model(model, tmp_path / "model.safetensors")
@@ -285,8 +293,22 @@ def test_byte_pairs(tmp_path):
     base = {"tokenizer.ggml.eos_token_id": 13}
     base = kwm.load_gguf(rewritten(path, base)).preprocessor.tokenizer
     assert base.end_token == "<|endoftext|>"
-    with pytest.warns(UserWarning, match="splits text as 'other'"):
+    # A word that is a token is not merged, as by Llama 3.
+    words = {"tokenizer.ggml.pre": "llama-bpe"}
+    model = kwm.load_gguf(rewritten(path, words))
+    kwm.save_model(model, tmp_path / "model.safetensors")
+    saved = kwm.load_model(tmp_path / "model.safetensors")
+    for each in (model, saved):
+        assert each.preprocessor.tokenizer("cd cda").tolist() == [
+            *(16, 8, 2, 3, 0)
+        ]
+    with pytest.warns(UserWarning, match="splits text as 'other'") as told:
         kwm.load_gguf(rewritten(path, {"tokenizer.ggml.pre": "other"}))
+    assert __file__ in {w.filename for w in told if "'other'" in str(w.message)}
+    whole, table = path.read_bytes(), np.ones((16, 64), "float32")
+    with pytest.raises(ValueError, match="17 tokens, and token_embd"):
+        kwm.load_gguf(rewritten(path, **{"token_embd.weight": (table, "F32")}))
+    path.write_bytes(whole)
     for fields, match in (
         ({"tokenizer.ggml.eos_token_id": 0}, "ends texts by 'a'"),
         (
@@ -298,10 +320,24 @@ def test_byte_pairs(tmp_path):
             },
             "begins texts by '<|endoftext|>'".replace("|", r"\|"),
         ),
+        ({"tokenizer.ggml.eos_token_id": 99}, "special token is too large"),
+        ({"tokenizer.ggml.token_type": [1]}, "1 token_type for 17 tokens"),
+        (
+            {
+                "tokenizer.ggml.token_type": [3] * 17,
+                "tokenizer.ggml.eos_token_id": 15,
+                "tokenizer.ggml.merges": None,
+            },
+            "lacks 'tokenizer.ggml.merges'",
+        ),
         ({"tokenizer.ggml.model": "bert"}, "is of the kind 'bert'"),
     ):
-        with pytest.warns(UserWarning, match=match):
+        with pytest.warns(UserWarning, match=match) as told:
             model = kwm.load_gguf(rewritten(path, fields))
+        texts = {str(w.message): w.filename for w in told}
+        assert [f for t, f in texts.items() if re.search(match, t)] == [
+            __file__
+        ]
         assert model.preprocessor is None
 
 
@@ -332,6 +368,49 @@ def test_sentence_piece(tmp_path):
     x = model.preprocessor.generate_preprocess(["ab"], sequence_length=3)
     assert np.asarray(x["token_ids"]).tolist() == [[2, space + 3, 0]]
     assert isinstance(model.generate("ab", max_length=6), str)
+    other = kwm.load_gguf(rewritten(path, {"tokenizer.ggml.eos_token_id": 5}))
+    tokenizer = other.preprocessor.tokenizer
+    assert (tokenizer.end_token_id, tokenizer.end_token2_id) == (1, 5)
+    tokens[1] = "<end>"
+    for fields, match in (
+        ({"tokenizer.ggml.bos_token_id": 4}, "begins texts by '<start_of"),
+        ({"tokenizer.ggml.tokens": tokens}, "Cannot find special token `'<eos"),
+    ):
+        with pytest.warns(UserWarning, match=match):
+            assert kwm.load_gguf(rewritten(path, fields)).preprocessor is None
+
+
+@one_backend
+def test_a_tokenizer_goes_both_ways(tmp_path):
+    special = "begin_of_text end_of_text eot_id start_header_id end_header_id"
+    special = [f"<|{each}|>" for each in f"{special} python_tag".split()]
+    fields = byte_pairs(
+        **{
+            "tokenizer.ggml.pre": "llama-bpe",
+            "tokenizer.ggml.tokens": [*BYTES[:11], *special],
+            "tokenizer.ggml.token_type": [1] * 11 + [3] * 6,
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.bos_token_id": 11,
+            "tokenizer.ggml.eos_token_id": 12,
+        }
+    )
+    _, path = exported(tmp_path, "llama3", vocabulary_size=17)
+    model = kwm.load_gguf(rewritten(path, dict(fields)))
+    kwm.export(model, path)
+    reader = gguf.GGUFReader(path)
+    assert fields == {k: reader.fields[k].contents() for k in fields}
+
+
+@one_backend
+def test_gemma_3_27b_scales_its_queries_by_others(tmp_path, monkeypatch):
+    own = gguf_families.FAMILIES["gemma3"].by_blocks
+    # A model of 62 blocks takes ten seconds.
+    monkeypatch.setitem(own, 2, own[62])
+    scale = {"query_head_dim_normalize": False}
+    _, path = exported(tmp_path, "gemma3", **scale)
+    assert not kwm.load_gguf(path).backbone.query_head_dim_normalize
+    with pytest.raises(ValueError, match="query_head_dim_normalize=False"):
+        kwm.export(made("gemma3"), path)
 
 
 @one_backend

@@ -261,6 +261,30 @@ def test_patterns_are_found_by_the_zeros(pattern, stored, tmp_path):
 
 @one_backend
 @needs_native
+def test_masks_are_slow_without_avx512(monkeypatch):
+    """The form that the warning names has the same values."""
+    model = make_sparse(mlp(128, 20), "8:16")
+    kwm.quantize(model, normal(256, 128), refine=None, verbose=0)
+    before, library = model.get_weights(), native.library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        if library.kwm_isa() == native.AVX512:
+            (row,) = pack(model).weights
+            assert (row.dtype, row.pattern) == ("int4", "16:32")
+            unpack(model)
+        monkeypatch.setattr(library, "kwm_isa", lambda: 1)
+        (row,) = pack(model, "int5").weights
+        assert (row.pattern, row.rounding_error) == (None, 0)
+        unpack(model)
+    models.assert_same(model.get_weights(), before)
+    text = "1 kernels of pattern 16:32 are packed by masks"
+    with pytest.warns(UserWarning, match=text) as told:
+        pack(model)
+    assert __file__ in {w.filename for w in told if text in str(w.message)}
+
+
+@one_backend
+@needs_native
 def test_half_of_the_last_rows_is_a_pattern_too():
     for kept, stored in ((8, "16:32"), (9, None)):
         model = mlp(48, 20)

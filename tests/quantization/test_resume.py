@@ -9,7 +9,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.quantization import quantize as module
-from keras_weightmods.quantization.record import Record
+from keras_weightmods.quantization.record import Record, remove_record
 from tests import models
 from tests.models import assert_same_bits, weights_of
 from tests.quantization import test_head
@@ -67,7 +67,7 @@ def stopped(monkeypatch):
 def test_the_same_bits_after_a_stop_at_each_step(
     make, options, steps, stopped, monkeypatch, tmp_path
 ):
-    """And each step is made once."""
+    """And each step is made once, until the folder is removed."""
     counts = collections.Counter()
 
     def counted(name, function):
@@ -97,11 +97,17 @@ def test_the_same_bits_after_a_stop_at_each_step(
     assert received == steps
     assert counts == once
     assert_same_bits(weights_of(model), weights_of(whole))
+    # A kill before the model is saved.
+    again = make()
+    kwm.quantize(again, x, **options, resume=folder)
+    assert counts == once
+    assert_same_bits(weights_of(again), weights_of(whole))
     # Keras numbers layers through a process.
     report, expected = (
         re.sub(r"_\d+", "", str(each.to_dict())) for each in (report, expected)
     )
     assert report == expected
+    remove_record(folder)
     assert not folder.exists()
 
 
@@ -129,8 +135,10 @@ def test_what_is_no_part_of_the_same_call(stopped, tmp_path):
     """It is refused, or left alone; what cannot be read is done again."""
     x, folder = data(64), tmp_path / "steps"
     whole = make_mlp()
-    with pytest.warns(UserWarning, match="56 for 72 inputs"):
+    text = "56 for 72 inputs"
+    with pytest.warns(UserWarning, match=text) as told:
         kwm.quantize(whole, x, refine=None, verbose=0)
+    assert __file__ in {w.filename for w in told if text in str(w.message)}
 
     def run(model, x=x, **options):
         options = {"refine": None, "verbose": 0, "resume": folder, **options}
@@ -177,5 +185,6 @@ def test_what_is_no_part_of_the_same_call(stopped, tmp_path):
     ):
         run(model)
     assert_same_bits(weights_of(model), weights_of(whole))
+    remove_record(folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {".kwm-0123", "quantize-mine.safetensors"}

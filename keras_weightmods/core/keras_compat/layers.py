@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -161,8 +162,13 @@ def takes_training(layer: Any) -> bool:
     return bool(layer._call_has_training_arg)
 
 
-def split_text(tokenizer: Any, pattern: str, single_digits: bool) -> None:
+def split_text(
+    tokenizer: Any, pattern: str, single_digits: bool, keep_tokens: bool
+) -> None:
     """Let a byte-pair tokenizer of KerasHub split text by a regex.
+
+    With `keep_tokens` a part that is a token stays whole, as for Llama 3, some
+    of whose tokens no merges make.
 
     KerasHub 0.32 means to, but gives its pattern to `tokenizers` as a string,
     which is searched for as it stands: no text is split, and tokens cross the
@@ -170,6 +176,7 @@ def split_text(tokenizer: Any, pattern: str, single_digits: bool) -> None:
     """
     from tokenizers import Regex, pre_tokenizers
 
+    tokenizer._tokenizer.model.ignore_merges = keep_tokens
     digits = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -188,13 +195,17 @@ def text_split(part: Any) -> bytes | None:
     if not hasattr(inner, "pre_tokenizer"):
         return None
     state: bytes = inner.pre_tokenizer.__getstate__()
-    return state if b'"Regex"' in state else None
+    if b'"Regex"' not in state:
+        return None
+    found = json.loads(state), inner.model.ignore_merges
+    return json.dumps(found).encode()
 
 
 def restore_text_split(tokenizer: Any, state: bytes) -> None:
     """Let a tokenizer split text as the one that `text_split` was read of."""
     from tokenizers import pre_tokenizers
 
+    split, tokenizer._tokenizer.model.ignore_merges = json.loads(state)
     restored = pre_tokenizers.Whitespace()
-    restored.__setstate__(state)
+    restored.__setstate__(json.dumps(split).encode())
     tokenizer._tokenizer.pre_tokenizer = restored
