@@ -72,15 +72,15 @@ def pack(
     inputs, as of 16:32, 8:16 or 4:8, takes as much with a mask, in the format
     "16:32"; in floats it is small in files alone, with a warning, and in
     integers its products with a few rows are slower than those of 2:4, on AVX2
-    and NEON several times, with a warning too. Packed are the kernels of Dense, EinsumDense, Conv1D
-    to Conv3D (which then multiply the patches of their input), of separable
-    convolutions, of the experts of KerasHub's mixtures, and of layers that
-    `register_layer_kind` makes known with their `call`. Their layers multiply
-    by the packed arrays with `ops.sparse_matmul`. Each layer stays the same
-    object with the same name; the dense weight is gone from it, and it has
-    `kernel_values`, for sparse kernels `kernel_meta`, and for integers
-    `kernel_scale` instead, frozen weights like any other. `layer.kernel` gives
-    the dense kernel, computed anew each time.
+    and NEON several times, with a warning too. Packed are the kernels of Dense,
+    EinsumDense, Conv1D to Conv3D (which then multiply the patches of their
+    input), of separable convolutions, of the experts of KerasHub's mixtures,
+    and of layers that `register_layer_kind` makes known with their `call`.
+    Their layers multiply by the packed arrays with `ops.sparse_matmul`. Each
+    layer stays the same object with the same name; the dense weight is gone
+    from it, and it has `kernel_values`, for sparse kernels `kernel_meta`, and
+    for integers `kernel_scale` instead, frozen weights like any other.
+    `layer.kernel` gives the dense kernel, computed anew each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
@@ -477,19 +477,13 @@ def _warn(items: Any) -> None:
             "packs them in memory too.",
             stacklevel=3,
         )
-    masked = [
-        item
-        for item in items
-        if item.pattern == "16:32" and item.packed is not None
-    ]
+    masked = [i for i in items if i.packed and i.pattern == "16:32"]
     if masked and native.library().kwm_isa() != native.AVX512:
         warnings.warn(
-            f"{len(masked)} kernels of pattern 16:32 are packed by masks, "
-            f"{masked[0].target.path!r} first. On this CPU, without AVX-512, "
-            "products of few rows take several times as long by these as by "
-            "2:4 or dense kernels. `kwm.pack(model, 'int5')` packs kernels "
-            "with their zeros, in 5.25 bits and not 3.25, and those on the "
-            "grid of int4 without loss.",
+            f"{len(masked)} kernels of pattern 16:32 are packed by masks. On "
+            "this CPU, without AVX-512, products of few rows take several times"
+            " as long as by 2:4 or dense ones. `kwm.pack(model, 'int5')` packs "
+            "the zeros too, in 5.25 bits, and values of int4 without loss.",
             stacklevel=3,
         )
     whole = [item for item in items if item.unused_axes]
