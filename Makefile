@@ -6,9 +6,9 @@ BACKENDS := torch jax tensorflow
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test smoke lint docs notebooks wheel sdist extras walk setup bench \
-    bench-runtimes bench-code breadth faults mutants fuzz matrix versions devices gpu \
-    gpu-libraries clean
+.PHONY: demo test smoke lint docs notebooks tutorial wheel sdist extras walk setup \
+    bench bench-runtimes bench-code breadth faults mutants fuzz matrix versions \
+    devices gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -122,11 +122,14 @@ lint: setup
 docs: setup
 	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The guides as notebooks that have been run, in build/site/notebooks.
-notebooks: setup
-	$(BIN)/python -m pip install --quiet 'jupytext>=1.16' 'nbclient>=0.10' \
-	  ipykernel
-	KERAS_BACKEND=torch $(BIN)/python docs/notebooks.py
+# The tutorials as notebooks, beside their pages.
+notebooks:
+	$(PYTHON) docs/notebooks.py
+
+# The tutorial on SmolLM2: what it prints goes into its page and its notebook.
+tutorial: setup
+	$(BIN)/python -m pip install --quiet llama-cpp-py-sync
+	$(BIN)/python docs/notebooks.py --run ship_llm
 
 # The sdist and the wheel of a release, in build/release: the wheel is repaired,
 # installed in an environment of its own, and tested there where no compiler is

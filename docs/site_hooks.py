@@ -37,6 +37,7 @@ TITLES = {
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
+PLOT = re.compile(r"kwm\.plot\.(\w+)")
 NAME = re.compile(r"(?<!\[)`kwm\.([\w.]+)(\([^`\n]*\))?`")
 
 
@@ -106,13 +107,14 @@ def gallery_pictures():
 
 def with_pictures(markdown):
     numbers = itertools.count()
-    return CODE.sub(
-        lambda match: (
-            f"{match[0]}\n![{re.search(r'kwm.plot.[a-z_]+', match[1])[0]}]"
-            f"(gallery/{next(numbers)}.png)\n"
-        ),
-        markdown,
-    )
+
+    def with_picture(match):
+        # What the function says that it draws is what the picture shows.
+        drawn = PUBLIC[f"plot.{PLOT.search(match[1])[1]}"]
+        shown = inspect.getdoc(drawn).split("\n")[0].removeprefix("Draw ")
+        return f"{match[0]}\n![{shown}](gallery/{next(numbers)}.png)\n"
+
+    return CODE.sub(with_picture, markdown)
 
 
 def check_docstrings():

@@ -48,6 +48,26 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_pictures_have_alternative_texts():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    texts = {page.name: page.read_text() for page in pages}
+    hooks = runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
+    texts["gallery.md"] = hooks["with_pictures"](texts["gallery.md"])
+    pictures = re.findall(r"!\[([^\]]*)\]", "".join(texts.values()))
+    assert len(pictures) > 8
+    assert all(len(text) > 9 for text in pictures)
+
+
+def test_notebooks_are_what_the_command_makes():
+    notebooks = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
+    pages = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+    assert len(pages) == len([*pages[0].parent.glob("*.ipynb")])
+    for page in pages:
+        made = notebooks["notebook_of"](page.read_text())
+        written = page.with_suffix(".ipynb").read_text()
+        assert written == made, "run `make notebooks`"
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 100
 

@@ -81,11 +81,48 @@ STEP = re.compile(
     r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?",
     re.DOTALL | re.MULTILINE,
 )
-PAGES = [
-    path
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if STEP.search(path.read_text())
-]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+# Their blocks share what they have named.
+TUTORIALS = ROOT / "docs" / "tutorials"
+# They train for longer than a test should take.
+LONG = "finetune", "train_jax", "vision"
+FRAMEWORK = re.compile("^import (jax|torch)$", re.MULTILINE)
+
+
+def cases():
+    """Pages with the steps that are run: what imports a framework, on it."""
+    for page in PAGES:
+        text = page.read_text()
+        steps, is_tutorial = STEP.findall(text), page.parent == TUTORIALS
+        needs = [
+            (found := FRAMEWORK.search(text if is_tutorial else code))
+            and found[1]
+            for code, _ in steps
+        ]
+        for name in sorted({*needs}, key=str):
+            # They use what the docstrings' examples do.
+            marks = [pytest.mark.one_backend]
+            if name is not None:
+                other = keras.backend.backend() != name
+                marks = [pytest.mark.skipif(other, reason=f"runs on {name}")]
+            if page.stem in LONG:
+                marks.append(pytest.mark.heavy)
+            own = [s for s, need in zip(steps, needs) if need == name]
+            case = f"{page.stem}-{name}" if name else page.stem
+            yield pytest.param(page, own, id=case, marks=marks)
+
+
+def words(text, number):
+    """Return the words of a text, what `number` makes of decimals for them."""
+    return [
+        number(word) if re.fullmatch(r"\d+\.\d+", word) else word
+        for word in text.split()
+    ]
+
+
+def measured(word):
+    # It differs from processor to processor.
+    return pytest.approx(float(word), rel=0.2, abs=0.02)
 
 
 def write_stand_in(text, folder):
@@ -109,23 +146,20 @@ def write_stand_in(text, folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*exported in dense form")
-@pytest.mark.parametrize(
-    "page",
-    [
-        # They use what the docstrings' examples do.
-        pytest.param(page, id=page.stem, marks=pytest.mark.one_backend)
-        for page in PAGES
-    ],
-)
-def test_examples_of_pages_run(page, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "steps"), [*cases()])
+def test_examples_of_pages_run(page, steps, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # No bar, which a busy machine would be slow enough for.
     monkeypatch.setattr(progress, "DELAY", 1e6)
     if page.stem == "README":
         write_stand_in(page.read_text(), tmp_path)
-    for code, expected in STEP.findall(page.read_text()):
-        keras.utils.clear_session()  # layers are named from the start
-        exec(compile(code, page.name, "exec"), {})
+    names, is_tutorial = {}, page.parent == TUTORIALS
+    for code, expected in steps:
+        if not is_tutorial:
+            names = {}
+            keras.utils.clear_session()  # layers are named from the start
+        exec(compile(code, page.name, "exec"), names)
         printed = capsys.readouterr().out
         if expected:
-            assert printed.split() == expected.split(), printed
+            read, near = (float, measured) if is_tutorial else (str, str)
+            assert words(printed, read) == words(expected, near), printed

@@ -187,7 +187,8 @@ def export(
               to what the model was packed with.
             - `input_signature`: list of a structure of `keras.InputSpec` for
               each argument of the model. Sizes that are `None` are free. By
-              default they are those of the model's inputs.
+              default they are those of the model's inputs, also for a language
+              model in floats on torch.
 
             and those of `torch.onnx.export`. `"transformers"` takes none, and
             the others what `keras.Model.export` does, as `input_signature`.
@@ -354,12 +355,17 @@ def _onnx_writer(model: Any, **kwargs: Any) -> Write:
         return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
     inputs = input_of(model)
+    # Where sizes are free Keras takes the older tracer of torch, which fails on
+    # language models.
+    is_text = hasattr(model, "generate") and "input_signature" not in kwargs
+    is_ours = is_text and keras.backend.backend() == "torch"
     if inputs is not None:
         # Keras asks for a call of the model first, or for this.
         signature = [keras.tree.map_structure(spec_of, inputs)]
         kwargs = {"input_signature": signature, **kwargs}
-    write = onnx_file.writer if packed_weights(model) else _by_keras("onnx")
-    return write(model, **kwargs)
+    if packed_weights(model) or is_ours:
+        return onnx_file.writer(model, **kwargs)
+    return _by_keras("onnx")(model, **kwargs)
 
 
 def _torch_writer(model: Any, **kwargs: Any) -> Write:

@@ -1,4 +1,4 @@
-"""Packed weights in ONNX files, as the operators of ONNX Runtime take them."""
+"""ONNX files by torch, with packed weights as ONNX Runtime takes them."""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def writer(
     activations: str | None = None,
     **kwargs: Any,
 ) -> Callable[[str, Progress], None]:
-    """Return a function that writes a packed model to a path.
+    """Return a function that writes a model, packed or not, to a path.
 
     Args:
         model: A `keras.Model`, on torch.
@@ -35,14 +35,16 @@ def writer(
         raise ValueError(
             "A model without symbolic inputs needs `input_signature=[...]`, a "
             "`keras.InputSpec` with a shape and a type for each of its "
-            f"arguments. Received: {model.name!r}, keep_packed=True"
+            f"arguments. Received: {model.name!r}"
         )
 
     def write(path: str, progress: Progress) -> None:
-        copy, targets = dense_copy(model, progress)
+        packed, copy, targets = packed_weights(model), model, []
+        if packed:
+            copy, targets = dense_copy(model, progress)
         items = [
             item.for_onnx(target, activations or item.activations)
-            for item, target in zip(packed_weights(model), targets, strict=True)
+            for item, target in zip(packed, targets, strict=True)
         ]
         seam.attach(copy, [item for item in items if item is not None])
         if None in items:
