@@ -170,6 +170,7 @@ def compare(args):
             print(f"{row}: {len(records)} of {len(names)}", flush=True)
         summary = summary_of([records[name] for name in problems], settings)
         rows = [r for r in rows if label_of(r) != label_of(summary)] + [summary]
+        rows.sort(key=lambda r: [*ROWS, r["row"]].index(r["row"]))
         harness.write_json(args.json, {"rows": rows})
     print_report(rows)
 
@@ -238,7 +239,8 @@ def ids_of(problem, tokenizer):
 
 def stop_token_ids(tokenizer):
     """Return what ends an answer: its end, or that of its block of code."""
-    fences = [t for t in tokenizer.get_vocabulary() if "```" in t]
+    # A fence before a line end is two tokens here, of which this is the first.
+    fences = [x for x in tokenizer.get_vocabulary() if "```" in x or x == "``"]
     return [tokenizer.token_to_id(token) for token in (*STOPS, *fences)]
 
 

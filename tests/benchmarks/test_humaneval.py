@@ -27,6 +27,7 @@ PROBLEM = {
         ("def f():\n    return 1\nassert f() == 2", "def f():\n    return 1"),
         ("import re\nprint(input())\nA: int = 1", "import re\nA: int = 1"),
         ("```python\nx = '\\d'\n```", "x = '\\\\d'"),
+        ("```python\nx = 1\n``", "x = 1"),
         ("There is none.", ""),
     ],
 )
@@ -135,4 +136,4 @@ def test_tokens_that_end_an_answer():
         def token_to_id(self, token):
             return self.vocabulary.index(token)
 
-    assert humaneval.stop_token_ids(Tokenizer()) == [4, 5, 2, 3]
+    assert humaneval.stop_token_ids(Tokenizer()) == [4, 5, 1, 2, 3]
