@@ -57,7 +57,8 @@ def writer(model: Any) -> Callable[[str, Progress], None]:
         if not schemes:
             raise ValueError(
                 "`keep_packed=True` needs kernels in integers whose inputs are "
-                "a multiple of 32, and that transformers has as `Linear`. "
+                "a multiple of 32, whose scales the model's type holds, and "
+                "that transformers has as `Linear`. "
                 f"Received: {model.name!r} with {len(targets)} packed weights, "
                 "none of which is one"
             )
@@ -72,8 +73,9 @@ def writer(model: Any) -> Callable[[str, Progress], None]:
         if left > 0:
             warnings.warn(
                 f"{left} packed weights are floats in the file, of the same "
-                "values: tables, heads, kernels that hold no integers, and "
-                "those with inputs that are no multiple of 32.",
+                "values: tables, heads, kernels that hold no integers, those "
+                "with inputs that are no multiple of 32, and those with scales "
+                "that the model's type does not hold.",
                 # The line that calls `export`.
                 stacklevel=3,
             )

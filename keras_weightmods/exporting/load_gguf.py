@@ -21,10 +21,14 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_HEAD_SIZES = (
+    "rope.dimension_count",
+    "attention.key_length",
+    "attention.value_length",
+)
 # What a file may say of a model beside what a backbone takes.
 _KNOWN = {
-    *("context_length", "vocab_size", "rope.dimension_count"),
-    *("attention.key_length", "attention.value_length"),
+    *("context_length", "vocab_size", *_HEAD_SIZES),
     *(
         "rope.scaling.type",
         SCALING_FACTOR,
@@ -280,9 +284,10 @@ def _variables(header: Header, family: Family, backbone: Any) -> dict[str, Any]:
     # A quantized policy makes others.
     problems += [f"{path!r} is in no file" for path in by_path]
     size = family.head_size(backbone)
-    key = f"{header.fields['general.architecture']}.rope.dimension_count"
-    if header.fields.get(key, size) != size:
-        problems.append(f"{key} is {header.fields[key]}, a head has {size}")
+    for name in _HEAD_SIZES:
+        key = f"{header.fields['general.architecture']}.{name}"
+        if header.fields.get(key, size) != size:
+            problems.append(f"{key} is {header.fields[key]}, a head has {size}")
     summary = f"{header.filepath!r} does not fit `{type(backbone).__name__}`:"
     checks.raise_all(summary, sorted(problems))
     return variables

@@ -194,6 +194,14 @@ def test_files_that_do_not_fit(tmp_path):
             "rope.dimension_count is 8, a head has 16",
             {"fields": {"qwen2.rope.dimension_count": 8}},
         ),
+        (
+            "attention.value_length is 8, a head has 16",
+            {"fields": {"qwen2.attention.value_length": 8}},
+        ),
+        (
+            "rope_freqs.weight is not one of this",
+            {"rope_freqs.weight": (np.ones(8, "float32"), "F32")},
+        ),
     ):
         path.write_bytes(whole)
         with pytest.raises(ValueError, match=match) as error:
