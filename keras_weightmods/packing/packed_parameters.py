@@ -506,6 +506,10 @@ def _low_rank_product(item, rows, stacked):
     sizes = [target.shape[axis] for axis in (*stack, *contraction)]
     rows = ops.reshape(rows, (*leading, *sizes))
     (first, a), (second, b) = factors
-    y = ops.einsum(f"...{inner},{first},{second}->...{outer}", rows, a, b)
+    # All at once, torch cannot trace it with a free size.
+    every = dict.fromkeys(inner + first)
+    middle = "".join(letter for letter in every if letter in second + outer)
+    rows = ops.einsum(f"...{inner},{first}->...{middle}", rows, a)
+    y = ops.einsum(f"...{middle},{second}->...{outer}", rows, b)
     y = ops.reshape(y, (*leading, *ends))
     return ops.multiply(y, layer.lora_alpha / layer.lora_rank)

@@ -153,6 +153,19 @@ def test_inputs_in_int8_and_kernels_in_floats(tmp_path):
     np.testing.assert_allclose(run(path, x), expected, atol=limit)
 
 
+def test_lora_is_added_to_the_integers(tmp_path):
+    model, path = models.mlp(64, 8), str(tmp_path / "model.onnx")
+    kwm.pack(model, "int8")
+    (layer,) = model.layers
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(models.normal(2, 8))
+    kwm.export(model, path, keep_packed=True, activations="float32")
+    kwm.unpack(model)
+    x = models.normal(7, 64)
+    expected = models.outputs(model, x)
+    np.testing.assert_allclose(run(path, x), expected, atol=1e-4)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
 def test_models_of_keras_hub(family, tmp_path):
