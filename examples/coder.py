@@ -3,9 +3,16 @@
     python -m examples.coder
     python -m examples.coder "Write a Python function that reverses a list."
 
-Qwen2.5-Coder-0.5B-Instruct (491 MB, downloaded once) in int8: its text is as
-good as that of the file. `python -m benchmarks.humaneval` measures this and
-smaller forms.
+Qwen2.5-Coder-0.5B-Instruct (491 MB, downloaded once) in int8. What each form of
+its weights solves is measured by `python -m benchmarks.humaneval`. The default
+question is answered with
+
+    def is_palindrome(word):
+        ...
+        # Normalize the word by removing spaces and converting to lowercase
+        normalized_word = word.replace(" ", "").lower()
+        # Check if the normalized word is equal to its reverse
+        return normalized_word == normalized_word[::-1]
 """
 
 from examples import command_line
@@ -35,7 +42,7 @@ def answer(question):
     kwm.compile_generate(model)
     template = model.preprocessor.tokenizer.chat_template
     prompt = qwen_coder.chat_prompt(template, question)
-    print(model.generate(prompt, max_length=256, strip_prompt=True))
+    print(model.generate(prompt, max_length=320, strip_prompt=True))
 
 
 if __name__ == "__main__":
