@@ -86,7 +86,7 @@ def parse_arguments():
     if output.suffix != ".keras":
         parser.error(f"--output must end in .keras. Received: {output}")
     if args.smoke:
-        args.steps, args.length = min(args.steps, 4), 64
+        args.steps, args.length = min(args.steps, 2), 64
         args.init, args.refine = "magnitude", ""
     return args
 
