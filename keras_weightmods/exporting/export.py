@@ -62,14 +62,15 @@ def register_export_format(
 
     Args:
         name: String, the `format` of `export`.
-        writer: Callable from a model, and the further arguments of `export`,
-            whose packed weights are dense, to what writes the file: a callable
-            from its path and a progress bar, whose `add()` counts a step.
+        writer: Callable that takes a model with dense weights and the further
+            arguments of `export`. It returns a callable that writes the file.
+            That one takes its path and a progress bar, whose `add()` counts a
+            step.
         **fields: `ending`, `needs`, `keeps_packed` and `reads_packed`, see
             `ExportFormat`.
 
     Raises:
-        ValueError: If there is such a format, or `writer` is not callable.
+        ValueError: If the format exists already, or `writer` is not callable.
 
     Example:
 
@@ -113,17 +114,17 @@ def export(
     verbose: int = 1,
     **kwargs: Any,
 ) -> None:
-    """Write a model for another runtime, packed kernels in dense form.
+    """Write a model for another runtime, with packed kernels in dense form.
 
-    No other runtime reads packed kernels. So a copy of the model is made, whose
-    kernels are dense, and written; a warning says so. The copy is built from
-    the model's config. int8 activations are a matter of the packed product, so
-    that a model packed with them is exported with float ones.
+    Other runtimes do not read packed kernels. So this function builds a copy of
+    the model from its config, with dense kernels, and writes the copy; a
+    warning says so. Activations in int8 belong to the packed product. A model
+    that was packed with them is exported with float ones.
 
     Some formats hold the integers of `quantize` and `pack` as they are: ONNX
     and transformers with `keep_packed=True`, and GGUF by its `dtype`.
 
-    The files appear whole, once all is written, or not at all.
+    The files appear whole, when all is written, or not at all.
 
     | `format` | file | backends | needs |
     |---|---|---|---|
@@ -135,48 +136,48 @@ def export(
     | `"transformers"` | a folder | all | a KerasHub model it can export |
     | `"gguf"` | `.gguf` | all | gguf, a Llama, Qwen or Gemma 3 of KerasHub |
 
-    The first five are those of `keras.Model.export`, which writes them.
-    `"transformers"` is KerasHub's `export_to_transformers`: `config.json`,
-    `model.safetensors` and the tokenizer. `"gguf"` is for llama.cpp.
-    `register_export_format` adds to them.
+    `keras.Model.export` writes the first five. `"transformers"` is KerasHub's
+    `export_to_transformers`: `config.json`, `model.safetensors` and the
+    tokenizer. `"gguf"` is for llama.cpp. `register_export_format` adds further
+    ones.
 
     Args:
         model: A built `keras.Model`.
         filepath: String or path of the file or folder to write, with the
             ending above.
-        format: String, one of the above. Defaults to `None`, for the first
-            one with the ending of `filepath`, and for `"tf_saved_model"` where
-            it has none.
+        format: String, one of the above. By default, `None`, the ending of
+            `filepath` decides: the first format with that ending, or
+            `"tf_saved_model"` where there is none.
         keep_packed: Bool, whether packed kernels stay packed in the file.
             Defaults to `False`. These formats take it:
 
             - `"tf_saved_model"` on TensorFlow, and `"torch"`. The process that
               runs the file must `import keras_weightmods.runtime` after the
-              framework; that loads no Keras.
-            - `"onnx"` on torch: the integers and scales are those of the model,
+              framework. This import does not load Keras.
+            - `"onnx"` on torch: the file has the model's integers and scales,
               for the operators `MatMulNBits` and `GatherBlockQuantized` of ONNX
-              Runtime, which OpenVINO has too.
+              Runtime. OpenVINO has them too.
             - `"transformers"`, in the format `pack-quantized` of
-              compressed-tensors, which vLLM has too: integers of at most 4
-              bits in 4 with a scale for 64 inputs (32 where 64 do not divide
-              them), others in 8. Tables, heads and what does not fit are
+              compressed-tensors, which vLLM reads too. Integers of at most 4
+              bits take 4, with a scale for 64 inputs (32 where 64 do not divide
+              them); others take 8. Tables, heads and what does not fit become
               floats; a warning counts them.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
-        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
-            taken two seconds, of packed weights that are made dense, of the
-            tensors of a GGUF file, and of the file. Defaults to `1`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one after two seconds:
+            for packed weights that are made dense, for the tensors of a GGUF
+            file, and for the file. Defaults to `1`.
         **kwargs: What the format takes. For `"gguf"` these are
 
             - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
-              `"q4_0"`, the type of matrices. Those that `kwm.quantize` or
-              `kwm.pack` has rounded keep their integers: of int4 in q4_0, of
-              int4 and int8 in q8_0. Others are rounded to nearest; a warning
-              counts those that have 4 bits then. The embeddings of a 4-bit
-              file are in q8_0 if they are not in int4. Defaults to `"f16"`.
+              `"q4_0"`, the type of matrices. Matrices that `kwm.quantize` or
+              `kwm.pack` has rounded keep their integers: int4 in q4_0, int4 and
+              int8 in q8_0. Others are rounded to nearest; a warning counts
+              those that get 4 bits. The embeddings of a 4-bit file are in q8_0
+              if they are not in int4. Defaults to `"f16"`.
             - `tokenizer_from`: path of a GGUF file whose tokenizer is copied.
-              By default it is that of the model's preprocessor, where this is
-              a `Llama3Tokenizer`, and none, for prompts of token ids, where
-              the model has no preprocessor.
+              By default the file gets the tokenizer of the model's
+              preprocessor, which must be a `Llama3Tokenizer`. A model without a
+              preprocessor gets none, for prompts of token ids.
             - `context_length`: int, the context length that the file states.
               Defaults to `8192`.
 
@@ -194,9 +195,9 @@ def export(
             the others what `keras.Model.export` does, as `input_signature`.
 
     Raises:
-        ValueError: If the format cannot be written of this model or on this
-            backend, or `filepath` is no place for it. Nothing is written then.
-        ImportError: If a package is missing; the message says which.
+        ValueError: If this model or backend cannot write the format, or no file
+            can be written at `filepath`. Nothing is written then.
+        ImportError: If a package is missing. The message names it.
         FileExistsError: If there is a file and `overwrite` is `False`.
 
     Example:

@@ -38,7 +38,7 @@ _KNOWN = {
 
 
 def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
-    """Load a language model of KerasHub from a GGUF file, with its tokenizer.
+    """Load a language model of KerasHub with its tokenizer from a GGUF file.
 
     | `general.architecture` | classes of KerasHub |
     |---|---|
@@ -47,41 +47,45 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
     | `qwen3` | `Qwen3CausalLM` |
     | `gemma3` | `Gemma3CausalLM`, for text |
 
-    All types of tensors are read that the package `gguf` dequantizes: F32, F16,
-    BF16, Q4_0 to Q8_0, Q2_K to Q6_K, the IQ types. The model has floats of the
-    same values. The names, shapes and sizes of all tensors are checked before
-    the first is read. Tensors are read one after another, large ones in parts,
-    so that no second copy of the model is in memory.
+    The file can have all tensor types that the package `gguf` dequantizes: F32,
+    F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, and the IQ types. The model has
+    floats of the same values. The names, shapes and sizes of all tensors are
+    checked before the first is read. Tensors are read one after another, large
+    ones in parts, so no second copy of the model is in memory.
 
     `model.preprocessor` has a tokenizer of KerasHub, and `model.generate` takes
-    text. The tokenizer has the `chat_template` of the file, or `None`. Special
-    tokens in a text are whole, `tokenizer("<|im_start|>")` is one id: all of
-    the kinds CONTROL and USER_DEFINED in the file are, but for the unknown
-    token of SentencePiece. `model.generate` stops at the token that ends a
-    text in the file, and at that of KerasHub's class. The preprocessor adds the
-    token that begins a text where the file says so: a chat template that writes
-    it too makes it double. Byte pairs split text as the file says, also once
-    `save_model` has saved them. In files of Keras, in presets and in a graph of
-    TensorFlow, as in `tf.data`, they split it as KerasHub does, which gives
-    other ids: set `model.preprocessor` anew there. Not saved are
-    `chat_template` and an end that is not that of the class.
+    text. The tokenizer has the `chat_template` of the file, or `None`. Each
+    special token in a text becomes one id, as in `tokenizer("<|im_start|>")`.
+    Special tokens have the kind CONTROL or USER_DEFINED in the file; the
+    unknown token of SentencePiece is not one. `model.generate` stops at the end
+    token of the file, and at that of KerasHub's class. The preprocessor adds
+    the start token where the file says so. A chat template that writes it too
+    doubles it.
+
+    Byte pairs split text as the file says, also after `save_model` and
+    `load_model`. In files of Keras, in presets and in a graph of TensorFlow, as
+    in `tf.data`, they split it as KerasHub does, which gives other ids. Set
+    `model.preprocessor` again there. Saving loses `chat_template`, and an end
+    token that is not that of the class.
 
     Args:
-        filepath: String or path of the file. One that is split is joined by
-            `llama-gguf-split --merge` first.
-        dtype: String or `keras.DTypePolicy` of the layers, as `"bfloat16"`.
-            Defaults to `None`, for Keras' global policy.
+        filepath: String or path of the file. Join a split file first, with
+            `llama-gguf-split --merge`.
+        dtype: String or `keras.DTypePolicy` of the layers, such as
+            `"bfloat16"`. Defaults to `None`, for Keras' global policy.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
     Returns:
-        A `keras_hub.models.CausalLM`. Its preprocessor is `None` where the file
-        has no tokenizer, or, with a warning, one that no class of KerasHub is.
+        A `keras_hub.models.CausalLM`. Its preprocessor is `None` if the file
+        has no tokenizer. It is also `None`, with a warning, if no class of
+        KerasHub matches the file's tokenizer.
 
     Raises:
-        ValueError: If it is no whole GGUF file, or one of another architecture,
-            of other hyperparameters than KerasHub has, or with tensors that are
-            missing, unknown or of another shape. The message names them.
+        ValueError: If the file is not a whole GGUF file, has another
+            architecture, or hyperparameters that KerasHub does not support. If
+            tensors are missing, unknown or of another shape. The message names
+            them.
         ImportError: If `gguf` or `keras_hub` is missing.
 
     Example:

@@ -31,61 +31,64 @@ class GenerateReport(Report):
 
 
 def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
-    """Have `generate` of a KerasHub language model run faster, in place.
+    """Make `generate` of a KerasHub language model faster, in place.
 
-    On torch most of the time of `generate` at batch 1 is Keras' own work for
-    each op, and copies of the cache of keys and values. From now on the
-    model's step is recorded at its first use as a flat list of torch's
-    operations, which writes into the cache in place, and replayed for each
-    token. On TensorFlow XLA compiles all of `generate`, which Keras runs op by
-    op on a CPU unless told otherwise. On JAX, where KerasHub compiles all of
-    it, the cache stays in parts, one for each layer, in place of being stacked
-    anew for each token. On JAX and torch a compiled kernel is the attention,
-    on a CPU in float32: it reads each key and value that is seen once, for all
-    heads that share it, and of a prompt only what each token sees. On all
-    three, only as many tokens are read at first as the shortest prompt has.
+    - On torch, Keras' own work for each op and copies of the cache take most of
+      the time at batch 1. This function records the model's step at its first
+      use as a flat list of torch's operations. It replays the list for each
+      token, and writes into the cache in place.
+    - On TensorFlow, XLA compiles all of `generate`. Keras alone runs it op by
+      op on a CPU by default.
+    - On JAX, KerasHub already compiles all of it. Here the cache stays in one
+      part for each layer, so that nothing stacks it anew for each token.
 
-    `model.generate` takes and returns what it did: strings or tokens,
-    `max_length`, stop tokens, any sampler of KerasHub that goes through the
-    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). The
-    numbers are rounded in other places, at 1e-6 of the logits in float32. Where
-    two tokens are about equally probable the text can then go another way, and
-    sooner with int8 activations (`pack` has them by default with int8
-    weights), which make steps of some percent out of any rounding. Samplers
-    draw the same random numbers on torch and JAX; on TensorFlow XLA draws
-    others from the same seed.
+    On JAX and torch a compiled kernel computes the attention, on a CPU in
+    float32. It reads each visible key and value once for all heads that share
+    it, and of a prompt only what each token sees. On all three backends the
+    first pass reads only as many tokens as the shortest prompt has.
 
-    Shapes are compiled when they first occur: the batch size, `max_length`
-    and the length of the shortest prompt, rounded up to a multiple of 16 (by
-    a quarter where it is long). On torch that takes some seconds, and the
-    first step of each batch size and length is compared with the model's own.
-    Elsewhere it takes as long as XLA does; `max_length` is rounded up too, to
-    a multiple of 64, and other stop tokens or samplers are compiled anew.
+    `model.generate` takes and returns the same as before: strings or tokens,
+    `max_length` and stop tokens. It takes any sampler of KerasHub that goes
+    through the tokens once: greedy, top-k, top-p, random, or your own
+    `get_next_token`. Rounding differs by about 1e-6 of the logits in float32.
+    Where two tokens are about equally probable, the text can then differ. This
+    happens sooner with int8 activations, `pack`'s default for int8 weights,
+    which enlarge any rounding difference to some percent. Samplers draw the
+    same random numbers on torch and JAX. On TensorFlow, XLA draws others from
+    the same seed.
 
-    New numbers in the weights are seen (`fit`, `set_weights`, `load_weights`).
-    After a change of the model's variables or layers (`pack`, `enable_lora`,
-    `fold`, `quantize`) all is compiled anew by itself. After any other change
-    of what the layers compute, an attribute for example, call this again.
+    Each shape is compiled when it first occurs. A shape is the batch size,
+    `max_length` and the length of the shortest prompt, rounded up to a multiple
+    of 16, or by a quarter where it is long. On torch this takes some seconds,
+    and compares the first step of each batch size and length with the model's
+    own. Elsewhere it takes as long as XLA does. There `max_length` is rounded
+    up to a multiple of 64, and other stop tokens or samplers are compiled anew.
 
-    Where `generate` cannot be done so it runs as before, and a warning says
-    why: with beam search and other samplers that keep several caches, with a
-    model that has a cache for each layer (Gemma 3) or does what cannot be
-    repeated, and with images.
+    `generate` uses new numbers in the weights (`fit`, `set_weights`,
+    `load_weights`). It compiles itself anew after a change of the model's
+    variables or layers (`pack`, `enable_lora`, `fold`, `quantize`). Call this
+    function again after any other change of what the layers compute, such as an
+    attribute.
 
-    Nothing of it is saved with the model: call it again after loading.
+    Where `generate` cannot be compiled it runs as before, and a warning says
+    why. This concerns images, beam search and other samplers that keep several
+    caches. It also concerns models that have a cache for each layer (Gemma 3)
+    or do what cannot be repeated.
+
+    `save_model` does not save this: call it again after loading.
 
     Args:
         model: A `keras_hub.models.CausalLM`. It is changed; see
             `uncompile_generate`.
-        verbose: 0 or 1. 1 shows the seconds where a shape is compiled for
-            longer than two, in `generate`; 0 shows nothing. Defaults to `1`.
+        verbose: 0 or 1. 1 shows the seconds in `generate` where a shape takes
+            longer than two to compile; 0 shows nothing. Defaults to `1`.
 
     Returns:
         A `GenerateReport`: print it.
 
     Raises:
-        ValueError: If the model is no `keras_hub.models.CausalLM`, or
-            `verbose` is neither.
+        ValueError: If the model is no `keras_hub.models.CausalLM`, or `verbose`
+            is neither 0 nor 1.
 
     Example:
 
@@ -118,7 +121,7 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
 
 
 def uncompile_generate(model: keras.Model) -> None:
-    """Undo `compile_generate`; nothing happens where it was not called.
+    """Undo `compile_generate`, if it was called.
 
     Args:
         model: The model. It is changed.

@@ -53,86 +53,91 @@ def pack(
     """Pack the weights of a finished model, in place.
 
     `pack(model)` stores what `kwm.quantize` has rounded to 2 to 6 bits, without
-    further loss: kernels, and the head of an embedding, that lie on such a grid
-    (in four bits -8 to 7 times a bfloat16 scale for each output unit and 64
-    inputs) and have more than three values take a fourth of a bit more each;
-    2:4 kernels of at most four bits take 3.25. Other 2:4 kernels keep their
-    values as they are. `pack(model, "int8")` and `pack(model, "int2")` to
-    `"int6"` round all weights by themselves, 2:4 or not.
+    further loss. In four bits these weights are -8 to 7 times a bfloat16 scale
+    for each output unit and 64 inputs. Kernels and heads on this grid with more
+    than three values take their bits and a quarter of one for each weight. 2:4
+    kernels of at most four bits take 3.25 bits. Other 2:4 kernels keep their
+    values. `pack(model, "int8")` and `pack(model, "int2")` to `"int6"` round
+    all weights themselves, 2:4 or not.
 
-    From layers that Keras has quantized (`model.quantize` in int8, int4, gptq
-    or awq) it takes the integers as they are, less their zero points, where a
-    format holds them, with scales in bfloat16 where they are fewer than 8 bits.
-    The report says so for each. The layers are float layers from then on:
-    `unpack` gives them the product of integers and scales.
+    Layers that Keras has quantized (`model.quantize` in int8, int4, gptq or
+    awq) keep their integers, less their zero points, where a format holds them.
+    Integers of fewer than 8 bits get bfloat16 scales. The report says so for
+    each. They are float layers from then on: `unpack` gives them the product of
+    integers and scales.
 
-    A 2:4 kernel is stored as its kept values, and two bits for the place of
-    each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
-    0.10 in int4. One of another pattern, with at most 16 nonzeros in each 32
-    inputs, as of 16:32, 8:16 or 4:8, takes as much with a mask, in the format
-    "16:32"; in floats it is small in files alone, with a warning, and in
-    integers its products with a few rows are slower than those of 2:4, on AVX2
-    and NEON several times, with a warning too. Packed are the kernels of Dense,
-    EinsumDense, Conv1D to Conv3D (which then multiply the patches of their
-    input), of separable convolutions, of the experts of KerasHub's mixtures,
-    and of layers that `register_layer_kind` makes known with their `call`.
-    Their layers multiply by the packed arrays with `ops.sparse_matmul`. Each
-    layer stays the same object with the same name; the dense weight is gone
-    from it, and it has `kernel_values`, for sparse kernels `kernel_meta`, and
-    for integers `kernel_scale` instead, frozen weights like any other.
-    `layer.kernel` gives the dense kernel, computed anew each time.
+    A packed 2:4 kernel holds its kept values and two bits for the place of
+    each. It takes 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in
+    int8 and 0.10 in int4. A kernel with at most 16 nonzeros in each 32 inputs,
+    such as 16:32, 8:16 or 4:8, takes as much in the format "16:32", with a
+    mask. A warning says what that format costs: in floats it saves space in
+    files only. In integers its products with a few rows are slower than those
+    of 2:4, several times so on AVX2 and NEON.
+
+    `pack` takes the kernels of Dense, EinsumDense, Conv1D to Conv3D (which then
+    multiply the patches of their input), separable convolutions, and the
+    experts of KerasHub's mixtures. It also takes layers that
+    `register_layer_kind` knows with their `call`. The layers multiply by the
+    packed arrays with `ops.sparse_matmul`.
+
+    Each layer stays the same object with the same name. Frozen weights replace
+    its dense one: `kernel_values`, `kernel_meta` for a sparse kernel, and
+    `kernel_scale` for integers. `layer.kernel` computes the dense kernel anew
+    each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
-    trains adapters on the packed base. `save_weights` and `load_weights` hold
-    and take the packed arrays; `save_model` saves the whole model.
+    trains adapters on the packed base. `save_weights` and `load_weights` work
+    with the packed arrays. `save_model` saves the whole model.
 
     Where the compiled kernels are missing, a warning says so once. The layers
-    then hold the weights dense, rounded alike, and multiply by these. The
-    packed arrays are no weights then, and wait in the host's memory for a file.
+    then hold the same rounded weights in dense form, and multiply by these. The
+    packed arrays are no weights then; they stay in the host's memory for a
+    file.
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
-    devices as the weights are, and each device multiplies by its own part: no
-    weight is gathered. (On GPUs the kernels are held dense then.)
+    devices as the weights are. Each device multiplies by its own part, and no
+    weight is gathered. (GPUs hold the kernels dense then.)
 
-    Packing holds the dense and the packed weights for a while. A built
-    optimizer has state of weights that are gone, so the model is left
-    uncompiled then.
+    Packing needs memory for the dense and the packed weights together for a
+    while. The state of a built optimizer belongs to weights that no longer
+    exist, so the model is left uncompiled then.
 
     Args:
         model: A built `keras.Model`. It is changed.
-        dtype: String, type of the packed values. `"int8"` rounds to multiples
-            of max |w| / 127, one scale for each output unit, which costs next
-            to nothing; `"int4"` to -8 to 7 times a bfloat16 scale, the best of
-            several for each output unit and 64 inputs, which costs quality
-            where `kwm.quantize` has not rounded the weights before: a warning
-            says by how much it changed them. `"int2"`, `"int3"`, `"int5"` and
-            `"int6"` do so with their bits, and hold 2:4 kernels with all their
-            zeros. `"float32"` and `"bfloat16"` pack 2:4 kernels only. By
-            default, `None`, nothing is rounded: weights on the grid of few bits
-            are packed in the fewest of these, 2:4 ones in int4, and other 2:4
-            kernels in bfloat16 if that is their type, else in float32.
-        head: String, type of the head of a language model, a `Dense` or a
-            `keras.layers.ReversibleEmbedding` as in KerasHub's: `"int8"`, with
-            a scale for each token, or `"int2"` to `"int6"`, with one for each
-            token and 64 inputs, whatever the type of the kernels. With tied
-            weights one such table serves both the look-up and the logits;
+        dtype: String, the type of the packed values. `"int8"` rounds to
+            multiples of max |w| / 127, with one scale for each output unit,
+            which costs almost nothing. `"int4"` rounds to -8 to 7 times a
+            bfloat16 scale, the best of several for each output unit and 64
+            inputs. This costs quality unless `kwm.quantize` has rounded the
+            weights before; a warning says by how much it changed them.
+            `"int2"`, `"int3"`, `"int5"` and `"int6"` do the same with their
+            bits, and store 2:4 kernels with all their zeros. `"float32"` and
+            `"bfloat16"` pack 2:4 kernels only. The default, `None`, rounds
+            nothing. It packs weights on the grid of few bits in the fewest of
+            these, 2:4 ones in int4. Other 2:4 kernels are packed in bfloat16 if
+            that is their type, else in float32.
+        head: String, the type of the head of a language model, a `Dense` or a
+            `keras.layers.ReversibleEmbedding` as in KerasHub: `"int8"`, with a
+            scale for each token, or `"int2"` to `"int6"`, with one for each
+            token and 64 inputs. It does not depend on the type of the kernels.
+            With tied weights one such table serves the look-up and the logits;
             otherwise the look-up keeps its dense table. `None` leaves the head
-            as it is. By default, `"auto"`, it is packed like the kernels,
-            unless `targets` are given or `dtype` is a float type. A `Dense`
-            head is a kernel like any other.
+            as it is. The default, `"auto"`, packs it like the kernels, unless
+            `targets` are given or `dtype` is a float type. A `Dense` head is a
+            kernel like any other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that cannot be packed are
             skipped and reported.
-        activations: String, what weights in integers are multiplied by.
-            `"int8"` rounds the inputs of these layers, in blocks of 32 entries
-            to multiples of max |x| / 127, and multiplies integers, which is
-            faster on a CPU; on a GPU these layers are held dense. `"float32"`
-            leaves the inputs as they are; kernels that are not 2:4 cannot be
-            multiplied by them on a CPU. By default, `None`, it is `"int8"` on a
-            CPU and `"float32"` on a GPU. Weights in float32 and bfloat16 always
-            have inputs in float.
+        activations: String, the type of the inputs that integer weights are
+            multiplied by. `"int8"` rounds the inputs of these layers, in blocks
+            of 32 entries, to multiples of max |x| / 127. It multiplies
+            integers, which is faster on a CPU; a GPU holds these layers dense.
+            `"float32"` leaves the inputs as they are. On a CPU it works for 2:4
+            kernels only. The default, `None`, means `"int8"` on a CPU and
+            `"float32"` on a GPU. Weights in float32 and bfloat16 always have
+            float inputs.
         trainable: Bool. If True, the kept values of 2:4 kernels get gradients,
-            their places never; float32 values only. Defaults to False.
+            their places never. It needs float32 values. Defaults to False.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -141,11 +146,11 @@ def pack(
 
     Raises:
         ValueError: If nothing is to be rounded and a kernel is neither 2:4 nor
-            on the grid of 2 to 6 bits, or is integers of Keras that no format
-            holds; if a weight is not finite where integers are asked for; if a
-            weight is scaled (fold first); if there is nothing
-            to pack; or if an argument is none of the above. The model is
-            unchanged then.
+            on the grid of 2 to 6 bits, or holds integers of Keras that no
+            format holds. If a weight is not finite where integers are asked
+            for. If a weight is scaled (fold first). If there is nothing to
+            pack, or an argument is none of the above. The model is unchanged
+            then.
 
     Example:
 
@@ -263,13 +268,15 @@ def pack(
 def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     """Give a packed model its dense weights back, in place.
 
-    They are bit for bit what was packed where the values are float32, or
-    bfloat16 of a bfloat16 kernel; otherwise what rounding made of it. (A
-    negative zero comes back as zero.) A kernel in 16 bits rounds the products
-    of scales and integers once more: `pack(model)` does not find these again,
-    unless `quantize` has chosen them. The layers are again what they were:
-    class, list of weights, config. If the model's optimizer has been built,
-    the model is left uncompiled. Both kinds of weights are held for a while.
+    Values that were packed as float32, or as bfloat16 of a bfloat16 kernel,
+    come back bit for bit. (A negative zero comes back as zero.) Others come
+    back rounded, as the packed model used them. A kernel in 16 bits rounds the
+    products of scales and integers once more. `pack(model)` then does not find
+    the integers again, unless `quantize` has chosen them.
+
+    The layers have their old class, list of weights and config again. The model
+    is left uncompiled if its optimizer has been built. Unpacking needs memory
+    for both kinds of weights for a while.
 
     Args:
         model: A Keras model. One without packed weights is left as it is.

@@ -82,105 +82,105 @@ def quantize(
     resume: Any = None,
     verbose: int = 1,
 ) -> QuantizeReport:
-    """Round the weights of a model to 2 to 6 bits, in place, on data.
+    """Round the weights of a model to 2 to 6 bits on data, in place.
 
-    The kernels stay floats; `pack(model)` then stores them in integers,
-    without further loss. Along the contraction each `group_size` weights of an
-    output unit share a bfloat16 scale, and each weight is an integer, -8 to 7
-    in four bits, times its scale. Zeros stay zeros, so that a kernel with an
+    The kernels stay floats. `pack(model)` then stores them as integers, without
+    further loss. Each weight becomes an integer, -8 to 7 in four bits, times a
+    bfloat16 scale. Each group of `group_size` weights of an output unit along
+    the contraction axis shares a scale. Zeros stay zeros, so a kernel with an
     N:M pattern keeps it.
 
     Rounding to nearest costs a small language model a quarter of its
-    perplexity. Here a kernel is rounded so that its outputs on the data change
-    least: GPTQ (arXiv 2210.17323), with the zeros left out; then one integer,
-    and one scale, after the other is set to its best value. The head of a
-    language model comes first, on what enters it. Kernels go in the order of
-    execution, each for the inputs that the rounded ones before it give, as in
-    `sparsify`, which says what memory that takes. Kernels and blocks of a
-    language model are fitted to the first 16,384 positions of the data, 64
-    rows of 256 tokens; its head and scales to all.
+    perplexity. This function rounds a kernel so that its outputs on the data
+    change least. It runs GPTQ (arXiv 2210.17323) without the zeros. Then it
+    sets each integer and each scale in turn to its best value.
 
-    What that leaves is trained, as `refine` says:
+    The head of a language model is rounded first. The kernels follow in the
+    order of execution, each on the inputs that the rounded kernels before it
+    give. `sparsify` says how much memory this takes. The kernels and blocks of
+    a language model use the first 16,384 positions of the data, 64 rows of 256
+    tokens. The head and the scales use all of them.
 
-    - `"blocks"` trains one layer or transformer block after the other, to give
-      the outputs that it has in the model as given: float weights, through
-      their rounding, and scales. This takes about as long as `epochs + 3`
-      epochs of training on these data. The progress bar shows the time that is
-      left.
-    - `"scales"` trains the scales of all kernels and of the head at once, with
-      the integers as they are, to give the outputs of the model as given: for
-      a language model by KL(given || rounded) of its logits, for others by the
-      squared error (EfficientQAT, arXiv 2407.11062, section 3.3). This is one
-      epoch of training, or as many as make about 32 steps, and gains most for
-      its time.
+    `refine` then trains away a part of the remaining error:
 
-    `size="60MB"` is a budget of bytes, and `bits=3.5` one of bits, of which
-    each kernel gets the share that is worth most. What rounding a kernel to 2,
-    3, 4, 5 or 6 bits costs is known to second order: half of the change of each
-    weight squared times the curvature of the loss, which for a language model
-    is the Fisher information of the tokens that it would write itself, and
-    takes one backward pass over some 4,000 of them.
+    - `"blocks"` trains one layer or transformer block after the other. Each
+      learns to give the outputs that it has in the original model. The weights,
+      as floats behind their rounding, and the scales are trained. This takes
+      about as long as `epochs + 3` epochs of training on these data. The
+      progress bar shows the remaining time.
+    - `"scales"` trains the scales of all kernels and of the head at once, and
+      leaves the integers alone. The model learns to give the outputs of the
+      original one. The loss is KL(original || rounded) of the logits for a
+      language model, and the squared error for others (EfficientQAT, arXiv
+      2407.11062, section 3.3). This takes one epoch of training, or as many as
+      make about 32 steps, and gains most for its time.
 
-    Every eighth row of the data is held out. A kernel that is worse on these
-    rows than rounded to nearest is rounded to nearest, and so is the whole
-    model, with a warning. Blocks and scales that training makes worse there
-    stay as they were. The errors in the report are those on these rows.
+    `size="60MB"` is a budget of bytes, and `bits=3.5` a budget of bits. Each
+    kernel gets the share that is worth most. The cost of rounding a kernel to
+    2, 3, 4, 5 or 6 bits is estimated to second order. It is half of the change
+    of each weight squared, times the curvature of the loss. For a language
+    model the curvature is the Fisher information of tokens that the model would
+    write itself. This takes one backward pass over some 4,000 tokens.
 
-    For int8, `pack(model, "int8")` rounds by itself, and loses next to
-    nothing.
+    Every eighth row of the data is held out, and the report gives the errors on
+    these rows. A kernel is rounded to nearest if that is better on these rows.
+    The whole model is too, with a warning. Training that makes a block or the
+    scales worse there is undone.
+
+    Call `pack(model, "int8")` alone for int8: it rounds by itself and loses
+    almost nothing.
 
     Args:
         model: A built `keras.Model` or layer, dense or sparse.
-        data: What the model is calibrated on, in any form that `sparsify`
-            takes: some 100 rows of text. `None`, for a KerasHub `CausalLM`,
-            for text that the model writes itself first, by `self_generated`.
-            Defaults to `None`.
-        bits: Int, 2 to 6, of each weight; or float, 2.0 to 6.0, the mean over
-            all of them. Kernels with a 2:4 or 16:32 pattern have 4. Defaults to
-            `None`, for `4` where `size` is not given.
-        size: Int or string, the most bytes that all weights of the model take
-            once `pack(model)` has packed them, such as `"60MB"` or `"1.5GiB"`.
-            Defaults to `None`.
-        refine: `"blocks"`, `"scales"`, both in a tuple, or `None`. They take
-            the graph of a functional model; the report says where they are
-            left out. Defaults to both.
-        head: Bool, whether the head of a language model is rounded too: the
-            table that it shares with the embedding, or one of its own.
-            `targets=[]` rounds it alone. Defaults to `True`.
+        data: The calibration data, in any form that `sparsify` takes: some 100
+            rows of text. `None` lets a KerasHub `CausalLM` write the text
+            itself first, by `self_generated`. Defaults to `None`.
+        bits: Int, 2 to 6, the bits of each weight; or float, 2.0 to 6.0, the
+            mean over all weights. Kernels with a 2:4 or 16:32 pattern get 4.
+            Defaults to `None`, for `4` where `size` is not given.
+        size: Int or string, such as `"60MB"` or `"1.5GiB"`: the most bytes that
+            all weights of the model take after `pack(model)`. Defaults to
+            `None`.
+        refine: `"blocks"`, `"scales"`, both in a tuple, or `None`. They need
+            the graph of a functional model. The report says where they are left
+            out. Defaults to both.
+        head: Bool, whether to round the head of a language model too: the table
+            that it shares with the embedding, or its own. `targets=[]` rounds
+            the head alone. Defaults to `True`.
         targets: The kernels to round: `Targets`, or what `include=` of
             `find_targets` takes. Defaults to `None`, for all of them.
-        group_size: Int, the inputs that share a scale. Packing has 64.
-            Defaults to `64`.
+        group_size: Int, the inputs that share a scale. `pack` uses 64. Defaults
+            to `64`.
         batch_size: Int, the rows run at a time where `data` are arrays or
-            strings, and the rows of a step of `refine`; with a language model
-            a step has about 256 positions. Defaults to `8`.
+            strings, and the rows of a step of `refine`. With a language model a
+            step has about 256 positions. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
-            diagonal that is added to it; ten times as much for a table that a
-            language model also looks its tokens up in. Defaults to `0.01`.
+            diagonal that is added to it. A table that also looks tokens up gets
+            ten times as much. Defaults to `0.01`.
         epochs: Int, passes of `"blocks"` over its data. Defaults to `None`, for
             `2` with a language model and `6` with others.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
             Defaults to `4e-4`.
-        resume: String or path of a folder, to which each block is written
-            once it is done. After a kill or an error the same call goes on
-            from there, to the same weights, bit for bit on the same machine.
-            It takes the disk space of the kernels. Remove it once you have
-            saved the model. Defaults to `None`, for none.
+        resume: String or path of a folder. Each block is written there once it
+            is done. After a kill or an error the same call continues from there
+            and gives the same weights, bit for bit on the same machine. The
+            folder takes the disk space of the kernels. Remove it once you have
+            saved the model. Defaults to `None`, for no folder.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
-        A `QuantizeReport`. Kernels whose layers' inputs cannot be read
-        (`register_layer_kind`), or that the data do not reach, are rounded to
-        nearest; the report names them, and what is left as it is, with
-        reasons.
+        A `QuantizeReport`. Kernels are rounded to nearest if the inputs of
+        their layers cannot be read (see `register_layer_kind`), or if the data
+        do not reach them. The report names them, and lists what was skipped
+        with reasons.
 
     Raises:
-        ValueError: If an argument is outside the ranges above, `data` are
-            empty or endless, or reach no kernel, or are missing for a model
-            that writes no text, there is no kernel, a target is
-            reparameterized, an activation or a weight is not finite, or
-            `resume` is of a call with other arguments, model or data. The
-            model is unchanged then, as it is after any other error.
+        ValueError: If an argument is outside the ranges above. If `data` are
+            empty, endless, reach no kernel, or are missing for a model that
+            writes no text. If there is no kernel, a target is reparameterized,
+            or an activation or a weight is not finite. If `resume` belongs to a
+            call with other arguments, model or data. The model is unchanged
+            then, as after any other error.
 
     Example:
 

@@ -36,45 +36,46 @@ def save_model(
     overwrite: bool = True,
     verbose: int = 1,
 ) -> None:
-    """Save a model to one file, with what was done to its weights in place.
+    """Save a model to one file, with all in-place changes of its weights.
 
-    The file holds what `load_model` needs to bring back the model: its config,
-    the scales, packed kernels and other changes of its weights, all its
-    variables bit for bit in their own dtypes, and what its layers keep beside
-    (the vocabulary of a tokenizer, for instance). So the file of a packed model
-    has the packed size. Before anything is written, a model is built from the
-    config, without values, and compared: a file that was written can be read.
-    (With values where its classes make variables of values, as T5Gemma 2 does:
-    that takes the memory of the model once more, in `load_model` too.)
-    Where several processes train the model, all of them call this, and the
-    first one writes.
+    The file holds what `load_model` needs to bring back the model. This is its
+    config, scales, packed kernels and other changes, all variables bit for bit
+    in their own dtypes, and other data of its layers, such as a tokenizer's
+    vocabulary. So the file of a packed model has the packed size.
 
-    Where a config forgets an argument of the constructor that the layer keeps
-    under the same name, as `keras_hub.models.LlamaBackbone` forgets
-    `tie_word_embeddings`, the argument is saved too.
+    A model is first built from the config, without values, and compared. So
+    `load_model` can read any file that was written. (Some classes, such as
+    T5Gemma 2, make variables from values. For these the model is built with
+    values, which takes the memory of the model once more, in `load_model` too.)
+    Where several processes train the model, all of them call this function, and
+    the first one writes.
+
+    Some configs lack an argument of the constructor that the layer keeps under
+    the same name. `keras_hub.models.LlamaBackbone` lacks `tie_word_embeddings`,
+    for example. The file has such arguments too.
 
     A KerasHub model is saved with its preprocessor and tokenizer. If these
-    cannot be brought back from their config and assets, a warning says why,
-    and the file holds the model alone: `load_model` then gives one whose
-    `preprocessor` is `None`, to be set by you. What a tokenizer was given
-    after it was made, past its config and vocabulary, is lost as in any file
-    of Keras, but for how one of `load_gguf` splits text.
+    cannot be built from their config and assets, a warning says why, and the
+    file holds the model alone. `load_model` then gives a model whose
+    `preprocessor` is `None`; set it yourself. Changes made to a tokenizer after
+    its construction are lost, as in any file of Keras. Only the rule by which
+    one of `load_gguf` splits text is saved.
 
-    Not saved is what `compile` and `fit` add: optimizer, loss, metrics, the
-    sampler of `generate`; nor constraints of variables that no layer's config
-    has, such as those of `SemiStructuredSparse.attach`, with a warning. LoRA is
-    kept as it is on layers whose weights were changed in place (in `weights` of
-    the loaded layer it comes last), and merged into the kernel on others, as
-    Keras does.
+    What `compile` and `fit` add is not saved: optimizer, loss, metrics, the
+    sampler of `generate`. Constraints of variables that no layer's config has,
+    such as those of `SemiStructuredSparse.attach`, are not saved either, with a
+    warning. LoRA is kept on layers whose weights were changed in place, and
+    comes last in the `weights` of the loaded layer. On other layers it is
+    merged into the kernel, as Keras does.
 
-    The layout is that of safetensors: other tools can read the arrays. It
-    holds no code. The file is written beside `filepath` and renamed when it
-    is complete; arrays are written one after another, so that no second copy
-    of the model is in memory.
+    The layout is that of safetensors: other tools can read the arrays. The file
+    holds no code. It is written beside `filepath` and renamed when it is
+    complete. Arrays are written one after another, so no second copy of the
+    model is in memory.
 
     Args:
-        model: A built Keras model. Its own classes must be registered with
-            `keras.saving.register_keras_serializable`, or be given to
+        model: A built Keras model. Register its own classes with
+            `keras.saving.register_keras_serializable`, or pass them to
             `load_model`.
         filepath: String or path of the file, for instance
             `"model.safetensors"`.
@@ -84,8 +85,8 @@ def save_model(
             taken two seconds. Defaults to `1`.
 
     Raises:
-        ValueError: If `model` is no built model, `filepath` is no place for a
-            file, or the model cannot be built again from its config; the
+        ValueError: If `model` is not a built model, no file can be written at
+            `filepath`, or the model cannot be built again from its config. The
             message says what differs. No file is written then.
         FileExistsError: If the file exists and `overwrite` is `False`.
 
@@ -198,29 +199,29 @@ def load_model(
 
     The whole file is checked first: sizes, names, dtypes, shapes, offsets and
     the SHA-256 of every entry and of the header. Then the model is built
-    without values, its changes in place are made again, and what it would
-    save is compared with what the file holds. Only then are the values read,
-    one layer after another, so that a second copy of the model is never in
-    memory, nor the dense kernels of a packed one.
+    without values, its in-place changes are made again, and its entries are
+    compared with those of the file. Only then are the values read, one layer
+    after another. So there is never a second copy of the model in memory, nor
+    the dense kernels of a packed one.
 
-    A file can name only classes that Keras, KerasHub, `custom_objects` or a
-    registration know, and holds no code: layers that carry code, such as a
-    `Lambda` of a Python lambda, are refused. Do not load a file from a source
-    that you do not trust all the same: a config can ask for a model too large
-    for your machine.
+    A file holds no code. It can name only classes that Keras, KerasHub,
+    `custom_objects` or a registration know. Layers that carry code, such as a
+    `Lambda` of a Python lambda, are refused. Still, do not load a file from a
+    source that you do not trust: a config can ask for a model too large for
+    your machine.
 
     Args:
         filepath: String or path of the file.
-        custom_objects: Dict from name to class or function, those of the
+        custom_objects: Dict from name to class or function: objects of the
             model that are not registered. Defaults to none.
         verbose: As in `save_model`.
 
     Returns:
-        The model: not compiled, or as its class compiles it when made, where
-        that does not need a preprocessor that is not there.
+        The model. It is not compiled, unless its class compiles it when it is
+        made and does not need a missing preprocessor for that.
 
     Raises:
-        ValueError: If the file is not one of `save_model`, truncated or
+        ValueError: If `save_model` did not write the file, it is truncated or
             altered, or the model cannot be built. The message names the entry
             or the layer.
         OSError: If the file cannot be read.
