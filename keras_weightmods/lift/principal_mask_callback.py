@@ -27,43 +27,46 @@ from keras_weightmods.utils.progress import Progress
 class PrincipalMaskCallback(keras.callbacks.Callback):
     """Fine-tunes only the principal weights of each kernel.
 
-    LIFT (Low-rank Informed Sparse Fine-Tuning, arXiv 2506.00772): of each
-    kernel, the entries that are largest in its best approximation of low rank
-    are trained, and nothing else. They are chosen before the first step and
-    again every `refresh_every` updates; an entry that leaves keeps its value.
+    LIFT (Low-rank Informed Sparse Fine-Tuning, arXiv 2506.00772) trains few
+    entries of each kernel and nothing else. They are the largest entries of the
+    kernel's best low-rank approximation. They are chosen before the first step
+    and again every `refresh_every` updates. An entry that leaves the mask keeps
+    its value.
 
-    Where this package measured it, on SmolLM2-135M, it solved and forgot as
-    much as training all weights, in the MLP alone too, and as 5 % at random; a
-    LoRA of as many numbers solved as much, within the noise, and forgot more:
-    see its guide.
+    The guide to LIFT compares it with training all weights, random masks and
+    LoRA.
 
-    With `SparseAdamW` the optimizer's state is as small as the masks. Any
-    other Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the
-    model's optimizer after the training. A step is compiled once: a refresh
-    assigns to variables.
+    With `SparseAdamW` the optimizer's state is as small as the masks. Any other
+    Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the model's
+    optimizer after the training. A step is compiled once: a refresh assigns to
+    variables.
 
-    The masks are in the state of the optimizer, so a checkpoint holds them.
-    With `Checkpoint` behind this callback, a run that is resumed after a whole
-    epoch gives what it would have given without a stop, bit for bit, with
-    `Dropout` too. `BackupAndRestore` keeps no random numbers: behind this
-    callback it does so for models that draw none. To load the weights of a
-    checkpoint yourself, call `attach(model)` before. Continuing with another
-    `fit` continues with the masks.
+    The optimizer's state holds the masks, so a checkpoint holds them too. Put
+    `Checkpoint` behind this callback: a run that is resumed after a whole epoch
+    then equals an uninterrupted run bit for bit, with `Dropout` too.
+    `BackupAndRestore` keeps no random numbers. Behind this callback it does the
+    same only for models that draw none. To load the weights of a checkpoint
+    yourself, call `attach(model)` before. Another `fit` continues with the
+    masks.
 
-    At the end of each epoch this callback adds to the logs: `mask_density`,
-    the share of the entries of the kernels that is trained; `mask_changed`,
-    the mean share of it that was new at the refreshes of the epoch, 0 without
-    any; and `mask_seconds`, the time that these took, and at first that of the
-    choice before the first step. History and the progress
-    bar always show them. `CSVLogger`, `TensorBoard` and other callbacks see
-    them where they come after this one in the list. The attribute `refreshes`
-    lists all refreshes, with `step`, `changed` and `seconds`.
+    This callback adds three numbers to the logs at the end of each epoch:
 
-    All other weights are frozen during the training, but for those that
-    `also_train` names. Their flags are given back at its end, and on an error
-    or Ctrl-C in a step. After one elsewhere, in another callback for instance,
-    the next `fit` with this callback gives them back, or `detach(model)`. A
-    kernel so small that not one of its entries would be chosen is frozen, and
+    - `mask_density`: the share of the kernels' entries that is trained;
+    - `mask_changed`: the mean share of these that was new at the refreshes of
+      the epoch, 0 without any;
+    - `mask_seconds`: the time of these refreshes, and in the first epoch of the
+      first choice.
+
+    History and the progress bar always show them. `CSVLogger`, `TensorBoard`
+    and other callbacks see them if they come after this one in the list. The
+    attribute `refreshes` lists all refreshes, with `step`, `changed` and
+    `seconds`.
+
+    All other weights are frozen during the training, except those that
+    `also_train` names. Their trainable flags are restored at the end, and on an
+    error or Ctrl-C in a step. After an error elsewhere, in another callback for
+    instance, the next `fit` with this callback restores them, or
+    `detach(model)`. A kernel too small for a single chosen entry is frozen, and
     a warning names it.
 
     Args:
@@ -72,30 +75,29 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         rank: Int, in place of `density`: trains as many entries of each kernel
             as a LoRA of this rank has numbers, `(m + n) * rank` for m x n.
         filter_rank: Int, the rank of the approximation. Defaults to `rank`, or
-            to that of a LoRA with about as many numbers.
+            to the rank of a LoRA with about as many numbers.
         refresh_every: Int, the updates between two choices; `None` to choose
-            only once. Counts updates, not batches, where gradients are
-            accumulated; a step that comes due within one execution of several
-            (`steps_per_execution`) is made up for after it. Defaults to 200.
-        criterion: `"principal"`, or for comparison `"magnitude"`,
-            `"gradient"` (needs `data`) or `"random"`: drawn from `seed`, other
-            places in each kernel, and anew at each refresh. With
-            `refresh_every=None` `Patch.save` stores the seed in place of the
-            places. Defaults to `"principal"`.
+            only once. It counts updates, not batches, where gradients are
+            accumulated. If a refresh comes due within one execution of several
+            steps (`steps_per_execution`), it happens after it. Defaults to 200.
+        criterion: `"principal"`, or for comparison `"magnitude"`, `"gradient"`
+            (needs `data`) or `"random"`. `"random"` draws other places in each
+            kernel from `seed`, anew at each refresh. With `refresh_every=None`
+            `Patch.save` stores the seed instead of these places. Defaults to
+            `"principal"`.
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes. Defaults to all that it finds.
-        also_train: What is trained whole beside the masks, as a new head,
-            norms or biases (`modules_to_save` of peft): a regex searched for
-            in the paths of all trainable weights; a layer or a layer type,
-            for all weights inside of them; or a list of these. Kernels among
-            them have no mask. Defaults to `None`, for nothing.
-        seed: Int in [0, 2**31), of random choices; a run that is continued
-            keeps the one it began with. Defaults to one drawn with Python's
-            `random`, which `keras.utils.set_random_seed` governs.
-        keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
-            weights that were kept are trained, and it stays exactly 2:4.
-            Needed for kernels that `SemiStructuredSparse` constrains. Defaults
-            to `False`.
+        also_train: Weights to train whole beside the masks, such as a new head,
+            norms or biases (`modules_to_save` of peft): a regex searched for in
+            the paths of all trainable weights; a layer or a layer type, for all
+            weights inside of them; or a list of these. Kernels among them have
+            no mask. Defaults to `None`, for nothing.
+        seed: Int in [0, 2**31), of random choices. A continued run keeps its
+            first seed. By default Python's `random` draws one, which
+            `keras.utils.set_random_seed` governs.
+        keep_pattern: Bool, whether zeros stay zeros. A 2:4 model then trains
+            only its kept weights, and stays exactly 2:4. Kernels that
+            `SemiStructuredSparse` constrains need it. Defaults to `False`.
         method: As in `ops.principal_mask`. Defaults to `"auto"`.
         data: Pair `(x, y)` or triple with sample weights, one batch to take
             the gradients of the loss on, for `criterion="gradient"`.
@@ -103,11 +105,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     Raises:
         ValueError: For an argument outside the ranges above. When the training
             starts or `attach` is called, before anything is changed: if no
-            kernel is found, an element of `also_train` matches no trainable
-            weight, a kernel has fewer entries than are to be trained, is
+            kernel is found, or an element of `also_train` matches no trainable
+            weight. If a kernel has fewer entries than are to be trained, is
             reparameterized or not finite, or has a constraint other than
             `SemiStructuredSparse`, which would change more than the masked
-            entries; or if the optimizer is built for other variables.
+            entries. If the optimizer is built for other variables.
 
     Example:
 
@@ -173,12 +175,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._first_seconds = 0.0
 
     def attach(self, model: keras.Model) -> PrincipalMaskReport:
-        """Make a compiled model ready to train the masked entries alone.
+        """Prepare a compiled model to train the masked entries alone.
 
-        Called when `fit` begins. Call it yourself before a checkpoint with the
-        optimizer's state is loaded, or for a training loop of your own, which
-        has the masks of this moment then. Flags that an interrupted training
-        left are given back first.
+        `fit` calls this when it begins. Call it yourself before you load a
+        checkpoint with the optimizer's state, or for your own training loop.
+        The masks are then chosen from the present weights. Flags that an
+        interrupted training left are restored first.
 
         Args:
             model: A built and compiled Keras model.
@@ -205,13 +207,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             raise
 
     def detach(self, model: keras.Model | None = None) -> None:
-        """Give the trainable flags back; called when `fit` ends.
+        """Restore the trainable flags; called when `fit` ends.
 
-        Call it after a training loop of your own, and where another callback
-        has ended `fit` by an error.
+        Call it after your own training loop, and where another callback has
+        ended `fit` by an error.
 
         Args:
-            model: The model, which another callback may have been attached to.
+            model: The model, also one that another callback was attached to.
                 Defaults to the one that this callback was attached to last.
 
         Raises:

@@ -62,9 +62,8 @@ def pack(
 
     Layers that Keras has quantized (`model.quantize` in int8, int4, gptq or
     awq) keep their integers, less their zero points, where a format holds them.
-    Integers of fewer than 8 bits get bfloat16 scales. The report says so for
-    each. They are float layers from then on: `unpack` gives them the product of
-    integers and scales.
+    Integers of fewer than 8 bits get bfloat16 scales. The report names these
+    layers. `unpack` makes float layers of them.
 
     A packed 2:4 kernel holds its kept values and two bits for the place of
     each. It takes 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in
@@ -75,32 +74,27 @@ def pack(
     of 2:4, several times so on AVX2 and NEON.
 
     `pack` takes the kernels of Dense, EinsumDense, Conv1D to Conv3D (which then
-    multiply the patches of their input), separable convolutions, and the
-    experts of KerasHub's mixtures. It also takes layers that
-    `register_layer_kind` knows with their `call`. The layers multiply by the
-    packed arrays with `ops.sparse_matmul`.
+    multiply the patches of their input), separable convolutions, the experts of
+    KerasHub's mixtures, and layers that `register_layer_kind` knows with their
+    `call`. The layers multiply by the packed arrays with `ops.sparse_matmul`.
 
     Each layer stays the same object with the same name. Frozen weights replace
     its dense one: `kernel_values`, `kernel_meta` for a sparse kernel, and
     `kernel_scale` for integers. `layer.kernel` computes the dense kernel anew
-    each time.
+    each time. Bias, activation and LoRA work as before: `enable_lora` before or
+    after trains adapters on the packed base. `save_weights` and `load_weights`
+    work with the packed arrays. `save_model` saves the whole model.
 
-    Bias, activation and LoRA work as before: `enable_lora` before or after
-    trains adapters on the packed base. `save_weights` and `load_weights` work
-    with the packed arrays. `save_model` saves the whole model.
-
-    Where the compiled kernels are missing, a warning says so once. The layers
-    then hold the same rounded weights in dense form, and multiply by these. The
-    packed arrays are no weights then; they stay in the host's memory for a
-    file.
+    If the compiled kernels are missing, a warning says so once. The layers then
+    hold the same rounded weights in dense form. The packed arrays stay in the
+    host's memory for a file.
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
     devices as the weights are. Each device multiplies by its own part, and no
     weight is gathered. (GPUs hold the kernels dense then.)
 
-    Packing needs memory for the dense and the packed weights together for a
-    while. The state of a built optimizer belongs to weights that no longer
-    exist, so the model is left uncompiled then.
+    Packing holds the dense and the packed weights together for a while. If the
+    optimizer has been built, the model is left uncompiled.
 
     Args:
         model: A built `keras.Model`. It is changed.
@@ -147,10 +141,9 @@ def pack(
     Raises:
         ValueError: If nothing is to be rounded and a kernel is neither 2:4 nor
             on the grid of 2 to 6 bits, or holds integers of Keras that no
-            format holds. If a weight is not finite where integers are asked
-            for. If a weight is scaled (fold first). If there is nothing to
-            pack, or an argument is none of the above. The model is unchanged
-            then.
+            format holds. If a weight is scaled (fold first), or not finite
+            where integers are asked for. If there is nothing to pack, or an
+            argument is none of the above. The model is unchanged then.
 
     Example:
 

@@ -35,25 +35,26 @@ from keras_weightmods.utils.progress import Progress
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Patch:
-    """What is put on the weights of a model, and taken off bit for bit.
+    """A change of a model's weights that goes on and comes off bit for bit.
 
-    `Patch.from_models` makes one of a fine-tuned model and its base (a delta),
-    `Patch.from_lora` of a LoRA adapter, and `WeightSignature.extract` of models
-    trained on clean and on corrupted data. `Patch.load` reads any of them.
+    `Patch.from_models` makes one from a fine-tuned model and its base (a
+    delta), and `Patch.from_lora` from a LoRA adapter. `WeightSignature.extract`
+    makes one from models trained on clean and on corrupted data. `Patch.load`
+    reads any of them.
 
     Several patches can be on a model at once. A patched weight is always
-    computed anew, `clean + sum of scale * change` in float32 (float64 for
-    float64), rounded once, from its clean values, which are kept in memory.
-    So the order of the calls leaves no trace: equal patches give equal
-    weights, and without the last one the model is the clean one bit for bit.
-    Clean values are kept of patched weights alone; if only deltas change a
-    weight, of the entries that they change.
+    computed anew from its clean values, which are kept in memory. It is
+    `clean + sum of scale * change` in float32 (float64 for float64), rounded
+    once. So the order of the calls leaves no trace. Equal patches give equal
+    weights, and without the last patch the model is the clean one bit for bit.
+    Only patched weights keep clean values; if only deltas change a weight, only
+    the changed entries do.
 
-    What is on a model is known in this process alone: a saved model has the
-    patched weights and no memory of the clean ones. Weights that something
-    else has changed since, such as training, are found by comparing every
-    bit, and reported as an error. Threads change a model one after the other.
-    An error or Ctrl-C leaves a model as before the call or as after it.
+    Only this process knows which patches are on a model. A saved model has the
+    patched weights and no memory of the clean ones. If something else has
+    changed the weights since, such as training, a comparison of every bit finds
+    it, and an error reports it. Threads change a model one after the other. An
+    error or Ctrl-C leaves a model as before the call or as after it.
 
     Attributes:
         entries: Tuple of `PatchEntry`, one for each weight that it changes, in
@@ -61,10 +62,10 @@ class Patch:
         architecture: Tuple of `WeightInfo`, all weights of the model.
         method: String, how it was made.
         name: String or None, what it is called in reports.
-        base: String, the SHA-256 of the weights that a delta goes onto, those
-            of `whole` apart; `None` in a signature, which goes onto any.
+        base: String, the SHA-256 of the base weights that a delta fits, those
+            of `whole` apart; `None` in a signature, which fits any.
         whole: Tuple of ints, the positions of weights that are replaced as a
-            whole, whatever they are in the base.
+            whole, whatever the base has there.
 
     Example:
 
@@ -120,35 +121,39 @@ class Patch:
         name: str | None = None,
         verbose: int = 1,
     ) -> "Patch":
-        """Return what is different in a model from the one it was trained from.
+        """Return the difference between a model and its base.
 
-        The patch, a delta, holds for each weight the places of the entries
-        that differ and the differences. `save` stores a place in less than 6
-        bits at a density of 5 %, and a bfloat16 difference in about 10.5, by an
-        entropy coder. Places that `PrincipalMaskCallback(criterion="random")`
-        drew once are not stored but drawn again from their seed, if `model` has
-        the optimizer that it was trained with; then all of these entries are
-        stored. The patch is bound to the base by a hash of all its weights.
-        A delta of a model with companders is one of what they store, and goes
-        onto models with the same ones alone; call `fold` first for one of
-        plain weights.
+        The patch, a delta, holds for each weight the places of the entries that
+        differ and the differences. An entropy coder in `save` stores a place in
+        less than 6 bits at a density of 5 %, and a bfloat16 difference in about
+        10.5.
+
+        `PrincipalMaskCallback(criterion="random")` can draw the places once.
+        Such places are not stored but drawn again from their seed, if `model`
+        has the optimizer that it was trained with. All of these entries are
+        then stored.
+
+        The patch is bound to the base by a hash of all its weights. With
+        companders, the patch is the delta of the stored weights, and fits only
+        models with the same companders. Call `fold` first for a delta of plain
+        weights.
 
         Args:
             model: A built Keras model.
             base: What it was before: a model, or the list that
                 `model.get_weights()` returned then.
-            dtype: `"bfloat16"` or `"float32"`, of the differences. `None`
-                stores no differences but the new values of these entries, in
-                the type of the weight: at scale 1, and where no other patch
-                changes the entry, they give the model bit for bit. Differences,
-                in float32 too, are rounded. Defaults to `"bfloat16"`, with an
-                error of at most 2^-9 of the difference.
-            whole: Weights that are stored with all their values, exactly, as
-                they are no part of a base that others have: a new head. They
-                may be others in the model that gets the patch, which replaces
-                them. A regex searched for in the paths; a layer of `model` or
-                a layer type, for all weights inside of them; or a list of
-                these. Defaults to `None`, for none.
+            dtype: `"bfloat16"` or `"float32"`, the type of the differences.
+                `None` stores the new values of these entries instead, in the
+                type of the weight. At scale 1, and where no other patch changes
+                the entry, they give the model bit for bit. Differences are
+                rounded, in float32 too. Defaults to `"bfloat16"`, with an error
+                of at most 2^-9 of the difference.
+            whole: Weights that are stored exactly, with all their values,
+                because others' bases do not have them: a new head. The patch
+                replaces them in the model that gets it, where they may differ.
+                A regex searched for in the paths; a layer of `model` or a layer
+                type, for all weights inside of them; or a list of these.
+                Defaults to `None`, for none.
             name: String, what to call it in reports. A patch without one takes
                 the name of its file.
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
@@ -158,10 +163,10 @@ class Patch:
             A `Patch`.
 
         Raises:
-            ValueError: If the two have other weights or companders, differ in
-                nothing, in weights that are no floats or by what is not
-                finite; all problems are listed. If an element of `whole`
-                matches no weight.
+            ValueError: If the two have other weights or companders, or do not
+                differ. If they differ in weights that are not floats, or by
+                values that are not finite. All problems are listed. If an
+                element of `whole` matches no weight.
         """
         checks.check_string("name", name, optional=True)
         fields = delta.differences(model, base, dtype, whole, verbose)
@@ -184,8 +189,8 @@ class Patch:
         Args:
             model: A KerasHub model or backbone, the base of the adapter,
                 without patches. It is not changed.
-            lora: String or path, of a folder of peft. KerasHub reads its own
-                files: `load_lora_weights`, then `kwm.merge_lora`, and
+            lora: String or path of a folder of peft. For KerasHub's own files
+                use `load_lora_weights`, then `kwm.merge_lora` and
                 `from_models`.
             dtype: As in `from_models`.
             name: As in `from_models`. Defaults to the name of the folder.
@@ -195,10 +200,10 @@ class Patch:
             A `Patch`.
 
         Raises:
-            ValueError: If `lora` is no adapter of this model, has factors of
-                another rank than its config says, or is one of peft that is
-                more than `alpha / rank * B A` over its base, as DoRA, PiSSA or
-                OLoRA.
+            ValueError: If `lora` is not an adapter of this model, or has
+                factors of another rank than its config says. If it is an
+                adapter of peft that is more than `alpha / rank * B A` over its
+                base, such as DoRA, PiSSA or OLoRA.
 
         Example:
 
@@ -232,19 +237,19 @@ class Patch:
         overwrite: bool = True,
         verbose: int = 1,
     ) -> LoraReport:
-        """Write the patch as a LoRA adapter of peft, the nearest of a rank.
+        """Write the patch as the nearest LoRA adapter of peft of a rank.
 
         The change D of each kernel becomes the product of two factors (LoRA,
-        arXiv 2106.09685, equation 3) by its truncated singular value
-        decomposition, the best approximation of that rank. A change by LIFT
-        is of high rank: the report says what is lost. What an adapter cannot
-        hold, biases and norms for instance, is left out with a warning.
+        arXiv 2106.09685, equation 3). They come from its truncated singular
+        value decomposition, the best approximation of that rank. A change by
+        LIFT is of high rank: the report gives the loss. Changes that an adapter
+        cannot hold, such as biases and norms, are left out with a warning.
 
         The adapter is a folder with `adapter_model.safetensors` and
         `adapter_config.json`, for the model that
         `kwm.export(model, path, "transformers")` writes. Kernels that
-        transformers holds as a part of a tensor, as GPT-2's query, are left
-        out.
+        transformers holds as a part of a tensor, such as GPT-2's query, are
+        left out.
 
         Args:
             model: A KerasHub model or backbone, the base of the patch, without
@@ -262,9 +267,9 @@ class Patch:
             A `LoraReport`.
 
         Raises:
-            ValueError: If an argument is not as above, the patch is not one
-                for this model, or none of its changes can be in an adapter.
-                Nothing is written then.
+            ValueError: If an argument is not as above, the patch does not fit
+                this model, or an adapter can hold none of its changes. Nothing
+                is written then.
             FileExistsError: If there is one and `overwrite` is `False`.
         """
         path = adapters.check_arguments(filepath, rank, overwrite)
@@ -278,7 +283,7 @@ class Patch:
 
     @classmethod
     def load(cls, filepath: Any, verbose: int = 1) -> Self:
-        """Read a patch that `save` has written, of whichever kind.
+        """Read a patch of any kind that `save` has written.
 
         Args:
             filepath: String or path.
@@ -312,16 +317,15 @@ class Patch:
 
         Args:
             filepath: String or path. `.safetensors` is the usual ending.
-            overwrite: Bool, whether a file that exists is replaced, which
-                happens at once when the new one is complete. Defaults to
-                `True`.
+            overwrite: Bool, whether to replace an existing file, which happens
+                at once when the new one is complete. Defaults to `True`.
             verbose: As in `from_models`.
 
         Returns:
             A `PatchContentsReport`.
 
         Raises:
-            ValueError: If `filepath` is no place for a file.
+            ValueError: If no file can be written at `filepath`.
             FileExistsError: If it exists and `overwrite` is `False`.
         """
         path = checks.check_path("filepath", filepath)
@@ -343,25 +347,25 @@ class Patch:
         The optimizer's state is not changed.
 
         Args:
-            model: A built Keras model: for a delta its base, for a signature
-                any of the architecture, trained on whatever data; the sizes of
-                the weights that are not patched may differ. Or a list as from
-                `model.get_weights()`.
-            scale: Float, the strength. Defaults to 1. Where the patch is on
-                the model already, it has this scale from then on.
+            model: A built Keras model: for a delta its base; for a signature
+                any model of the architecture, whatever its training data. The
+                sizes of weights that are not patched may differ. Or a list as
+                from `model.get_weights()`.
+            scale: Float, the strength. A patch that is on the model already
+                gets this scale. Defaults to 1.
             force: Bool, whether to put a delta on another base model with
                 weights of the same shapes. Defaults to `False`.
             verbose: As in `from_models`.
 
         Returns:
-            A `PatchReport`. For a list, a new list of arrays instead; the one
-            given and its arrays are not changed.
+            A `PatchReport`. For a list it returns a new list of arrays instead,
+            and does not change the given ones.
 
         Raises:
-            ValueError: If the model is not the base of a delta or does not fit
-                (architecture, names, shapes, dtypes, companders: all that is
-                wrong is listed), weights were changed since they were patched,
-                or the result is not finite. The model is unchanged then.
+            ValueError: If the model is not the base of a delta or does not fit.
+                All differences are listed: architecture, names, shapes, dtypes,
+                companders. If weights were changed since they were patched, or
+                the result is not finite. The model is unchanged then.
         """
         scale = checks.check_float("scale", scale)
         checks.check_bool("force", force)
@@ -385,16 +389,16 @@ class Patch:
     ) -> PatchReport:
         """Take the patch off a model again.
 
-        With the last patch gone the weights are the clean ones, bit for bit.
+        Without its last patch, the model has the clean weights, bit for bit.
 
         Args:
             model: A model that `apply` has patched in this process.
             force: Bool, whether to take it off weights that were changed since
-                they were patched, by training for instance. It is subtracted
-                from them, which is no return to the clean model; in a weight
-                that deltas alone change, the clean values are put back at
-                their places. Statistics that were changed are left as they
-                are. Defaults to `False`.
+                they were patched, by training for instance. The patch is then
+                subtracted from them, which does not restore the clean model.
+                Where only deltas change a weight, its clean values are put back
+                at their places. Changed statistics are left as they are.
+                Defaults to `False`.
             verbose: As in `from_models`.
 
         Returns:
@@ -424,10 +428,10 @@ class Patch:
 
     @contextlib.contextmanager
     def applied(self, model: Any, scale: float = 1.0) -> Iterator[PatchReport]:
-        """Have the patch on a model within a `with` block.
+        """Keep the patch on a model within a `with` block.
 
-        Where it cannot be taken off after an error in the block, it stays, and
-        a note on that error says so.
+        If the patch cannot be taken off after an error in the block, it stays,
+        and a note on that error says so.
 
         Args:
             model: As in `apply`.
@@ -465,8 +469,8 @@ class Patch:
             A `PatchReport`.
 
         Raises:
-            ValueError: If the model does not fit or has patches on it, or what
-                was there before is not known from the patch: new values
+            ValueError: If the model does not fit or has patches on it. If the
+                patch does not tell the values before it: new values
                 (`dtype=None`, `whole`), or statistics that are replaced as a
                 whole. The model is unchanged then.
         """
@@ -489,7 +493,7 @@ class Patch:
 
     @staticmethod
     def clear(model: Any, *, force: bool = False) -> PatchReport:
-        """Take all patches off a model, or none if one of them cannot be.
+        """Take all patches off a model, or none if one of them has to stay.
 
         Args:
             model: A built Keras model.
@@ -512,7 +516,7 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Int, the bytes of the numbers, in a signature packed codes."""
+        """Int, the bytes of the numbers, packed ones in a signature."""
         return sum(entry.tensor.nbytes for entry in self.entries)
 
     @property
@@ -522,7 +526,7 @@ class Patch:
 
     @functools.cached_property
     def digest(self) -> str:
-        """String, the SHA-256 of all that the patch does."""
+        """String, the SHA-256 of all changes in the patch."""
         found = hashlib.sha256()
         for entry in self:
             kind = type(entry.tensor).__name__

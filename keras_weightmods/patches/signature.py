@@ -23,10 +23,10 @@ _MISMATCH = "The checkpoints do not match:"
 class WeightSignature(Patch):
     """A `Patch` that makes a model robust against a corruption of its inputs.
 
-    Made by `extract`, `load`, `sum`, or arithmetic: `a + b`, `a - b`, `2 * a`,
-    `a / 2`, `-a`. It goes onto any model of the architecture. A signature is
-    immutable; its tensors are NumPy arrays in float32, or integers after
-    `quantize`. Combining quantized signatures gives one in float32.
+    Make one with `extract`, `load` or `sum`, or by arithmetic: `a + b`,
+    `a - b`, `2 * a`, `a / 2`, `-a`. It fits any model of the architecture. A
+    signature is immutable. Its tensors are NumPy arrays in float32, or integers
+    after `quantize`. Combinations of quantized signatures are in float32.
 
     The robust weight signature of a corruption c (RWS, arXiv 2302.12480) is,
     tensor by tensor,
@@ -82,16 +82,17 @@ class WeightSignature(Patch):
         like: Any = None,
         verbose: int = 1,
     ) -> Self:
-        """Return what leads from a clean checkpoint to a robust one.
+        """Return the change that leads from a clean checkpoint to a robust one.
 
         Each checkpoint is a built Keras model, or the list that its
-        `get_weights()` returns; all three have one architecture and share
-        their start. A weight that clean training did not move keeps its whole
-        d_c. Weight and bias of a layer are two tensors, and so are gamma and
-        beta of a normalization. For models with companders it holds what
-        these store, and goes onto models with the same ones alone. Models with
-        LoRA are refused: call `merge_lora` first. So are models that Keras has
-        quantized.
+        `get_weights()` returns. All three have one architecture and share their
+        start. A weight that clean training did not move keeps its whole d_c.
+        Weight and bias of a layer are two tensors, and so are gamma and beta of
+        a normalization.
+
+        With companders, the signature holds the stored weights, and fits only
+        models with the same companders. Models with LoRA are refused: call
+        `merge_lora` first. Models that Keras has quantized are refused too.
 
         Args:
             init: The checkpoint from which both trainings started. `None`
@@ -100,21 +101,21 @@ class WeightSignature(Patch):
             clean: The checkpoint trained on clean data.
             robust: The one trained in the same way on corrupted data.
             depth: Int, how many of the shallowest layers with a kernel are
-                taken, in the order of execution. A layer without a kernel,
-                such as a normalization, goes with the one that runs before it.
+                taken, in the order of execution. A layer without a kernel, such
+                as a normalization, goes with the one that runs before it.
                 Defaults to 7, the paper's choice for VGG-16, or to all where
                 there are fewer.
             targets: Instead of `depth`: a regex searched for in the paths of
                 all weights; a layer or a layer type, for all weights inside of
                 them; or a list of these.
             statistics: What happens to the moving mean and variance of the
-                batch normalizations taken, which the robust weights were
-                trained with: `"average"` goes half of the way to the robust
-                checkpoint's at scale 1, `"replace"` all of it, `"keep"`
-                never touches them. They are no differences: on any model
-                they lead to the robust checkpoint's statistics. Shares of
-                several patches, or of a large scale, that sum to more than 1
-                are divided by their sum, so that the statistics stay between
+                batch normalizations taken: `"average"` goes half of the way to
+                the robust checkpoint's statistics at scale 1, `"replace"` all
+                of it, `"keep"` leaves them alone. The robust weights were
+                trained with these statistics. They are not differences: on any
+                model they lead to the robust checkpoint's statistics. Where the
+                shares of several patches, or of a large scale, sum to more than
+                1, they are divided by their sum. So the statistics stay between
                 the clean and the robust ones. Defaults to `"average"`.
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
@@ -126,9 +127,9 @@ class WeightSignature(Patch):
             A `WeightSignature`.
 
         Raises:
-            ValueError: If the arguments are wrong, listing all that is wrong
-                with the checkpoints at once: number, names, shapes, dtypes,
-                companders, and values that are not finite.
+            ValueError: If an argument is wrong. All problems of the checkpoints
+                are listed at once: number, names, shapes, dtypes, companders,
+                and values that are not finite.
 
         Example:
 
@@ -264,12 +265,12 @@ class WeightSignature(Patch):
         seed: int = 0,
         verbose: int = 1,
     ) -> "WeightSignature":
-        """Make one signature of several of the same architecture.
+        """Combine several signatures of one architecture into one.
 
-        Where a signature has nothing for a weight that another one has, it
-        counts as zero. Batch-norm statistics are always summed with the
-        weights, or averaged where the method takes a mean; where their shares
-        sum to more than 1, the model gets their mean.
+        If a signature lacks a weight that another one has, it counts as zero.
+        Batch-norm statistics are always summed with the weights, or averaged
+        where the method takes a mean. Where their shares sum to more than 1,
+        the model gets their mean.
 
         Args:
             signatures: List of `WeightSignature`.
@@ -296,7 +297,7 @@ class WeightSignature(Patch):
 
         Raises:
             ValueError: If an argument is wrong or not for the method, or the
-                signatures are not of one architecture; all mismatches are
+                signatures have different architectures. All mismatches are
                 listed.
 
         Example:
@@ -348,8 +349,8 @@ class WeightSignature(Patch):
     def quantize(self, bits: int = 8, verbose: int = 1) -> Self:
         """Return the signature in integers of `bits` bits.
 
-        Symmetric around zero. Statistics stay in float32: small variances
-        would become zero.
+        The integers are symmetric around zero. Statistics stay in float32,
+        because small variances would become zero.
 
         Args:
             bits: 8, 4 or 2; 4 and 2 are packed into bytes, also in files.
@@ -374,10 +375,10 @@ class WeightSignature(Patch):
         return self.with_entries(entries)
 
     def cosine_similarity(self, other: "WeightSignature") -> float:
-        """Return how far two signatures point in one direction, in [-1, 1].
+        """Return the cosine similarity of two signatures, in [-1, 1].
 
-        Over all weights but statistics. Where only one of them has a weight,
-        the other counts as zero there; with a zero, the similarity is 0.
+        It covers all weights but statistics. A weight that only one of them has
+        counts as zero in the other. A signature of zeros has the similarity 0.
 
         Args:
             other: A `WeightSignature` of the same architecture.
@@ -393,7 +394,7 @@ class WeightSignature(Patch):
         return combine.cosine_similarity(self, other)
 
     def with_entries(self, entries: Any, **fields: Any) -> Self:
-        """Return the same with other entries."""
+        """Return the same signature with other entries."""
         return dataclasses.replace(self, entries=tuple(entries), **fields)
 
     def __add__(self, other: "WeightSignature") -> "WeightSignature":

@@ -84,27 +84,27 @@ def attach_compander(
 ) -> seam.ReparameterizationReport:
     """Train the kernels of a model through a compander, w = a f(v / b).
 
-    Weight Compander (arXiv 2306.16993): the layers store v and compute with w,
-    which keeps weights from growing large. Each kernel becomes the v that
-    gives it, so the model computes what it did. Train it, then call
+    With Weight Compander (arXiv 2306.16993) the layers store v and compute with
+    w, which keeps weights from growing large. Each kernel becomes the v that
+    gives it, so the model's outputs do not change. Train it, then call
     `fold(model)`. The layer's `kernel` is w: its call, regularizer and
     constraint see w, and LoRA adds to it.
 
     With `learnable` every kernel has a pair (a, b) of its own, which stays
-    positive under any optimizer. By `benchmarks/compander_quality.py` it does
-    worse than fixed pairs more often than better, so it is not the default.
-    The paper's grid for fixed pairs is 0.5 to 1 for both; with b = a the slope
-    at zero is 1, and a learning rate means what it does without the compander.
+    positive under any optimizer. In `benchmarks/compander_quality.py` it does
+    worse than fixed pairs more often than better, so it is not the default. The
+    paper's grid for fixed pairs is 0.5 to 1 for both. With b = a the slope at
+    zero is 1, so the learning rate keeps its usual meaning.
 
-    Weight decay should act on w for fixed pairs, on v alone for learnable
-    ones, and never on a and b. `CompanderOptimizer` sees to it. A bare
-    Keras optimizer decays v, and the raw pairs as well unless told
-    `optimizer.exclude_from_weight_decay(var_names=["kernel_compander"])`; for
-    fixed pairs take `kernel_regularizer=keras.regularizers.L2(...)` with it.
+    Weight decay should act on w for fixed pairs, on v alone for learnable ones,
+    and never on a and b. `CompanderOptimizer` takes care of this. A bare Keras
+    optimizer decays v, and also the raw pairs unless told
+    `optimizer.exclude_from_weight_decay(var_names=["kernel_compander"])`. For
+    fixed pairs use `kernel_regularizer=keras.regularizers.L2(...)` with it.
 
-    Checkpoints by `save_weights` hold v and the pairs, and load only into a
-    model companded in the same way. `save`, `keras.models.clone_model` and
-    `quantize` want `fold` first.
+    `save_weights` stores v and the pairs in its checkpoints, which load only
+    into a model companded in the same way. Call `fold` before `save`,
+    `keras.models.clone_model` and `quantize`.
 
     Args:
         model: A built Keras model; give the outermost one that you train.
@@ -119,12 +119,12 @@ def attach_compander(
         out_of_range: What to do with a kernel that has weights beyond 0.99 of
             the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
             kernel, or `"clip"` the weights, which changes the model. The report
-            counts them. Defaults to `"raise_a"`.
+            counts these weights. Defaults to `"raise_a"`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
     Returns:
-        A `ReparameterizationReport` of `CompandedKernel`s; their `a` and `b`
+        A `ReparameterizationReport` of `CompandedKernel`s, whose `a` and `b`
         follow the training.
 
     Raises:

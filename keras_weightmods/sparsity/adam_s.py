@@ -36,14 +36,13 @@ _SETTINGS = (
 class AdamS(keras.optimizers.Optimizer):
     r"""Adam that trains kernels into an N:M sparse pattern.
 
-    Implements algorithm 1 of CAST (Continuous Adaptive Sparse Trainer,
-    arXiv 2509.25996, equations 6-8). The forward pass stays dense; a mask
-    only decides which weights are pulled to zero. For a sparsified kernel
-    `w`, at step `t = 0, 1, ..., total_steps - 1` with gradient `g`:
+    Implements algorithm 1 of CAST (Continuous Adaptive Sparse Trainer, arXiv
+    2509.25996, equations 6-8). The forward pass stays dense; a mask only
+    decides which weights are pulled to zero. For a sparsified kernel `w`, at
+    step `t = 0, 1, ..., total_steps - 1` with gradient `g`:
 
-    - every `mask_every` steps, before the update, the mask is set: True for
-      the `n` largest magnitudes in each group of `m` along the contraction
-      axes;
+    - every `mask_every` steps, before the update, the mask is set: True for the
+      `n` largest magnitudes in each group of `m` along the contraction axes;
     - `mu = beta_1 * mu + (1 - beta_1) * g`;
     - `a = min(1, t / (ramp * total_steps))`;
     - `mixed = mu` where kept, `(1 - a) * mu + a * l1 * sign(w)` elsewhere;
@@ -51,23 +50,22 @@ class AdamS(keras.optimizers.Optimizer):
     - `w -= lr * (mixed / (1 - beta_1**(t + 1)))
       / (sqrt(v / (1 - beta_2**(t + 1))) + epsilon)`.
 
-    As published, `v` of a sparsified kernel is of `mixed`, for kept weights
-    too. All other variables take the steps of `keras.optimizers.Adam`, with
-    `v` of the gradient. The state is Adam's and one bit for each sparsified
-    weight. For weights stored in 16 bits (a model of dtype `"bfloat16"`) it is
-    in float32, and holds what each weight was before it was rounded: 12 bytes
-    a weight.
+    The paper computes `v` of a sparsified kernel from `mixed`, for kept weights
+    too. All other variables take the steps of `keras.optimizers.Adam`, with `v`
+    of the gradient. The state is Adam's and one bit for each sparsified weight.
+    Weights stored in 16 bits (a model of dtype `"bfloat16"`) have state in
+    float32, which includes each weight before it was rounded: 12 bytes a
+    weight.
 
-    With `decay="published"` a masked weight travels at most
-    `sum(lr * a)` over the run; a short run cannot bring it to zero, and the
-    optimizer warns when it is built. With `decay="relative"` the pull is
-    scaled to arrive: `mixed = (1 - a) * mu` for a masked weight, and after
-    the step the weight is multiplied by `(1 - a_next) / (1 - a)`, where
-    `a_next` is the ramp one step on. Whatever the learning rate, what was
-    masked from the start shrinks linearly and is exactly zero when the ramp
-    is done.
+    With `decay="published"` a masked weight travels at most `sum(lr * a)` over
+    the run. A short run cannot bring it to zero, and the optimizer warns when
+    it is built. With `decay="relative"` the pull is scaled to arrive. A masked
+    weight then has `mixed = (1 - a) * mu`. After the step it is multiplied by
+    `(1 - a_next) / (1 - a)`, where `a_next` is the ramp one step on. A weight
+    that is masked from the start shrinks linearly, whatever the learning rate,
+    and is exactly zero when the ramp is done.
 
-    After the last step prune with the last mask: `AdamS.prune()`, or train
+    After the last step prune with the last mask: call `AdamS.prune()`, or train
     through `CAST`, whose `finalize()` does it.
 
     Args:
@@ -93,16 +91,16 @@ class AdamS(keras.optimizers.Optimizer):
             gradient of each kernel over the first 10 steps. Used by
             `decay="published"` only. Defaults to `"auto"`.
         l1_scale: Float, the factor of `l1="auto"`. Defaults to `0.5`.
-        ramp: Float in [0, 1], the share of the run in which `a` reaches 1.
-            With 0, for `decay="relative"` only, what is masked is zero from
-            the first step on, and as zeros rank last the mask stays: a
-            training under the fixed mask of a model that is sparse already.
-            Defaults to `1.0`.
+        ramp: Float in [0, 1], the share of the run in which `a` reaches 1. With
+            0, for `decay="relative"` only, masked weights are zero from the
+            first step on. Zeros rank last, so the mask stays: this trains a
+            model that is already sparse under its fixed mask. Defaults to
+            `1.0`.
         decay: `"published"` or `"relative"`. Defaults to `"published"`.
-        criterion: What ranks the weights of a group: `"magnitude"` for `|w|`,
-            or `"wanda"` for `|w|` times the importance of its input, which is
-            set with `set_importance` and in Wanda's score is the norm of that
-            input. Defaults to `"magnitude"`.
+        criterion: How to rank the weights of a group: `"magnitude"` by `|w|`,
+            or `"wanda"` by `|w|` times the importance of its input. Set the
+            importance with `set_importance`; Wanda's score takes the norm of
+            that input. Defaults to `"magnitude"`.
         mask_every: Int, steps between two masks. Defaults to `10`.
         beta_1: Float. Defaults to `0.9`.
         beta_2: Float. Defaults to `0.999`.
@@ -338,17 +336,17 @@ class AdamS(keras.optimizers.Optimizer):
         """Set the masked weights of the built variables to zero.
 
         Uses the last mask, as CAST does at the end of training. Call it once
-        the training is done: a warning says how much it cuts that is not zero
-        by then. With loss scaling (`mixed_float16`) the model's optimizer is a
-        `LossScaleOptimizer` around this one:
-        `model.optimizer.inner_optimizer.prune()`.
+        the training is done. A warning says how much of the weights it cuts, if
+        they are not near zero yet. With loss scaling (`mixed_float16`) the
+        model's optimizer is a `LossScaleOptimizer` around this one. Call
+        `model.optimizer.inner_optimizer.prune()` then.
 
         Returns:
             A `ChangeReport`; its keys count the variables of the optimizer.
 
         Raises:
-            ValueError: If no step was taken yet, so that there is no mask,
-                or the training made NaN. The weights are unchanged then.
+            ValueError: If there is no mask because no step was taken yet, or
+                the training gave NaN. The weights are unchanged then.
         """
         state = self.sparsified_state
         if not int(ops.convert_to_numpy(self.iterations)):
@@ -411,10 +409,10 @@ class AdamS(keras.optimizers.Optimizer):
         """Set the importance of the inputs, for `criterion="wanda"`.
 
         Args:
-            importance: A list with, for each of `sparsified`, an array of
-                shape `(K,)`, K being the size of its flattened contraction
-                axes. Entries must be finite and not negative, and those of a
-                kernel not all 0, which ranks nothing.
+            importance: A list with one array for each of `sparsified`, of shape
+                `(K,)`, where K is the size of its flattened contraction axes.
+                Entries must be finite and not negative. The entries of a kernel
+                must not all be 0, which ranks nothing.
 
         Raises:
             ValueError: If the list does not fit, or the optimizer was made
@@ -447,7 +445,8 @@ class AdamS(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Restore the state; check all of it before writing any.
 
-        Nothing, with Keras' warning, of an optimizer saved unbuilt.
+        An optimizer that was saved unbuilt restores nothing, with Keras'
+        warning.
         """
         stored = {key: np.shape(store[key]) for key in list(store.keys())}
         own = {str(i): tuple(v.shape) for i, v in enumerate(self.variables)}

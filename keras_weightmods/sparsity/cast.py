@@ -27,35 +27,36 @@ from keras_weightmods.utils.progress import Progress, Waiting
 
 
 class CAST(LogitsDistiller):
-    """Train a model into exact N:M sparsity, its dense self as the teacher.
+    """Train a model to exact N:M sparsity, with its dense self as the teacher.
 
-    Continuous Adaptive Sparse Trainer (arXiv 2509.25996): the `AdamS`
-    optimizer pulls the weights outside a changing mask to zero, learnable
-    scales restore the magnitude that takes away (equations 11-12), and the
-    dense start teaches the model while it gets sparse (equation 13):
+    Continuous Adaptive Sparse Trainer (arXiv 2509.25996) has three parts. The
+    `AdamS` optimizer pulls the weights outside a changing mask to zero.
+    Learnable scales restore the magnitude that this takes away (equations
+    11-12). The dense model at the start teaches the model while it gets sparse
+    (equation 13):
 
     `loss = eta * KL(teacher || student) + (1 - eta) * cross-entropy`
 
-    Usage is `compile`, `fit`, `finalize`. The model itself is trained, in
-    place; `finalize` returns it as a plain model. One that was trained before
-    is left uncompiled, as its optimizer has state of another training.
+    Call `compile`, `fit` and `finalize`. CAST trains the model itself, in
+    place, and `finalize` returns it as a plain model. A model that was trained
+    before is left uncompiled, as its optimizer has state of another training.
 
-    The weights arrive in the pattern at the end of the run: do not stop it
-    early. To fit the finished model again as it is loses the pattern, unless
+    The weights reach the pattern at the end of the run: do not stop it early. A
+    further `fit` of the finished model loses the pattern, unless
     `SemiStructuredSparse.attach(model, pattern, frozen=True)` holds it.
 
-    With `Checkpoint` among the callbacks, a run that was interrupted goes on
-    after its last whole epoch by running the same program again. The files of
-    Keras serve too: make and compile a `CAST` in the same way, load into it by
-    `load_weights` what `save_weights` wrote, and `fit` with the same `epochs`
-    and with `initial_epoch`. `keras.callbacks.BackupAndRestore` does this by
-    itself. After a save within an epoch, first `fit` the batches that remain
-    of it; `BackupAndRestore(save_freq=...)` trains on all of them again.
+    With `Checkpoint` among the callbacks, run an interrupted program again, and
+    it continues after its last whole epoch. The files of Keras work too: make
+    and compile a `CAST` in the same way, and load what `save_weights` wrote by
+    `load_weights`. Then `fit` with the same `epochs` and with `initial_epoch`.
+    `keras.callbacks.BackupAndRestore` does this by itself. After a save within
+    an epoch, first `fit` the rest of its batches.
+    `BackupAndRestore(save_freq=...)` trains on all of them again.
 
     The file holds the model with its scales and the seeds of its layers, the
-    teacher, the optimizer with its masks and the length of the run. Given the
+    teacher, the optimizer with its masks, and the length of the run. With the
     same batches (`shuffle=False`, or a dataset with its own seed) the weights
-    are bit for bit those of a run that was not interrupted.
+    equal those of an uninterrupted run, bit for bit.
 
     Args:
         model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
@@ -66,17 +67,19 @@ class CAST(LogitsDistiller):
             `keras.Model` with the same inputs and outputs, or `None` to train
             without distillation. Outputs are taken as logits.
             Defaults to `"self"`.
-        targets: The kernels that get sparse: `Targets`, or what `include=` of
-            `find_targets` takes. Defaults to `None`, for all of them.
-        distillation_weight: Float in [0, 1], eta. Defaults to `1/3`.
-        temperature: Float > 0, of the distillation. Defaults to `1.0`.
+        targets: The kernels that become sparse: `Targets`, or what `include=`
+            of `find_targets` takes. Defaults to `None`, for all of them.
+        distillation_weight: Float in [0, 1], eta in the formula. Defaults to
+            `1/3`.
+        temperature: Float > 0, the temperature of the distillation. Defaults to
+            `1.0`.
         scaling_groups: Int, learnable scales for each output unit; `0` for
             none. Defaults to `2`.
         init: `"dense"` to begin with the model as it is; or `"magnitude"`,
-            `"wanda"` or `"sparsegpt"`, a criterion of `sparsify` that makes the
-            model sparse in one shot when `fit` begins, on the first rows of
-            its data. The default optimizer then trains under the mask of
-            that start; the teacher is the dense model still. Defaults to
+            `"wanda"` or `"sparsegpt"`, a criterion of `sparsify`. The criterion
+            makes the model sparse in one shot when `fit` begins, on the first
+            rows of its data. The default optimizer then trains under the mask
+            of that start. The teacher is still the dense model. Defaults to
             `"dense"`.
         init_refine: As `refine` of `sparsify`, for a one-shot start. With
             `"blocks"` the default learning rate is lower. Defaults to `None`.
@@ -88,7 +91,7 @@ class CAST(LogitsDistiller):
         name: Defaults to `"cast"`.
 
     Attributes:
-        targets: `Targets`, the kernels that get sparse; its `skipped` lists
+        targets: `Targets`, the kernels that become sparse. Its `skipped` lists
             what stays dense, with reasons.
         teacher_bytes: Int, the memory of the teacher's weights.
         init_report: The `SparsifyReport` of the one-shot start, once `fit`
@@ -215,14 +218,14 @@ class CAST(LogitsDistiller):
         """Configure the training.
 
         Args:
-            optimizer: An `AdamS`, or `None` for one with this library's
-                recipe for short runs: from a dense start, the pull scaled to
-                arrive at 40 % of the run and the mask ranked by
-                activation-weighted magnitude, measured on the first batches;
-                from a one-shot start, its mask fixed. Both with a warm-up and
-                linear decay of the learning rate. Its `targets` and
-                `total_steps` are filled in where they are not given. Defaults
-                to `None`.
+            optimizer: An `AdamS`, or `None` for one with this library's recipe
+                for short runs. From a dense start, the recipe scales the pull
+                to arrive at 40 % of the run. It ranks the mask by
+                activation-weighted magnitude, measured on the first batches.
+                From a one-shot start, it keeps the mask fixed. Both recipes
+                have a warm-up and linear decay of the learning rate. `targets`
+                and `total_steps` are filled in where they are not given.
+                Defaults to `None`.
             loss: The loss on the labels. `None` takes the cross-entropy from
                 logits for a KerasHub language model, and is an error for any
                 other. Sample weights and masks apply to it and to the
@@ -230,7 +233,7 @@ class CAST(LogitsDistiller):
             **kwargs: As in `keras.Model.compile`.
 
         Raises:
-            ValueError: If `optimizer` is no `AdamS` or has another pattern,
+            ValueError: If `optimizer` is not an `AdamS` or has another pattern,
                 or `loss` is missing.
         """
         is_default = optimizer is None
@@ -278,20 +281,20 @@ class CAST(LogitsDistiller):
     ) -> keras.callbacks.History:
         """Train the model into the pattern.
 
-        Takes what `keras.Model.fit` takes; for a language model of KerasHub
-        also strings, where it has a preprocessor, and rows of token ids, whose
-        labels are the next tokens where there is no `y`. Fills in
-        `total_steps` of the optimizer, where it was not given, from the steps
-        of an epoch times `epochs`. The plan stands from the first step on. A
-        `fit` that goes beyond its end is warned about: before it starts, or
-        after it where the data do not say how many batches they have. While
-        the step is compiled, which may take a minute, the seconds are shown,
-        unless `verbose` is 0.
+        Takes the arguments of `keras.Model.fit`. Language models of KerasHub
+        with a preprocessor also take strings. They also take rows of token ids;
+        their labels are the next tokens where there is no `y`.
+
+        If the optimizer has no `total_steps`, it is the steps of an epoch times
+        `epochs`. This plan is fixed from the first step on. A `fit` that goes
+        beyond its end gets a warning, before it starts if the number of batches
+        is known, else after it. Compiling the step may take a minute: the
+        seconds are shown meanwhile, unless `verbose` is 0.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
-                how many batches they have; if a target is not among what the
-                optimizer sparsifies; after `finalize`.
+                how many batches they have; if the optimizer does not sparsify a
+                target; after `finalize`.
         """
         began = time.perf_counter()
         self._check_not_finalized("fit")
@@ -370,22 +373,22 @@ class CAST(LogitsDistiller):
     def finalize(self, verbose: int = 1) -> keras.Model:
         """Prune by the last mask, fold the scales, and return the model.
 
-        Before the end of the run that cuts weights that still matter: a
-        warning says how much, and how to go on.
+        Before the end of the run this cuts weights that still matter. A warning
+        then says how much, and how to continue.
 
         Args:
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
                 taken two seconds. Defaults to `1`.
 
         Returns:
-            The model given to `CAST`, now exactly N:M in its targets, as
-            `report` says, and without anything of this package in it. To fit
-            it again as it is loses the pattern.
+            The model given to `CAST`, without anything of this package in it.
+            Its targets are now exactly N:M, as `report` shows. A further `fit`
+            loses the pattern.
 
         Raises:
-            ValueError: If the model was not trained, a target was frozen when
-                it was, it is finalized already, or the training made NaN. The
-                model is unchanged then.
+            ValueError: If the model was not trained, a target was frozen during
+                the training, the model is finalized already, or the training
+                gave NaN. The model is unchanged then.
         """
         checks.check_verbose(verbose)
         self._check_not_finalized("finalize")

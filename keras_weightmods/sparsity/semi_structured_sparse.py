@@ -24,44 +24,44 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     """Keeps the n largest magnitudes of every m weights, zeroes the others.
 
     After every optimizer step the kernel is projected onto the nearest N:M
-    kernel: projected gradient descent, w <- P(w - update), where P keeps
-    the top n of each group (equation 6 of CAST, arXiv 2509.25996). Groups run
-    along the contraction axes, as the hardware of 2:4 sparsity wants it.
+    kernel. This is projected gradient descent, w <- P(w - update), where P
+    keeps the top n of each group (equation 6 of CAST, arXiv 2509.25996). Groups
+    run along the contraction axes, as hardware for 2:4 sparsity requires.
 
-    Pass an instance as the `kernel_constraint` of a layer; or, for a model
-    whose layers take none (KerasHub) or whose kernels are not rank 2, call
-    `SemiStructuredSparse.attach(model)`, which finds the kernels and their
-    contraction axes and is not written into the configuration of the layers.
+    Pass an instance as the `kernel_constraint` of a layer. Some layers take
+    none (KerasHub), and some kernels are not rank 2: call
+    `SemiStructuredSparse.attach(model)` for these. It finds the kernels and
+    their contraction axes, and is not written into the configuration of the
+    layers.
 
     **LoRA.** Keras refuses `enable_lora` on a layer that has a
-    `kernel_constraint`. Use `attach` instead, or call `detach` first: Keras
-    freezes the base kernel when LoRA is enabled, so it stays exactly N:M
-    while the LoRA weights train. (Saving merges them into the kernel, which
-    makes it dense.)
+    `kernel_constraint`. Use `attach` instead, or call `detach` first. Keras
+    freezes the base kernel when LoRA is enabled, so it stays exactly N:M while
+    the LoRA weights train. (Saving merges them into the kernel, which makes it
+    dense.)
 
     **Averages.** At the end of `fit` Keras writes the averages of
-    `use_ema=True` into the model and applies no constraint to them: the
-    kernels are then dense. Add the callback `SwapSparseEMAWeights`, which
-    projects them, or train with `AdamS` and `prune` at the end. `attach`
-    warns where it sees such an optimizer, and `assert_sparse` checks the
-    result.
+    `use_ema=True` into the model and applies no constraint to them. The kernels
+    are then dense. Add the callback `SwapSparseEMAWeights`, which projects
+    them, or train with `AdamS` and `prune` at the end. `attach` warns where it
+    finds such an optimizer, and `assert_sparse` checks the result.
 
     Args:
         pattern: String `"n:m"` or pair of ints: n weights KEPT of every m.
             Defaults to `"2:4"`.
-        axis: Int or tuple of ints, the contraction axes of the kernel. With
-            `None`, axis 0 of a rank-2 kernel `(inputs, units)`; a kernel of
+        axis: Int or tuple of ints, the contraction axes of the kernel. `None`
+            means axis 0 of a rank-2 kernel `(inputs, units)`; a kernel of
             another rank is an error. Defaults to `None`.
-        frozen: If `True`, the weights that are kept never change place:
-            retraining under a fixed mask. The mask must be known before the
-            first step, so only `attach(model, frozen=True)` makes a frozen
-            constraint that can be applied. It costs one bit a weight, and is
-            not saved: attach again after loading, and the mask is recovered
-            from the zeros. Defaults to `False`.
+        frozen: If `True`, the kept weights never change place: this retrains
+            under a fixed mask. The mask must be known before the first step, so
+            only `attach(model, frozen=True)` makes a frozen constraint that can
+            be applied. The mask costs one bit a weight, and is not saved.
+            Attach again after loading: the zeros give the mask back. Defaults
+            to `False`.
 
     Raises:
-        ValueError: If `pattern` or `axis` is malformed; and when applied to a
-            kernel whose contraction size is not a multiple of m.
+        ValueError: If `pattern` or `axis` is malformed. When applied: if the
+            contraction size of a kernel is not a multiple of m.
 
     Example:
 
@@ -146,15 +146,16 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     ) -> ChangeReport:
         """Constrain the kernels of a built model, and project them at once.
 
-        Every target gets a constraint of its own, with its own contraction
-        axes, and is exactly N:M from now on, before any training. An earlier
-        `SemiStructuredSparse` is replaced. The constraint sits on the variable
-        only: no file of Keras or of this package holds it, so attach again
-        after loading, or the next `fit` loses the pattern silently.
-        (`save_model` warns; `model.save` of Keras does not.) It does not block
-        `enable_lora`, and the saved model loads without this package. If
-        `model` is part of a larger model that was trained before, compile the
-        larger one again, so that its train step is traced anew.
+        Every target gets a constraint with its own contraction axes, and is
+        exactly N:M from now on, before any training. It replaces an earlier
+        `SemiStructuredSparse`. It does not block `enable_lora`, and the saved
+        model loads without this package.
+
+        The constraint exists only on the variable; no file of Keras or of this
+        package holds it. Attach again after loading, or the next `fit` loses
+        the pattern silently. (`save_model` warns; `model.save` of Keras does
+        not.) If `model` is part of a larger model that was trained before,
+        compile the larger one again. This traces its train step anew.
 
         Args:
             model: A built Keras model or layer.
@@ -163,18 +164,17 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             targets: The kernels, as `find_targets(model)` returns them or in
                 a form that its `include` takes; `None` for all. Defaults to
                 `None`.
-            frozen: If `True`, the mask of this moment stays: exactly n
-                weights of every group train and all others remain exactly
-                zero under any optimizer. On JAX, the mask is a constant of
-                the compiled train step, one bit a weight. Defaults to
-                `False`.
+            frozen: If `True`, the mask of this moment stays: exactly n weights
+                of every group train. All others remain exactly zero under any
+                optimizer. On JAX, the mask is a constant of the compiled train
+                step, one bit a weight. Defaults to `False`.
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
                 taken two seconds. Defaults to `1`.
 
         Returns:
-            A `ChangeReport`. Kernels whose contraction size is not a multiple
-            of m, or that have a constraint of another class, are skipped and
-            named there.
+            A `ChangeReport`. It names the kernels that were skipped, because
+            their contraction size is not a multiple of m or because they have a
+            constraint of another class.
 
         Raises:
             ValueError: If the pattern is malformed, the targets do not

@@ -111,55 +111,56 @@ def sparsify(
 ) -> SparsifyReport:
     """Make a model N:M sparse in one shot, in place, without training.
 
-    A plain `fit` afterwards loses the pattern: before it call
-    `SemiStructuredSparse.attach(model, pattern, frozen=True)`.
+    A plain `fit` afterwards loses the pattern. Call
+    `SemiStructuredSparse.attach(model, pattern, frozen=True)` before it.
 
     - `"magnitude"` keeps the largest weights of each group.
-    - `"wanda"` keeps the largest `|w| * ||x||`, x being the weight's input
+    - `"wanda"` keeps the largest `|w| * ||x||`, where x is the weight's input
       over the calibration data (arXiv 2306.11695).
-    - `"sparsegpt"` keeps those whose removal costs most when the others make
-      up for it, and changes the others so that they do (arXiv 2301.00774). It
-      is the strongest of the three; give it some 100 rows of text or more.
+    - `"sparsegpt"` keeps the weights whose removal costs most when the others
+      make up for it, and changes these others accordingly (arXiv 2301.00774).
+      It is the strongest of the three. Give it some 100 rows of text or more.
 
-    `keras_weightmods.sparsity.criteria` says how to add another criterion. What
-    a criterion gives can be refined:
+    `keras_weightmods.sparsity.criteria` says how to add another criterion.
+    `refine` improves the result of a criterion:
 
-    - `"swaps"` swaps kept weights for removed ones of the same group, and
-      fits those that are kept to the outputs of the dense kernel
-      (arXiv 2512.10922, arXiv 2406.07831).
-    - `"blocks"` trains the kept weights of one layer or transformer block
-      after the other, to give the outputs of the dense model there
-      (arXiv 2510.14444). No gradient goes through more than a block. This
-      takes most of the time, and gains most.
+    - `"swaps"` swaps kept weights for removed ones of the same group. It fits
+      the kept weights to the outputs of the dense kernel (arXiv 2512.10922,
+      arXiv 2406.07831).
+    - `"blocks"` trains the kept weights of one layer or transformer block after
+      the other, to give the outputs of the dense model there (arXiv
+      2510.14444). No gradient goes through more than a block. This takes most
+      of the time, and gains most.
 
-    Kernels are pruned one after the other, in the order of execution, each
-    for the inputs that the pruned layers before it give. Only these are kept
-    between two layers: a functional model (KerasHub's, ResNets, `Sequential`)
-    is gone through once, a layer or a transformer block at a time, and a
-    block is run again for each kernel in it that has inputs of its own. A
-    subclassed model is run again as a whole.
+    Kernels are pruned one after the other, in the order of execution. Each sees
+    the inputs that the pruned layers before it give, and only these inputs are
+    kept between two layers. A functional model (KerasHub's, ResNets,
+    `Sequential`) runs once, a layer or a transformer block at a time. A block
+    runs again for each of its kernels with inputs of its own. A subclassed
+    model runs again as a whole.
 
-    For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes
-    while it is worked on. A copy of all targets is held to the end, for the
-    case of an error. Every eighth row of the data is held out: the errors in
-    the report are those on these rows, and a refinement that is worse there is
-    left out, kernel by kernel and block by block. With `"blocks"` the inputs
-    and outputs of a block are held for all data, of the dense and of the pruned
-    model.
+    For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes while
+    it is pruned. A copy of all targets is held to the end, in case of an error.
+    With `"blocks"` the inputs and outputs of a block, dense and pruned, are
+    held for all data.
+
+    Every eighth row of the data is held out, and the report gives the errors on
+    these rows. A refinement that makes a kernel or a block worse there is left
+    out for it.
 
     Args:
         model: A built `keras.Model` or layer.
         pattern: String `"n:m"` or pair of ints: n weights kept of every m.
             Defaults to `"2:4"`.
-        data: What the model is calibrated on: strings, for a KerasHub task
-            with a preprocessor; rows of token ids, as lists or an array; inputs
-            as for `predict`; pairs or triples as for `fit`, whose labels are
-            ignored and whose sample weights of 0 leave positions out; or a
-            `keras.utils.PyDataset`, a `tf.data.Dataset`, a torch `DataLoader`
-            or a generator of batches in these forms. With `"magnitude"` it
-            serves the errors in the report alone. Defaults to `None`.
-        criterion: `"magnitude"`, `"wanda"` or `"sparsegpt"`: what decides which
-            weights are kept. Defaults to `"magnitude"`.
+        data: The calibration data: strings, for a KerasHub task with a
+            preprocessor; rows of token ids, as lists or an array; inputs as for
+            `predict`; or pairs or triples as for `fit`. Labels are ignored, and
+            sample weights of 0 leave positions out. A `keras.utils.PyDataset`,
+            a `tf.data.Dataset`, a torch `DataLoader` or a generator can give
+            batches in these forms. With `"magnitude"` the data serve only the
+            errors in the report. Defaults to `None`.
+        criterion: `"magnitude"`, `"wanda"` or `"sparsegpt"`: how to choose the
+            weights that are kept. Defaults to `"magnitude"`.
         refine: `"swaps"`, `"blocks"`, both in a tuple, or `None`. They need
             `data`, and `"blocks"` a functional model, such as KerasHub's.
             Defaults to `None`.
@@ -176,15 +177,15 @@ def sparsify(
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
-        A `SparsifyReport`. Kernels whose layers' inputs cannot be read
-        (`register_layer_kind`), or that the data do not reach, are pruned by
-        magnitude; the report names them.
+        A `SparsifyReport`. Kernels are pruned by magnitude if the inputs of
+        their layers cannot be read (see `register_layer_kind`), or if the data
+        do not reach them. The report names them.
 
     Raises:
-        ValueError: If an argument is outside the ranges above, `data` is
-            missing, empty or endless, or reaches no target, no target fits the
-            pattern, a target is reparameterized, or an activation is not
-            finite. The model is unchanged then, as it is after any other error.
+        ValueError: If an argument is outside the ranges above. If `data` is
+            missing, empty or endless, or reaches no target. If no target fits
+            the pattern, a target is reparameterized, or an activation is not
+            finite. The model is unchanged then, as after any other error.
 
     Example:
 
