@@ -1,4 +1,4 @@
-"""Lint the English of README.md and of the pages: `make lint` runs it.
+"""Lint the English of the pages and docstrings: `make lint` runs it.
 
     python docs/prose.py [FILE ...]
 
@@ -6,13 +6,18 @@ A sentence of more than 35 words fails, and one that begins with a hanging "Of",
 "As" or "That". So does a page whose sentences have more than 18 words in the
 mean, or that has more than 5 numbers in 100 words. Code, tables, headings and
 comments do not count, and names like `2:4` or int8 are words, not numbers.
+
+CHANGELOG.md and the docstrings of public names, up to their "Args:", are read
+for their sentences alone.
 """
 
+import ast
 import pathlib
 import re
 import sys
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
+PACKAGE = ROOT / "keras_weightmods"
 LONGEST, MEAN, NUMBERS = 35, 18, 5
 # Made by commands.
 EXEMPT = {"api.md", "results.md"}
@@ -33,6 +38,8 @@ SENTENCE = re.compile(r"(?<=[.!?])[)\"*]*\s+(?=[\"(*]*[A-Z\d])")
 WORD = re.compile(r"\S*\w\S*")
 NUMBER = re.compile(r"(?<![\w:.-])\d[\d.,]*(?![\w:]|-\w)")
 HANGING = re.compile(r"[\"(*]*(Of|As|That)\b")
+PUBLIC = re.compile(r"^from \.(\S+) import \(?\s*(\w+)", re.MULTILINE)
+SECTION = re.compile(r"^[A-Z]\w+:$", re.MULTILINE)
 
 
 def sentences(text):
@@ -54,8 +61,19 @@ def sentences(text):
                 yield line, " ".join(sentence.split())
 
 
-def problems(text):
-    """Return what is wrong with a page, as a list of strings."""
+def docstrings():
+    """Yield the file of each public docstring, and its prose at its lines."""
+    stub = (PACKAGE / "__init__.pyi").read_text("utf-8")
+    for module, name in PUBLIC.findall(stub):
+        page = PACKAGE / f"{module.replace('.', '/')}.py"
+        for node in ast.parse(page.read_text("utf-8")).body:
+            if getattr(node, "name", None) == name:
+                text = SECTION.split(ast.get_docstring(node))[0]
+                yield page, "\n" * (node.body[0].lineno - 1) + text
+
+
+def problems(text, is_page=True):
+    """Return what is wrong with a text, as a list of strings."""
     found, words, numbers, count = [], 0, 0, 0
     for line, sentence in sentences(text):
         length = len(WORD.findall(sentence))
@@ -66,6 +84,8 @@ def problems(text):
             found.append(f"{begin} has {length} words, {LONGEST} at most")
         if hanging := HANGING.match(sentence):
             found.append(f"{begin} begins with a hanging {hanging[1]!r}")
+    if not is_page:
+        return found
     if words > MEAN * count:
         mean = words / count
         found.append(f"1: sentences have {mean:.1f} words, {MEAN} at most")
@@ -81,9 +101,14 @@ def main():
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
         if page.name not in EXEMPT
     ]
+    texts = [(page, page.read_text("utf-8"), True) for page in pages]
+    if not sys.argv[1:]:
+        changes = ROOT / "CHANGELOG.md"
+        others = (changes, changes.read_text("utf-8")), *docstrings()
+        texts += [(page, text, False) for page, text in others]
     failed = False
-    for page in pages:
-        for problem in problems(page.read_text("utf-8")):
+    for page, text, is_page in texts:
+        for problem in problems(text, is_page):
             failed = True
             print(f"{page}:{problem}")
     sys.exit(failed)

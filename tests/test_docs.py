@@ -113,6 +113,14 @@ def test_the_linter_of_english(text, problem):
     assert problem is None or any(problem in each for each in found)
 
 
+def test_the_linter_reads_public_docstrings():
+    linter = runpy.run_path(str(ROOT / "docs" / "prose.py"))
+    texts = [text for _, text in linter["docstrings"]()]
+    assert len(texts) > 40
+    assert not any("Args:" in text for text in texts)
+    assert linter["problems"]("It has 1.5 of 3 %.", is_page=False) == []
+
+
 def test_a_release_has_addresses_and_a_readme_whose_links_hold(tmp_path):
     files = "https://example.org/me/kwm/blob/v1.2.3/"
     for name in ("pyproject.toml", "README.md"):

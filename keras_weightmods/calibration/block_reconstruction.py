@@ -77,7 +77,7 @@ def train_block(
     data = Batches(*fit, positions=positions)
     if not data.places:
         warnings.warn(
-            f"The block {operation.name!r} gives no float, so that its "
+            f"The block {operation.name!r} gives no float. Its "
             f"{len(targets)} kernels are not trained.",
             stacklevel=2,
         )

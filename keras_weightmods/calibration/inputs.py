@@ -27,7 +27,7 @@ UNREACHED = "the data do not reach it"
 def unreached(left, way_out):
     """Return the error for data that reached none of the kernels `left`."""
     return ValueError(
-        "The kernels are fitted to data, and these reach none of them. "
+        "The kernels are fitted to data, but these data reach none. "
         f"Received: {skipped_text(left)}. Pass other `data` or `targets`, so "
         "that a call of the model on them runs their layers; "
         f"`kwm.register_layer_kind` makes layers known. {way_out}"
@@ -120,7 +120,7 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
             raise ValueError(
                 "CAST ranks weights by the inputs of their layers, which must "
                 f"be finite. Received: NaN or infinity at {target.path!r}. "
-                "Look for what comes in the data, or pass "
+                "Look for bad values in the data, or pass "
                 "`AdamS(criterion='magnitude')`."
             )
     known, unknown = {}, []

@@ -26,22 +26,23 @@ def self_generated(
 ) -> np.ndarray:
     """Let a causal language model write text from random first tokens.
 
-    Use it where you have no text of the kind that a model was trained on:
-    such data make the best calibration, and what the dense model writes is
-    near to them (arXiv 2410.17711). Each row begins with the start token, if
-    the tokenizer has one, and a token at random; the rest is sampled. The
-    rows of the highest perplexity are thrown away.
+    Use it if you have no text like that the model was trained on. Such text
+    makes the best calibration data, and the dense model's own text comes close
+    to it (arXiv 2410.17711). Each row begins with the start token, if the
+    tokenizer has one, and a random token; the rest is sampled. The rows of the
+    highest perplexity are thrown away.
 
-    Another model on the same backbone writes, by `compile_generate`, with a
-    sampler of its own. Call it on the dense model, before it is made sparse.
+    A second model on the same backbone writes, by `compile_generate`, with its
+    own sampler. Call it on the dense model, before it is made sparse.
 
     Args:
         model: A `keras_hub.models.CausalLM` that takes nothing but tokens.
-        rows: Int, the rows that are returned. Defaults to `128`.
+        rows: Int, the rows to return. Defaults to `128`.
         length: Int, tokens in a row. Defaults to `256`.
-        temperature: Float > 0, of the sampling. Defaults to `1.0`.
-        keep: Float in (0, 1], the share of the rows written that is kept.
-            Defaults to `0.8`.
+        temperature: Float > 0, the temperature of the sampling. Defaults to
+            `1.0`.
+        keep: Float in (0, 1], the share of the written rows to keep. Defaults
+            to `0.8`.
         batch_size: Int, rows written at a time. Defaults to `32`.
         seed: Int. The same seed gives the same rows on the same backend and
             machine. Defaults to `0`.
@@ -51,8 +52,8 @@ def self_generated(
         An int32 array of shape `(rows, length)`, in random order.
 
     Raises:
-        ValueError: If an argument is outside these ranges, or `model` is no
-            `CausalLM` with a preprocessor, or takes more than tokens. The
+        ValueError: If an argument is outside these ranges, `model` is not a
+            `CausalLM` with a preprocessor, or it takes more than tokens. The
             model is unchanged, also after an error.
 
     Example:

@@ -117,8 +117,8 @@ def change_kernels(
     if few and held is not None:
         warnings.warn(
             f"{len(few)} of {len(rows)} kernels were fitted to fewer rows than "
-            f"they have inputs, the first being {few[0]}: on other rows they "
-            "may be far off. Pass more `data`, some 100 rows of text.",
+            f"they have inputs. The first is {few[0]}. On other rows they may "
+            "be far off. Pass more `data`, some 100 rows of text.",
             stacklevel=stacklevel,
         )
     return rows
@@ -141,8 +141,8 @@ def check_stored(caller, targets):
     taken = [t.path for t in targets if t.attribute in slots(t.layer)]
     if taken:
         raise ValueError(
-            f"`{caller}` changes stored kernels, which are not what these "
-            f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
+            f"`{caller}` changes stored kernels, but these layers compute "
+            f"with others: {taken[:5]}. Call `kwm.fold(model)` first, "
             "or leave them out of `targets`."
         )
 
@@ -267,8 +267,8 @@ class Walk:
         if targets and self.rebuild is not None:
             if isinstance(operation, keras.Model) and not is_repeated:
                 warnings.warn(
-                    f"The blocks of {operation.name!r} were not trained, with "
-                    f"{len(targets)} kernels: they are not found, since "
+                    f"The blocks of {operation.name!r}, with {len(targets)} "
+                    "kernels, were not trained. They are not found, since "
                     f"{reason}.",
                     stacklevel=2,
                 )

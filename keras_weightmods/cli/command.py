@@ -78,45 +78,45 @@ SET = {"action": "store_true"}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {
         "type": _model,
-        "help": "a .keras or .gguf file, one of `save_model`, or a KerasHub "
-        "preset",
+        "help": "a .keras or .gguf file, a file of `save_model`, or a "
+        "KerasHub preset",
     },
-    "base": {"type": _model, "help": "the model that it started from"},
+    "base": {"type": _model, "help": "the model that MODEL was trained from"},
     "file": {"type": file, "help": "a model, a patch or a preset"},
-    "lora": {"type": file, "help": "a folder of peft"},
+    "lora": {"type": file, "help": "a LoRA adapter, a folder of peft"},
     "models": {
         "type": file,
         "nargs": "+",
-        "help": "models of one architecture, as .keras files or of "
-        "`save_model`; or a .yaml or .json file, a configuration of mergekit",
+        "help": "models of one architecture, .keras files or files of "
+        "`save_model`; or a config of mergekit, .yaml or .json",
     },
     "patch": {"type": file, "help": "a file of `patch extract`"},
     "prompt": {"nargs": "+", "help": "the beginnings of texts"},
     "--activations": {"choices": ("int8", "float32")},
     "--base": {"type": file, "help": "what the models were trained from"},
-    "--bits": {"type": number, "help": "2 to 6; 3.5: on the mean; default: 4"},
+    "--bits": {"type": number, "help": "2 to 6, or a mean: 3.5; default: 4"},
     "--criterion": {
         "default": "magnitude",
         "choices": ("magnitude", "wanda", "sparsegpt"),
-        "help": "others than magnitude need --data",
+        "help": "all but magnitude need --data",
     },
     "--data": {
         "type": file,
         "help": "a text for a language model, or inputs in a .npy file",
     },
-    "--depth": {"type": int, "help": "of a signature: default 7, or all"},
+    "--depth": {"type": int, "help": "layers of a signature; default: 7"},
     "--dtype": {
         "default": "bfloat16",
         "choices": ("bfloat16", "float32", "exact"),
-        "help": "of the differences; exact keeps the new values instead, and "
-        "gives the model bit for bit",
+        "help": "the type of the differences; exact stores the new values "
+        "instead, which give the model bit for bit",
     },
-    "--force": {**SET, "help": "also on a model that is another one"},
+    "--force": {**SET, "help": "also on a model that is not the base"},
     "--format": {
-        "help": "one of `kwm.export`; default: by the ending of the output, "
-        "tf_saved_model without one"
+        "help": "a format of `kwm.export`; default: by the ending of the "
+        "output, or tf_saved_model without one"
     },
-    "--init": {"type": file, "help": "of a signature: their common start"},
+    "--init": {"type": file, "help": "for a signature: the common start"},
     "--keep-packed": SET,
     "--length": {"type": int, "default": 256, "help": "tokens in a row"},
     "--max-length": {
@@ -145,15 +145,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "--signature": {
         **SET,
-        "help": "a robust weight signature: MODEL is trained on corrupted "
-        "data, BASE on clean data; it goes onto any model of the architecture",
+        "help": "extract a robust weight signature, for any model of the "
+        "architecture: train MODEL on corrupted data, BASE on clean data",
     },
     "--targets": {"nargs": "+", "help": "regexes for the paths of kernels"},
     "--weights": {"type": float, "nargs": "+", "help": "one for each model"},
     "--whole": {
         "nargs": "+",
         "metavar": "REGEX",
-        "help": "weights that the base lacks, as a new head: whole and exact",
+        "help": "weights to store whole, such as a new head",
     },
 }
 DATA = "--data --rows --length"
@@ -181,7 +181,7 @@ def command(words, names, writes=None, **own):
     if writes is not None:
         path = {"type": output(writes), "required": True}
         arguments["--output"] = {**path, "help": "the new file"}
-        arguments["--overwrite"] = {**SET, "help": "even if it exists"}
+        arguments["--overwrite"] = {**SET, "help": "replace an existing file"}
 
     def register(run):
         COMMANDS[words] = run, arguments

@@ -51,15 +51,14 @@ class FileReport(Report):
     "info",
     "file",
     pattern={
-        "help": "load the model, and report how far its kernels have this "
-        "pattern, as 2:4"
+        "help": "load the model, and report how far its kernels are from "
+        "this pattern, such as 2:4"
     },
 )
 def _info(args):
     """Say what a file holds.
 
-    It loads no Keras, but with --pattern. A file of this library is checked
-    as a whole.
+    It loads Keras only with --pattern. It checks a whole file of this library.
 
     examples:
       keras-weightmods info model.keras

@@ -31,12 +31,12 @@ examples:
   keras-weightmods pack rounded.safetensors -o packed.safetensors
   keras-weightmods generate packed.safetensors "Once upon a time"
 
-Results go to the standard output, progress and errors to the other one.
+Results go to standard output, progress and errors to standard error.
 
 exit codes: 0 done, 1 an error in the files or values given, 2 wrong usage,
 130 interrupted
 """
-_PATCH = "Extract, apply and remove what a training changed."
+_PATCH = "Extract, apply and remove the changes of a training."
 BACKENDS = ("jax", "torch", "tensorflow")
 
 

@@ -22,13 +22,13 @@ from keras_weightmods.cli.files import load_model, read_data, written
     },
     resume={
         "metavar": "FOLDER",
-        "help": "where each block is written until the model is; killed, the "
-        "same command goes on from there",
+        "help": "keep each finished block here; after a kill, the same "
+        "command continues from it",
     },
-    size={"help": "the most that it takes packed, such as 60MB"},
+    size={"help": "the most bytes that the packed model takes, such as 60MB"},
 )
 def _quantize(args):
-    """Round the weights of a model to few bits, by text that it reads.
+    """Round the weights of a model to few bits, on calibration data.
 
     Without --data the model writes the text. The result has floats on the
     grid of these bits; `pack` stores it small.
@@ -94,7 +94,7 @@ def _sparsify(args):
             *("float32", "bfloat16", "int8"),
             *("int2", "int3", "int4", "int5", "int6"),
         ),
-        "help": "of the values; default: as `quantize` or `sparsify` left them",
+        "help": "the type of the values; default: round nothing",
     },
 )
 def _pack(args):

@@ -11,7 +11,7 @@ from keras_weightmods.cli.files import load_model, written
     PATCHES,
 )
 def _extract(args):
-    """Write what is different in a model from its base.
+    """Write the difference between a model and its base.
 
     examples:
       keras-weightmods patch extract tuned.keras base.keras \\

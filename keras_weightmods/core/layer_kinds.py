@@ -75,34 +75,35 @@ def register_layer_kind(
 ) -> None:
     """Make the kernels of a layer class known to all methods.
 
-    Serves the subclasses too; of several registrations of one attribute, that
-    of the most derived class counts. Overrides what the library knows itself.
+    This covers subclasses too. If several classes register one attribute, the
+    most derived class counts. A registration overrides what the library knows
+    itself.
 
     Args:
         layer_class: A subclass of `keras.layers.Layer`.
-        kernels: Dict of the axes of each kernel, by the attribute that holds
-            the `keras.Variable`, or that of the property that returns what the
-            layer keeps under the same name with an underscore in front, as in
-            Keras' own layers. The axes are a dict of tuples of ints, or of
-            callables from the built layer to one; negative ones count from the
-            end. `"contraction_axes"` are those that the layer sums over,
-            `"stack_axes"` those that index whole kernels, such as the experts
-            of a mixture, and `"output_axes"` those of the output units, by
-            default all that remain.
+        kernels: Dict from attribute to the axes of its kernel. The attribute
+            holds the `keras.Variable`. Or it is a property whose variable has
+            the same name with an underscore in front, as in Keras' own layers.
+            The axes are a dict of tuples of ints, or of callables from the
+            built layer to one. Negative ones count from the end. The layer sums
+            over `"contraction_axes"`. `"stack_axes"` index whole kernels, such
+            as the experts of a mixture. `"output_axes"` are the output units,
+            by default all remaining axes.
         call: Function `call(layer, multiply, *args, **kwargs)`: the layer's own
-            `call`, in which each product with a kernel is
-            `multiply(attribute, rows)`, from rows of shape `(..., K)`, K being
-            the contracted axes flattened in order, to `(..., N)`. For a stack
-            of S kernels it is `multiply(attribute, rows, stacked=True)`, from
-            `(..., S, K)` to `(..., S, N)`, S being 1 in `rows` where all have
-            the same. With it the pruning criteria, `kwm.quantize` and
-            `kwm.pack` reach the layer; without it, by default, `None`, only
-            what needs no inputs, such as magnitude pruning, AdamS and LIFT.
+            `call`, with `multiply(attribute, rows)` for each product with a
+            kernel. It takes rows of shape `(..., K)`, with K the contracted
+            axes flattened in order, and returns `(..., N)`. For a stack of S
+            kernels write `multiply(attribute, rows, stacked=True)`, from
+            `(..., S, K)` to `(..., S, N)`. There S may be 1 in `rows`, if all
+            kernels have the same. With it the pruning criteria, `kwm.quantize`
+            and `kwm.pack` reach the layer. Without it, by default, `None`, only
+            methods that need no inputs do, such as magnitude pruning, AdamS and
+            LIFT.
 
     Raises:
-        ValueError: If `layer_class` is no layer class, or `kernels` is no dict
-            of such axes. Axes that do not fit a kernel are an error of the
-            calls that look for it.
+        ValueError: If `layer_class` is not a layer class, or `kernels` is not a
+            dict of such axes. Axes that do not fit a kernel raise in the calls
+            that look for it.
 
     Example:
 

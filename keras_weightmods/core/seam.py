@@ -238,7 +238,7 @@ def fold_items(
         if issubclass(plain, ReparameterizedLayer):
             raise ValueError(
                 "A layer can be folded if its class is a plain one or one of "
-                "the library's own, for then the plain class is known. "
+                "the library's own. "
                 f"Received: layer {layer.name!r} of class "
                 f"{type(layer).__name__}, a subclass of {plain.__name__}. "
                 "Subclass the plain class and call `attach_compander` instead."

@@ -22,8 +22,8 @@ class Target:
 
     Attributes:
         layer: The layer that owns the kernel.
-        variable: `keras.Variable`, the stored kernel. Not what the property
-            `layer.kernel` returns, which LoRA or a scaling may have changed.
+        variable: `keras.Variable`, the stored kernel. LoRA or a scaling may
+            make the property `layer.kernel` return something else.
         attribute: String, the public name under which `layer` reads the
             kernel, mostly `"kernel"`.
         contraction_axes: Tuple of ints, rising: the axes summed over.
@@ -61,7 +61,7 @@ class Target:
         return math.prod(self.shape[axis] for axis in self.contraction_axes)
 
     def reason_not_nm(self, m: int) -> str | None:
-        """Return why the kernel has no whole groups of m; None if it has."""
+        """Return why the kernel has no whole groups of m, or None if it has."""
         check_int("m", m, 1)
         return reason_not_nm(self.contraction_size, m)
 
@@ -100,13 +100,14 @@ class Targets(Report, collections.abc.Sequence[Any]):
         return Targets(found, self.skipped) if type(index) is slice else found
 
     def select(self, reason: Callable[[Target], str | None]) -> "Targets":
-        """Return those that have no reason to be skipped.
+        """Return the targets that have no reason to be skipped.
 
         Args:
-            reason: Callable from a `Target` to why it is skipped, or to None.
+            reason: Callable from a `Target` to the reason to skip it, or to
+                None.
 
         Returns:
-            `Targets`, the others of which are in `skipped`.
+            `Targets`, with the others in `skipped`.
         """
         is_function = not isinstance(reason, (type, keras.layers.Layer))
         if not (is_function and callable(reason)):
@@ -137,14 +138,20 @@ def find_targets(
 ) -> Targets:
     """Find the kernels of a model that a method may act on.
 
-    Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
-    Conv2D, Conv3D and their transposes (which contract the channels of a
-    pixel of the input), the pointwise part of separable convolutions, both
-    kernels of the cells of SimpleRNN, LSTM, GRU and ConvLSTM, what is built of
-    these (MultiHeadAttention, KerasHub backbones, nested models), the experts
-    of KerasHub's mixtures (stacks of kernels), and layers made known with
-    `register_layer_kind`. Embeddings, heads tied to them, norms and biases are
-    left out, and depthwise kernels unless asked for.
+    It knows these kernels:
+
+    - Dense, and EinsumDense, with the axes from its equation;
+    - Conv1D, Conv2D, Conv3D and their transposes, which contract the channels
+      of a pixel of the input;
+    - the pointwise part of separable convolutions;
+    - both kernels of the cells of SimpleRNN, LSTM, GRU and ConvLSTM;
+    - layers built of these: MultiHeadAttention, KerasHub backbones, nested
+      models;
+    - the experts of KerasHub's mixtures, which are stacks of kernels;
+    - layers made known with `register_layer_kind`.
+
+    Embeddings, heads tied to them, norms and biases are left out. Depthwise
+    kernels are left out unless asked for.
 
     Args:
         model: A built `keras.Model` or layer. It is not changed.
@@ -153,19 +160,19 @@ def find_targets(
             all layers inside of them too; a callable from `Target` to bool;
             or a list of these, of which one must match.
         exclude: Which targets to leave out of those, in the same forms.
-        depthwise: Bool, whether depthwise kernels are targets too, with the
-            window as what they contract. Defaults to `False`.
+        depthwise: Bool, whether depthwise kernels are targets too, which
+            contract their window. Defaults to `False`.
 
     Returns:
-        `Targets`, in the order of execution, or in the declared order where
-        the model cannot be run on symbols. A shared weight appears once.
-        `.skipped` lists the weights that are no targets, with reasons.
+        `Targets`, in the order of execution, or in the declared order if the
+        model cannot run on symbols. A shared weight appears once. `.skipped`
+        lists the other weights, with reasons.
 
     Raises:
-        ValueError: If `model` or a layer in it that should hold a target is
-            not built, `include` or `exclude` has another form, an element of
-            `include` matches nothing, or the axes that were registered do
-            not fit the weight.
+        ValueError: If `model` or a layer in it that should hold a target is not
+            built. If `include` or `exclude` has another form, or an element of
+            `include` matches nothing. If the registered axes do not fit the
+            weight.
 
     Example:
 

@@ -24,17 +24,17 @@ def lm_eval_model(
 ) -> Any:
     """Wrap a KerasHub `CausalLM` for `lm-eval`.
 
-    For the tasks of EleutherAI's harness: `loglikelihood` (multiple choice),
-    `loglikelihood_rolling` (perplexity) and `generate_until`, which decodes
-    greedily. Needs `pip install 'keras-weightmods[eval]'`. The weights are
-    read at each evaluation, so the model may be pruned, packed or trained
+    It serves the tasks of EleutherAI's harness: `loglikelihood` (multiple
+    choice), `loglikelihood_rolling` (perplexity) and `generate_until`, which
+    decodes greedily. It needs `pip install 'keras-weightmods[eval]'`. Each
+    evaluation reads the weights, so you may prune, pack or train the model
     between two of them.
 
     Args:
         model: A `keras_hub.models.CausalLM` with a preprocessor. Dense,
             sparse, packed or quantized. It is not changed.
-        length: Int, the most tokens that the model is fed; longer contexts
-            lose their beginning. Defaults to 1024.
+        length: Int, the most tokens that the model gets. Longer contexts lose
+            their beginning. Defaults to 1024.
         batch_size: Int, rows in one forward pass. Defaults to 1.
         chunk_size: Int, positions whose logits are held at once. Defaults to
             256.
@@ -44,8 +44,8 @@ def lm_eval_model(
 
     Raises:
         ImportError: If `lm-eval` is not installed.
-        ValueError: If `model` is no `CausalLM` with a preprocessor, or a
-            number is no int of 1 or more.
+        ValueError: If `model` is not a `CausalLM` with a preprocessor, or a
+            number is not an int of 1 or more.
 
     Example:
 

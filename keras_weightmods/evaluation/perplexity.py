@@ -38,8 +38,8 @@ def perplexity(
         verbose: 0 or 1. 0 shows no progress bar.
 
     Returns:
-        A float, `exp` of the mean loss of all the tokens that have one
-        before them.
+        A float, `exp` of the mean loss of all tokens except the first of each
+        text.
 
     Raises:
         ValueError: As in `Perplexity`.
@@ -70,25 +70,26 @@ def perplexity(
 class Perplexity:
     """Measure the perplexity of one model, as often as needed.
 
-    A text is cut into windows of `length` tokens, and each of its tokens but
-    the first is scored once, given those before it in its window. Where a text
-    begins with the start token of the model's preprocessor, each window does,
-    at the expense of the oldest token in it. What is
-    held at a time is the activations of one batch of windows, and the logits
-    of `chunk_size` positions. The functions are compiled at the first call
-    and used again for changed weights; they are built anew if the model's set
-    of variables has changed, as it does by packing.
+    A text is cut into windows of `length` tokens. Each of its tokens except the
+    first is scored once, given the tokens before it in its window. If a text
+    begins with the start token of the model's preprocessor, each window does
+    too, and loses its oldest token for it.
+
+    Memory holds the activations of one batch of windows, and the logits of
+    `chunk_size` positions. The functions are compiled at the first call and
+    used again for changed weights. They are compiled anew if the model's set of
+    variables has changed, for example after `pack`.
 
     Args:
-        model: A `keras_hub.models.CausalLM`, or another `keras.Model` that
-            maps token ids, or `{"token_ids", "padding_mask"}`, to logits.
-            Logits of few positions at a time need a functional model (all of
-            KerasHub's are) that ends in a `ReversibleEmbedding` or `Dense`;
-            of any other, those of a whole batch are held.
+        model: A `keras_hub.models.CausalLM`, or another `keras.Model` that maps
+            token ids, or `{"token_ids", "padding_mask"}`, to logits. Logits of
+            few positions at a time need a functional model (all of KerasHub's
+            are) that ends in a `ReversibleEmbedding` or `Dense`. Other models
+            hold the logits of a whole batch.
         length: Int, tokens that a window feeds to the model; fewer where the
             model takes no more. Defaults to 1024.
-        stride: Int, at most `length`: tokens from one window to the next.
-            Fewer give each token more to look back on and take longer.
+        stride: Int, at most `length`: tokens from one window to the next. A
+            smaller stride gives each token more context and takes longer.
             Defaults to `None`, for `length`.
         batch_size: Int, windows in one forward pass. Defaults to 1.
         chunk_size: Int, positions whose logits are held at once, at 4 bytes
@@ -96,7 +97,7 @@ class Perplexity:
 
     Raises:
         ValueError: If an argument is outside these ranges, or the model is not
-            built, or takes other inputs than tokens and their mask.
+            built, or takes inputs other than tokens and their mask.
 
     Example:
 
@@ -149,11 +150,11 @@ class Perplexity:
 
         Args:
             texts: Text in any form, read one row after the other: strings,
-                tokenized as the model's preprocessor does it, its start token
-                included; vectors of token ids; an int array of shape `(rows,
-                tokens)`; a dict as a preprocessor gives it, whose padding is
-                left out; or a dataset or generator of these. Texts without
-                two tokens are passed over.
+                which the model's preprocessor tokenizes, with its start token;
+                vectors of token ids; an int array of shape `(rows, tokens)`; a
+                dict from a preprocessor, without its padding; or a dataset or
+                generator of these. Texts with fewer than two tokens are
+                skipped.
             name: String, the label in the progress bar.
             verbose: 0 or 1. 0 shows no progress bar.
 
@@ -174,8 +175,8 @@ class Perplexity:
             texts, name, verbose: As in `__call__`.
 
         Returns:
-            A float64 array of shape `(texts,)`, in nats; NaN for a text
-            that was passed over.
+            A float64 array of shape `(texts,)`, in nats; NaN for a skipped
+            text.
         """
         sums, counts = self._totals(texts, name, verbose)
         with np.errstate(invalid="ignore"):
@@ -221,8 +222,9 @@ class Perplexity:
             warnings.warn(
                 f"The first text begins with the token {first[0][0]}, where "
                 f"the model's preprocessor puts its start token, {start}, in "
-                "front. A model that was trained with it measures worse "
-                "without. Pass strings, or put it in front of each row.",
+                "front. A model that was trained with it has a higher "
+                "perplexity without it. Pass strings, or put it in front of "
+                "each row.",
                 stacklevel=4,
             )
         progress = keras.utils.Progbar(

@@ -26,17 +26,17 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScalingLaw:
-    """The power law `L(D) = L_inf + B * D**-beta`, as fitted to some runs.
+    """The power law `L(D) = L_inf + B * D**-beta`, fitted to some runs.
 
     Attributes:
-        L_inf: Float, the loss that no number of tokens goes below.
-        B: Float, the size of what tokens reduce.
+        L_inf: Float, the loss that remains with any number of tokens.
+        B: Float, the size of the part that tokens reduce.
         beta: Float, the exponent.
         intervals: Dict from the three names to pairs of floats, their
-            confidence intervals. They come from the curvature of the fit,
-            with Student's t for the few degrees of freedom; an end outside
-            what the parameter can be is cut off there.
-        confidence: Float in (0, 1), of these and of `predict`.
+            confidence intervals. They come from the curvature of the fit, with
+            Student's t for the few degrees of freedom. An end outside the range
+            of the parameter is cut off there.
+        confidence: Float in (0, 1), the confidence of these and of `predict`.
         residual: Float, standard deviation of the losses around the law.
 
     Example:
@@ -75,10 +75,10 @@ class ScalingLaw:
             tokens: Positive number, or an array of them.
 
         Returns:
-            A `Prediction(loss, low, high)` of floats, or of arrays of the
-            shape of `tokens`. A run's loss is expected between `low` and
-            `high`, with the confidence of the fit; far from the runs that
-            were fitted, that holds as far as the law itself does.
+            A `Prediction(loss, low, high)` of floats, or of arrays of the shape
+            of `tokens`. A run's loss is expected between `low` and `high`, with
+            the confidence of the fit. Far from the fitted runs this holds only
+            as far as the law does.
 
         Raises:
             ValueError: If `tokens` are not positive and finite.
@@ -99,28 +99,29 @@ def fit_scaling_law(
 ) -> ScalingLaw:
     """Fit `L(D) = L_inf + B * D**-beta` to losses at several budgets.
 
-    Least squares with `L_inf, B, beta >= 0`. Retrain one model with one
-    recipe at several budgets, whose learning-rate schedules end with the
-    budget, and fit the law to the losses; hold the largest budget out to see
-    how far the law can be trusted. Needs SciPy.
+    This is a least-squares fit with `L_inf, B, beta >= 0`, and needs SciPy.
+    Retrain one model with one recipe at several budgets, with learning-rate
+    schedules that end with the budget. Then fit the law to the losses. Hold the
+    largest budget out to see how far you can trust the law.
 
     Args:
-        tokens: Sequence of positive numbers, D: the tokens each run was
-            trained on. Four different numbers at least; several runs (seeds)
-            of one budget count as one.
-        losses: Sequence of positive numbers, as long: the runs' losses in
-            nats a token, `log` of their perplexities.
-        confidence: Float in (0, 1), of the intervals. Defaults to `0.95`.
+        tokens: Sequence of positive numbers, D: the tokens that each run was
+            trained on. It needs at least four different numbers; several runs
+            (seeds) of one budget count as one.
+        losses: Sequence of positive numbers of the same length: the runs'
+            losses in nats a token, the `log` of their perplexities.
+        confidence: Float in (0, 1), the confidence of the intervals. Defaults
+            to `0.95`.
 
     Returns:
         A `ScalingLaw`.
 
     Raises:
         ImportError: If SciPy is not installed.
-        ValueError: If `tokens` and `losses` are not of one length, not
-            positive or not finite, if there are fewer than four budgets, if
-            the losses do not fall with the tokens, or if `confidence` is out
-            of range.
+        ValueError: If `tokens` and `losses` have different lengths, or values
+            that are not positive or not finite. If there are fewer than four
+            budgets, the losses do not fall with the tokens, or `confidence` is
+            out of range.
 
     Example:
 

@@ -56,9 +56,9 @@ def writer(model: Any) -> Callable[[str, Progress], None]:
             made, schemes, ignored = _compressed(path, folder)
         if not schemes:
             raise ValueError(
-                "`keep_packed=True` needs kernels in integers whose inputs are "
-                "a multiple of 32, whose scales the model's type holds, and "
-                "that transformers has as `Linear`. "
+                "`keep_packed=True` needs kernels in integers that are "
+                "`Linear` in transformers. Their inputs must be a multiple of "
+                "32, and the model's type must hold their scales. "
                 f"Received: {model.name!r} with {len(targets)} packed weights, "
                 "none of which is one"
             )
@@ -72,9 +72,9 @@ def writer(model: Any) -> Callable[[str, Progress], None]:
         left = len(targets) - sum(map(len, schemes.values()))
         if left > 0:
             warnings.warn(
-                f"{left} packed weights are floats in the file, of the same "
-                "values: tables, heads, kernels that hold no integers, those "
-                "with inputs that are no multiple of 32, and those with scales "
+                f"{left} packed weights are floats of the same values in the "
+                "file. These are tables, heads, kernels without integers, "
+                "with inputs that are not a multiple of 32, or with scales "
                 "that the model's type does not hold.",
                 # The line that calls `export`.
                 stacklevel=3,

@@ -217,7 +217,7 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
         warnings.warn(
             f"{header.filepath!r} says more of the model than KerasHub's class "
             f"takes: {checks.cut(', '.join(prefix + x for x in others))}. "
-            "This is ignored, and the model may compute something else.",
+            "These settings are ignored, and outputs may differ.",
             # The line that calls `load_gguf`.
             stacklevel=3,
         )

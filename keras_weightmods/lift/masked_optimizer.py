@@ -15,31 +15,30 @@ from keras_weightmods.lift.masked_state import MaskedState
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class MaskedOptimizer(MaskedState, WrappingOptimizer):
-    """Let an optimizer change the masked entries of kernels alone.
+    """Restrict an optimizer to the masked entries of kernels.
 
-    The wrapped optimizer sees gradients that are zero outside of the mask;
-    after its step, all entries outside are what they were before, bit for
-    bit: neither momentum nor weight decay moves them. The moments of an entry
-    that leaves the mask fade, those of one that comes in start as they are,
-    at zero where it never was in.
+    The wrapped optimizer sees gradients that are zero outside of the mask.
+    After its step, all entries outside are what they were before, bit for bit:
+    neither momentum nor weight decay moves them. The moments of an entry that
+    leaves the mask fade. An entry that joins starts with its present moments,
+    which are zero if it was never in the mask.
 
-    The state is the wrapped optimizer's, of all weights that the model would
-    train without masks, and 4 bytes for each masked entry, its place. For state
-    that is as small as the masks, use `SparseAdamW`.
+    The state is that of the wrapped optimizer, for all weights that the model
+    would train without masks. It also has 4 bytes for each masked entry, its
+    place. For state as small as the masks, use `SparseAdamW`.
 
-    `PrincipalMaskCallback` wraps the optimizer of the model by itself.
-    It refuses kernels with constraints, which act on whole variables; those of
-    variables without a mask apply after the step.
+    `PrincipalMaskCallback` wraps the optimizer of the model by itself. It
+    refuses kernels with constraints, which act on whole variables. Constraints
+    of variables without a mask apply after the step.
 
     Args:
-        optimizer: The `keras.optimizers.Optimizer` to wrap. No
-            `LossScaleOptimizer` or `MultiOptimizer`: these go around this
-            one.
+        optimizer: The `keras.optimizers.Optimizer` to wrap. It must not be a
+        `LossScaleOptimizer` or `MultiOptimizer`: put these around this one.
         name: String. Defaults to `"masked_optimizer"`.
 
     Raises:
-        ValueError: If `optimizer` is not such an optimizer; when it is
-            to step without masks.
+        ValueError: If `optimizer` is not such an optimizer. When it is to step
+            without masks.
 
     Example:
 

@@ -239,10 +239,10 @@ class MaskedState(keras.optimizers.Optimizer):
         if held > 2 and held != wanted:
             raise ValueError(
                 "The file holds the state of another optimizer, whose masks "
-                "would be lost. Compile the model as the one that was saved, "
-                "and put `PrincipalMaskCallback` in front of other callbacks, "
-                "or `attach` it before the weights are loaded. To load them "
-                "alone, pass `skip_mismatch=True`, or `compile=False` to "
+                "would be lost. Compile the model like the saved one. Put "
+                "`PrincipalMaskCallback` in front of other callbacks, or "
+                "`attach` it before you load the weights. To load only the "
+                "weights, pass `skip_mismatch=True`, or `compile=False` to "
                 f"`load_model`. Received: {held} variables for the {wanted} of "
                 f"a `{type(self).__name__}`"
             )

@@ -20,27 +20,27 @@ _STATE = "momentum", "velocity", "master"
 class SparseAdamW(MaskedState):
     r"""AdamW that keeps moments for the principal weights alone.
 
-    The optimizer of LIFT (arXiv 2506.00772, algorithm 1). For a kernel W
-    with a mask M of k entries, at step t = 1, 2, ...:
+    The optimizer of LIFT (arXiv 2506.00772, algorithm 1). For a kernel W with a
+    mask M of k entries, at step t = 1, 2, ...:
 
         g = G[M]
         m = beta_1 m + (1 - beta_1) g,   v = beta_2 v + (1 - beta_2) g^2
         W[M] -= lr (m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
                     + weight_decay W[M])
 
-    Its state are the two moments and the places of the entries, 4 bytes each:
-    at a density of 5 %, 0.075 of AdamW's. For kernels stored in 16 bits (a
-    model of dtype `"bfloat16"`) the moments are in float32 still, and 4 bytes
-    more hold what each entry was before it was rounded. All other entries of W
+    The state holds the two moments and the places of the entries, 4 bytes each:
+    at a density of 5 %, 0.075 times AdamW's. For kernels stored in 16 bits (a
+    model of dtype `"bfloat16"`) the moments are still in float32. Another 4
+    bytes then hold each entry before it was rounded. All other entries of W
     stay as they are bit for bit. Gradients are accumulated and clipped as
     vectors of length k too, so a norm is that of the masked entries.
 
     The masks come from `PrincipalMaskCallback`, which moves the state when it
-    moves a mask: entries in both masks keep their moments, new ones start at
-    zero. Steps are counted from the beginning for all of them, as in the
-    paper, so the first step of a new entry is larger by
-    sqrt((1 - beta_1)^2 / (1 - beta_2)): keep `beta_2` at 0.95, where that is
-    0.45, rather than 0.999, where it is 3.2.
+    moves a mask. Entries in both masks keep their moments, and new ones start
+    at zero. All of them count steps from the beginning, as in the paper. So the
+    first step of a new entry is larger by sqrt((1 - beta_1)^2 / (1 - beta_2)).
+    Keep `beta_2` at 0.95, where that is 0.45, rather than 0.999, where it is
+    3.2.
 
     Variables without a mask (`also_train`) take AdamW steps.
 
@@ -50,8 +50,8 @@ class SparseAdamW(MaskedState):
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
             without arguments. Defaults to `1e-4`.
-        weight_decay: Float or `None`, acts on masked entries. Defaults to
-            `None`.
+        weight_decay: Float or `None`, the weight decay of masked entries.
+            Defaults to `None`.
         beta_1: Float in [0, 1). Defaults to `0.9`.
         beta_2: Float in [0, 1). Defaults to `0.95`.
         epsilon: Float, added to the square root. Defaults to `1e-6`.
@@ -60,7 +60,7 @@ class SparseAdamW(MaskedState):
             `gradient_accumulation_steps` and others.
 
     Raises:
-        ValueError: If an argument is outside of its range; when it is to step
+        ValueError: If an argument is outside of its range. When it is to step
             without masks.
 
     Example:

@@ -91,74 +91,76 @@ def merge(
 ) -> MergeReport:
     r"""Merge models of one architecture into one.
 
-    With d_i what model i has changed of the base, and w_i its weight, the
-    merged weight is
+    Let x_i be a weight of model i, d_i its change from the base, and w_i the
+    weight given to the model. The merged weight is
 
-    - `"linear"`: sum w_i x_i / sum w_i, of the models themselves (model soups,
-      arXiv 2203.05482);
-    - `"slerp"`: of two models, on the arc between them (Shoemake, Animating
-      Rotation with Quaternion Curves, SIGGRAPH 1985), at the share
-      w_2 / (w_1 + w_2) of its angle; on the straight line where they are
-      parallel;
+    - `"linear"`: sum w_i x_i / sum w_i (model soups, arXiv 2203.05482);
+    - `"slerp"`: for two models, the point on the arc between them at the share
+      w_2 / (w_1 + w_2) of its angle (Shoemake, Animating Rotation with
+      Quaternion Curves, SIGGRAPH 1985). Parallel weights are merged on the
+      straight line;
     - `"task_arithmetic"`: base + scale * sum w_i d_i (arXiv 2212.04089);
-    - `"ties"` (arXiv 2306.01708): of each d_i the `density` of its entries
-      that are largest, in each weight by itself; of these the weighted mean
-      of those that have the sign of their weighted sum:
-      base + scale * sum w_i d_i / sum w_i over these;
-    - `"dare"` (arXiv 2311.03099): as task arithmetic, of each d_i a share
-      `density` of the entries drawn at random, times 1 / density;
-      `"dare_ties"`: the same entries, merged as TIES does;
-    - `"della"` (arXiv 2406.11617): merged as TIES does, of entries drawn with
-      the probability `density - epsilon` for the smallest of the inputs of an
-      output to `density + epsilon` for the largest, divided by it;
-    - `"breadcrumbs"` (arXiv 2312.06795): as task arithmetic, of each d_i
-      without the share `gamma` of its largest entries the `density` that are
-      the largest then;
-    - `"model_stock"` (arXiv 2403.19522): base + t * mean d_i, with
-      t = N c / (1 + (N - 1) c) and c the mean cosine of two of the N d_i, in
-      [0, 1];
-    - `"iso_c"` (arXiv 2502.04959): base + scale * s U V^T, with
-      U S V^T = sum w_i d_i of a kernel as a matrix and s the mean of S; the
-      mean of d_i for all that is no kernel;
+    - `"ties"` (arXiv 2306.01708): base + scale * sum w_i d_i / sum w_i. It
+      trims each d_i to the share `density` of its largest entries, in each
+      weight by itself. The sums take only the trimmed entries that have the
+      sign of their weighted sum;
+    - `"dare"` (arXiv 2311.03099): task arithmetic on a random share `density`
+      of the entries of each d_i, times 1 / density; `"dare_ties"`: the same
+      entries, merged as TIES does;
+    - `"della"` (arXiv 2406.11617): TIES on randomly drawn entries, divided by
+      their probability. The probability rises from `density - epsilon` for the
+      smallest of the inputs of an output to `density + epsilon` for the
+      largest;
+    - `"breadcrumbs"` (arXiv 2312.06795): task arithmetic on a part of each d_i.
+      It drops the share `gamma` of the largest entries, and keeps the share
+      `density` of the largest of the rest;
+    - `"model_stock"` (arXiv 2403.19522): base + t * mean d_i, with t = N c / (1
+      + (N - 1) c) and c the mean cosine of two of the N d_i, in [0, 1];
+    - `"iso_c"` (arXiv 2502.04959): base + scale * s U V^T for a kernel as a
+      matrix, with U S V^T = sum w_i d_i and s the mean of S. Other weights get
+      the mean of d_i;
     - what `register_merge_method` has added.
 
-    Moving statistics of batch normalization go from those of the base to the
-    average of the models' with the weights, by the sum of the weights, in
-    [0, 1], of the way; negative ones count as 0 in that average, and `scale`
-    does not count. Without a base, and where TIES divides by the weights, they
-    are that average, without a base with equal weights where one is negative.
-    What is not trained is taken from the base, or from the first model where
-    there is none. Kernels of `SpectralNormalization` are merged as they are
-    stored: their norm is 1 again after the next steps of training.
+    Moving statistics of batch normalization move from those of the base towards
+    the models' weighted average. The share of the way is the sum of the
+    weights, in [0, 1]. Negative weights count as 0 in that average, and `scale`
+    does not count. Without a base, and where TIES divides by the weights, the
+    result is that average. Without a base it has equal weights where one is
+    negative.
 
-    Files of `save_model` are merged out of core: an array at a time, by most
-    methods in pieces of it, so that no model is in memory; a `.keras` file is
-    loaded. `"della"` has a kernel of each model in memory, `"iso_c"` a few
-    copies of one. Everything is computed in float32 (float64 for float64) and
+    Weights that are not trained come from the base, or from the first model if
+    there is no base. Kernels of `SpectralNormalization` are merged as they are
+    stored; the next steps of training bring their norm back to 1.
+
+    Files of `save_model` are merged out of core: an array at a time, and with
+    most methods in pieces of it, so no model is in memory. A `.keras` file is
+    loaded. `"della"` holds a kernel of each model in memory, `"iso_c"` a few
+    copies of one. The merge is computed in float32 (float64 for float64) and
     rounded once to the dtype of the base.
 
     Args:
         models: List of built Keras models, of files of `save_model` or of
-            `.keras` files. Or a config of mergekit, a dict or the path of its
-            YAML, whose models are such files: it stands for `method`,
+            `.keras` files. Or a config of mergekit, as a dict or the path of
+            its YAML, whose models are such files. A config stands for `method`,
             `weights`, `base` and the options.
-        output: The path of the file of `save_model` to write, or the model
-            that gets the merged weights, which may be one of the others. The
-            config and the assets of a file are those of `base`, or of the
-            first model where there is none.
+        output: The path of the file of `save_model` to write, or the model that
+            gets the merged weights, which may be one of the others. A file gets
+            the config and the assets of `base`, or of the first model if there
+            is no base.
         method: String, see above. Defaults to `"linear"`.
-        weights: List with one element for each model: a number; a list of
-            numbers, a gradient from the first layer with a kernel to the last
-            one, in the order of execution and linear in between; or a dict
-            from regexes, searched for in the variable's path, to these, of
-            which the first that is found counts (`""` is found in all; each
-            must be found in one). Defaults to ones.
-        base: Model or file, what the models were trained from. For all
-            methods but `"linear"` and `"slerp"`.
-        seed: Int, of random entries. Defaults to 0.
+        weights: List with one element for each model. An element is a number;
+            or a list of numbers, a gradient from the first layer with a kernel
+            to the last one, in the order of execution and linear in between; or
+            a dict from regexes to these. The first regex found in the
+            variable's path counts. `""` matches all paths, and each path must
+            have a match. Defaults to ones.
+        base: Model or file that the models were trained from. All methods but
+            `"linear"` and `"slerp"` use it.
+        seed: Int, the seed of random entries. Defaults to 0.
         include: Regex or list of regexes for the paths of the variables to
-            merge; the others are taken from the base. Defaults to all.
-        exclude: The same, of those to take from the base. Defaults to none.
+            merge. The others come from the base. Defaults to all.
+        exclude: The same, for variables that come from the base. Defaults to
+            none.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
         custom_objects: As in `load_model`, to build the model in a file.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
@@ -175,11 +177,12 @@ def merge(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If an argument is outside of its range, or one that the
-            method does not take; if the models have other weights or layers,
-            packed or quantized ones; all of this before a weight is read. If
-            a file is altered, or weights or the result are not finite, those
-            that are kept too. No file is written then, and no model changed.
+        ValueError: If an argument is outside of its range, or the method does
+            not take it. If the models have other weights or layers, or packed
+            or quantized ones. All of this is checked before a weight is read.
+            If a file is altered, or if weights, also those that are kept, or
+            the result are not finite. No file is written then, and no model
+            changed.
         FileExistsError: If the file exists and `overwrite` is `False`.
 
     Example:

@@ -68,21 +68,21 @@ class MergeMethod:
 def register_merge_method(
     name: str, function: Callable[[Task], _Parts], **fields: Any
 ) -> None:
-    """Add a method to `merge`, under a name of its own.
+    """Add a method with a name of its own to `merge`.
 
     Args:
         name: String, the `method` of `merge`.
-        function: Callable from a `Task`, one array of all models, to an
-            iterator of slices that cover the flattened array, in order, and of
-            the merged values there. `task.mapped(f)` makes one of a function
-            from a slice to values, `task.models(part)` and
-            `task.changes(part)` are what it reads.
+        function: Callable that takes a `Task`, one array of all models. It
+            returns an iterator of pairs: slices that cover the flattened array,
+            in order, and the merged values there. `task.mapped(f)` makes one
+            from a function from a slice to values. Read the arrays with
+            `task.models(part)` and `task.changes(part)`.
         **fields: What the method needs: `needs_base`, `options`, `bounds`,
             `weights`, `models` and `mergekit`, see `MergeMethod`.
 
     Raises:
-        ValueError: If the name is that of a method of this package, or an
-            argument is wrong.
+        ValueError: If a method of this package has the name, or an argument is
+            wrong.
 
     Example:
 

@@ -69,21 +69,21 @@ def pack(
     each. It takes 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in
     int8 and 0.10 in int4. A kernel with at most 16 nonzeros in each 32 inputs,
     such as 16:32, 8:16 or 4:8, takes as much in the format "16:32", with a
-    mask. A warning says what that format costs: in floats it saves space in
-    files only. In integers its products with a few rows are slower than those
-    of 2:4, several times so on AVX2 and NEON.
+    mask. A warning says what it costs: in floats it saves space in files only.
+    In integers, products with a few rows are slower than those of 2:4, several
+    times on AVX2 and NEON.
 
-    `pack` takes the kernels of Dense, EinsumDense, Conv1D to Conv3D (which then
-    multiply the patches of their input), separable convolutions, the experts of
-    KerasHub's mixtures, and layers that `register_layer_kind` knows with their
-    `call`. The layers multiply by the packed arrays with `ops.sparse_matmul`.
+    `pack` takes the kernels of Dense, EinsumDense, Conv1D to Conv3D, separable
+    convolutions, the experts of KerasHub's mixtures, and layers that
+    `register_layer_kind` knows with their `call`. Conv1D to Conv3D multiply the
+    patches of their input. The layers multiply by `ops.sparse_matmul`.
 
     Each layer stays the same object with the same name. Frozen weights replace
     its dense one: `kernel_values`, `kernel_meta` for a sparse kernel, and
-    `kernel_scale` for integers. `layer.kernel` computes the dense kernel anew
-    each time. Bias, activation and LoRA work as before: `enable_lora` before or
-    after trains adapters on the packed base. `save_weights` and `load_weights`
-    work with the packed arrays. `save_model` saves the whole model.
+    `kernel_scale` for integers. `layer.kernel` computes the dense kernel. Bias,
+    activation and LoRA work as before: `enable_lora` before or after trains
+    adapters on the packed base. `save_weights` and `load_weights` work with the
+    packed arrays. `save_model` saves the whole model.
 
     If the compiled kernels are missing, a warning says so once. The layers then
     hold the same rounded weights in dense form. The packed arrays stay in the
@@ -400,11 +400,11 @@ def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
         item = PackedParameters(target, formats_of("int8")[None], False, "int8")
         item.pack(integers[0] * integers[1])
         return ValueError(
-            "`pack` keeps the integers that Keras rounded a kernel to where a "
-            "format holds them: in int8 with a scale for each output unit, in "
-            f"fewer bits with one for each {GROUP} inputs of a unit. "
-            f"Received: {len(targets)} of {count} kernels that none holds, the "
-            f"first being {target.path} {target.shape}. "
+            "`pack` keeps Keras' integers of a kernel only if a format holds "
+            "them: int8 with a scale for each output unit, fewer bits with "
+            f"one for each {GROUP} inputs of a unit. Received: {len(targets)} "
+            f"of {count} kernels that no format holds, the first being "
+            f"{target.path} {target.shape}. "
             "`kwm.pack(model, 'int8')` rounds them once more, which changes "
             f"this one by {item.rounding_error:.2%}. To leave them to Keras, "
             "say which others to pack by `targets`."
@@ -427,7 +427,7 @@ def _check_weight(item: Any, has_products: Any) -> None:
     variable = item.target.variable
     if item.is_held and not has_products:
         raise ValueError(
-            "Weights that are not 2:4 are multiplied in integers alone. "
+            "Only 2:4 weights can be multiplied by float inputs. "
             f"Received: activations='float32' with {variable.path!r}. Leave "
             "`activations` out, or the weight, by `targets` or `head=None`."
         )
@@ -461,7 +461,7 @@ def _warn(items: Any) -> None:
     for dtype, found in errors.items():
         warnings.warn(
             f"`pack` rounded {len(found)} weights to {dtype}, which changed "
-            f"them by {sum(found) / len(found):.1%} on the mean and costs "
+            f"them by {sum(found) / len(found):.1%} on average and costs "
             f"quality. `kwm.quantize(model, data, bits={bits_of(dtype)})`, "
             "without `group_size`, before `kwm.pack(model)` costs less, and "
             "`kwm.pack(model, 'int8')` next to nothing.",
@@ -472,9 +472,9 @@ def _warn(items: Any) -> None:
     if half:
         warnings.warn(
             f"{len(half)} kernels of pattern 16:32 are packed in files alone "
-            f"and stay dense in memory, {half[0].target.path!r} first: nothing "
-            "multiplies by their packed floats. `kwm.pack(model, 'int8')` "
-            "packs them in memory too.",
+            "and stay dense in memory, because no kernel multiplies by their "
+            f"packed floats. The first is {half[0].target.path!r}. "
+            "`kwm.pack(model, 'int8')` packs them in memory too.",
             stacklevel=3,
         )
     masked = [i for i in items if i.packed and i.pattern == "16:32"]

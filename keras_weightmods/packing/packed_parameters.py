@@ -325,12 +325,12 @@ class PackedParameters(Reparameterization):
         count = sum(math.prod(variable.shape) for variable in weights)
         warnings.warn(
             f"The model {model.name!r} is called with `training=True`, as by "
-            f"`fit`, and has packed weights, {self.target.path!r} first, which "
-            f"no training changes: it trains {count:,} numbers, of biases, "
-            "norms and other weights that are not packed. Train it before "
-            "`pack`, or after `unpack(model)`; or train the values of 2:4 "
-            "kernels, `pack(model, trainable=True)`, or LoRA on the packed "
-            "layers, `layer.enable_lora`. Where the rest alone is meant, set "
+            "`fit`, and has packed weights, which no training changes. The "
+            f"first is {self.target.path!r}. Without them it trains {count:,} "
+            "numbers, of biases, norms and other weights. Train it before "
+            "`pack`, or after `unpack(model)`. Or train the values of 2:4 "
+            "kernels with `pack(model, trainable=True)`, or LoRA on the packed "
+            "layers with `layer.enable_lora`. To train only the rest, set "
             "`trainable = False` on the packed layers.",
             stacklevel=2,
         )

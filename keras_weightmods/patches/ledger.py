@@ -128,8 +128,8 @@ class Ledger:
         if model.fingerprint(read, patch.whole) != patch.base:
             name = getattr(model.model, "name", "a list")
             raise ValueError(
-                "The model must be the base that the patch was made for, and "
-                "its weights are others. Load the base model, or pass "
+                "The model must be the base that the patch was made for, but "
+                "its weights differ. Load the base model, or pass "
                 "`force=True` to put the changes on this one. Received: "
                 f"patch={patch!r}, model={name!r}"
             )

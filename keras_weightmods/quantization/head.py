@@ -158,6 +158,6 @@ class Outputs:
         if not np.isfinite(total).all():
             raise ValueError(
                 "The hidden states before the head must be finite. Received: "
-                "NaN or infinity. Look for what comes in the data."
+                "NaN or infinity. Look for bad values in the data."
             )
         return ops.convert_to_tensor((total / count).astype("float32"))

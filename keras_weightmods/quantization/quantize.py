@@ -252,22 +252,22 @@ def quantize(
     ):
         warnings.warn(
             f"`pack` has a scale for each {GROUP} inputs, and would round "
-            f"these weights again, with `group_size={group_size}`. Leave it "
-            "out for a model that will be packed.",
+            f"weights of `group_size={group_size}` again. Leave it out for a "
+            "model that will be packed.",
             stacklevel=2,
         )
     is_mixed = size is not None or isinstance(bits, float)
     if is_mixed and keras_compat.graph_of(model) is None:
         raise ValueError(
-            "A budget takes the graph of a functional model. Received: "
+            "A budget needs the graph of a functional model. Received: "
             f"{model.name!r} of type {type(model).__name__}, which has none. "
             "Pass `bits` as an int, 2 to 6."
         )
     if is_mixed and end and splittable_head(model) is None:
         raise ValueError(
-            "A budget takes gradients through the head, which vanish where it "
-            "computes in float16. Received: a head that does, is quantized, or "
-            "has a regularizer of activities. Pass `bits` as an int, 2 to 6."
+            "A budget needs gradients through the head, which vanish in "
+            "float16. Received: a head that computes in float16, is quantized, "
+            "or has an activity regularizer. Pass `bits` as an int, 2 to 6."
         )
     note = ""
     if refinements and keras_compat.graph_of(model) is None:
@@ -384,9 +384,8 @@ def quantize(
                 undo.give_values_back()
                 quantizer.to_nearest(changed)
                 why = (
-                    "All was rounded to nearest: on rows held out its loss is "
-                    f"{plain:.4f}, and {after:.4f} where it is fitted to the "
-                    "data"
+                    "All was rounded to nearest: its loss on held-out rows is "
+                    f"{plain:.4f}, and {after:.4f} when fitted to the data"
                 )
                 warnings.warn(
                     f"{why}. Pass more `data`, or data like those that the "

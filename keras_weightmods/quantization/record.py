@@ -112,9 +112,9 @@ class Record:
             ]
             if other:
                 raise ValueError(
-                    "`resume` goes on with the same call. Received: "
+                    "`resume` continues the same call. Received: "
                     f"resume={checks.shown(str(folder))}, with steps of a call "
-                    f"that differs in {', '.join(other)}. Call as then, or "
+                    f"that differs in {', '.join(other)}. Repeat that call, or "
                     "pass another folder to begin anew."
                 )
             self._steps.add(name)

@@ -93,10 +93,11 @@ class _CompanderLoraLayer(
 class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
     """`keras.layers.Dense` that trains its kernel through w = a f(v / b).
 
-    Weight Compander (arXiv 2306.16993). The layer starts as the plain one
-    does: what its initializer draws becomes the v that gives it. `kernel` is
-    w; `fold` makes the layer a plain `Dense` again. `attach_compander` does
-    the same to the layers of an existing model; see there for weight decay.
+    The layer uses Weight Compander (arXiv 2306.16993) and starts as the plain
+    one does. It stores the v that gives the weights drawn by the initializer.
+    `kernel` is w; `fold` makes the layer a plain `Dense` again.
+    `attach_compander` does the same to the layers of an existing model, and
+    describes weight decay.
 
     Args:
         *args, **kwargs: As in `keras.layers.Dense`.
@@ -112,7 +113,7 @@ class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
             `"raise_a"`. `layer.compander` counts them. Defaults to `"clip"`.
 
     Raises:
-        ValueError: If an argument is wrong; on build, if the dtype is
+        ValueError: If an argument is wrong. On build: if the dtype is
             quantized.
 
     Example:

@@ -20,16 +20,16 @@ from keras_weightmods.utils import checks
 class CompanderOptimizer(WrappingOptimizer):
     """Lets an optimizer step on the effective weights of companders.
 
-    The rule of Weight Compander (arXiv 2306.16993) for adaptive optimizers.
-    For a weight w = Psi(v) the wrapped optimizer sees w and the gradient
-    dL/dw; its step is multiplied by dPsi/dv and taken on v:
+    This is the rule of Weight Compander (arXiv 2306.16993) for adaptive
+    optimizers. For a weight w = Psi(v) the wrapped optimizer sees w and the
+    gradient dL/dw. Its step is multiplied by dPsi/dv and taken on v:
 
         v <- v + Psi'(v) * step(w, dL/dw)
 
-    Adam on v itself divides by the size of its gradient and so cancels
-    Psi'(v), the rescaling that the method lives on. All other variables,
-    the learnable a and b among them, are updated by the wrapped optimizer as
-    always, as are weights under other reparameterizations.
+    Adam on v itself divides by the size of its gradient, which cancels Psi'(v),
+    the rescaling that the method needs. The wrapped optimizer updates all other
+    variables as always. These include the learnable a and b, and weights under
+    other reparameterizations.
 
     Weight decay of the wrapped optimizer acts
 
@@ -38,23 +38,23 @@ class CompanderOptimizer(WrappingOptimizer):
     - for learnable pairs on v alone, and not on a and b:
       `v <- v - learning_rate * weight_decay * v`.
 
-    Clipping of gradients acts on dL/dw. Gradient accumulation works as ever.
-    A moving average (`use_ema`) is taken of the stored values, and
-    constraints apply after the step. With mixed_float16 Keras wraps this
-    optimizer in a `LossScaleOptimizer`, which is the right order.
+    Clipping of gradients acts on dL/dw. Gradient accumulation works as usual. A
+    moving average (`use_ema`) is taken of the stored values, and constraints
+    apply after the step. With mixed_float16 Keras wraps this optimizer in a
+    `LossScaleOptimizer`, which is the right order.
 
-    With plain SGD the rule changes nothing; with momentum it takes the
-    momentum of dL/dw.
+    With plain SGD the rule changes nothing. With momentum it uses the momentum
+    of dL/dw.
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` to wrap, not built.
-            No `LossScaleOptimizer` or `MultiOptimizer`: these go around this
-            one.
+            It must not be a `LossScaleOptimizer` or `MultiOptimizer`: put these
+            around this one.
         name: String. Defaults to `"compander_optimizer"`.
 
     Raises:
-        ValueError: If `optimizer` is not such an optimizer; on build, if
-            no variable has a compander.
+        ValueError: If `optimizer` is not such an optimizer. On build: if no
+            variable has a compander.
 
     Example:
 
@@ -80,7 +80,7 @@ class CompanderOptimizer(WrappingOptimizer):
         super().__init__(optimizer, name)
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """Builds the wrapped optimizer, once the companders are found."""
+        """Build the wrapped optimizer, once the companders are found."""
         if self.built:
             return
         found = [getattr(v, "reparameterization", None) for v in variables]

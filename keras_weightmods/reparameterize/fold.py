@@ -11,16 +11,17 @@ from keras_weightmods.utils.progress import Progress
 def fold(
     model: keras.layers.Layer, verbose: int = 1
 ) -> seam.ReparameterizationReport:
-    """Bake every effective weight in, and make the layers plain again.
+    """Write the effective weights into the layers, and make them plain again.
 
-    Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
-    began, and turns a `CompanderDense` and its kin into the Keras layers that
-    they are made of. The model computes what it computed before, at the cost of
-    a plain model, and saves and loads without this package. If its optimizer
-    has been built it holds state of weights that are gone, so the model is left
-    uncompiled: compile it again to train on. Packed weights stay packed;
-    `unpack` ends that. A copy of the stored weights is held meanwhile, for the
-    case of an error.
+    This ends `attach_compander`, `attach_weight_norm` and `attach_scaling`. It
+    also turns `CompanderDense` and its relatives into plain Keras layers. The
+    model's outputs do not change, it costs as much as a plain model, and it
+    saves and loads without this package.
+
+    A built optimizer has state of weights that no longer exist, so the model is
+    left uncompiled then: compile it again to train on. Packed weights stay
+    packed; `unpack` unpacks them. A copy of the stored weights is held
+    meanwhile, in case of an error.
 
     Args:
         model: A Keras model or layer. One without reparameterized weights is
@@ -32,8 +33,8 @@ def fold(
         A `ReparameterizationReport`; its `kernels` keep their last values.
 
     Raises:
-        ValueError: If a layer is of a subclass of the library's own layers,
-            or `verbose` is neither. The model is unchanged then.
+        ValueError: If a layer is of a subclass of the library's own layers, or
+            `verbose` is neither 0 nor 1. The model is unchanged then.
 
     Example:
 

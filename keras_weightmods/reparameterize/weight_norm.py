@@ -31,19 +31,20 @@ class NormalizedKernel:
 def attach_weight_norm(
     model: keras.layers.Layer, *, targets: Any = None, verbose: int = 1
 ) -> seam.ReparameterizationReport:
-    """Give each output unit of each target a norm of its own, w = g v / |v|.
+    """Give each output unit of each target its own norm, w = g v / |v|.
 
-    Weight Normalization (arXiv 1602.07868, equation 2): length and direction
-    of the weights of an output unit are trained apart. The norm is taken over
-    the contraction axes, and g starts as it, so the model computes what it
-    did. Train it, then call `fold(model)`. The layer's `kernel` is w: its call
-    and regularizer see w, and LoRA adds to it; `kernel_constraint` goes on
-    acting on the stored v. Weight decay on v leaves w alone and acts on the
-    rate of its direction; decay on g acts on w.
+    Weight Normalization (arXiv 1602.07868, equation 2) trains the length and
+    the direction of an output unit's weights apart. The norm is taken over the
+    contraction axes, and g starts as this norm, so the model's outputs do not
+    change. Train it, then call `fold(model)`.
 
-    Checkpoints by `save_weights` hold v and g, and load only into a model
-    normalized in the same way. `save`, `keras.models.clone_model` and
-    `quantize` want `fold` first.
+    The layer's `kernel` is w: its call and regularizer see w, and LoRA adds to
+    it. `kernel_constraint` still acts on the stored v. Weight decay on v leaves
+    w alone, and acts on the rate of its direction. Weight decay on g acts on w.
+
+    `save_weights` stores v and g in its checkpoints, which load only into a
+    model normalized in the same way. Call `fold` before `save`,
+    `keras.models.clone_model` and `quantize`.
 
     Args:
         model: A built Keras model; give the outermost one that you train.

@@ -32,59 +32,60 @@ _NUMBER = re.compile(r"_\d+")
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Saves a training as it runs; the same `fit` then goes on from there.
+    """Saves a training as it runs; the same `fit` then continues from there.
 
-    Run the same program again after a kill, a crash or a power cut: `fit`
-    loads the last save and goes on with the epoch that it belongs to. It is
-    what `keras.callbacks.BackupAndRestore` is for, whose files a kill at the
-    wrong moment leaves unreadable, and which saves neither what `CAST` and
-    `PrincipalMaskCallback` know of their runs nor the random numbers.
+    Run the same program again after a kill, a crash or a power cut. `fit` then
+    loads the last save and continues with its epoch. It replaces
+    `keras.callbacks.BackupAndRestore`, whose files a kill at the wrong moment
+    leaves unreadable. `BackupAndRestore` also saves neither the random numbers
+    nor the state of `CAST` and `PrincipalMaskCallback`.
 
-    A checkpoint is one file: weights, the optimizer with its masks, the state
-    of `CAST`, the seeds of the model's layers, and the state of the global
-    generators of Python, NumPy, Keras and torch. It is written beside the
-    others, flushed to the disk and then renamed; the last two are kept. If
-    the last one cannot be read, the one before is used, with a warning.
+    A checkpoint is one file. It holds weights, the optimizer with its masks,
+    the state of `CAST`, and the seeds of the model's layers. It also holds the
+    state of the global generators of Python, NumPy, Keras and torch. It is
+    written beside the others, flushed to the disk and then renamed. The last
+    two are kept. If the last one cannot be read, the one before is used, with a
+    warning.
 
-    **Where it goes on.** After a save at the end of an epoch, training goes
-    on as if nothing had stopped it: bit for bit where the data come in an
-    order that the saved generators draw, as Keras shuffles arrays on JAX and
-    torch, or in a fixed order. A save within an epoch keeps the weights of
-    that step, but Keras gives a callback no way to move `fit` forward in its
-    data: the epoch begins again, and a warning says how many steps are
-    repeated. `steps_per_epoch` makes epochs shorter.
+    **Where it continues.** After a save at the end of an epoch, training
+    continues as if nothing had stopped it. It does so bit for bit if the order
+    of the data is fixed, or drawn from the saved generators, as Keras shuffles
+    arrays on JAX and torch. A save within an epoch keeps the weights of that
+    step, but no callback can move `fit` forward in its data. So the epoch
+    begins again, and a warning says how many steps are repeated.
+    `steps_per_epoch` makes epochs shorter.
 
-    At the end of `fit` the state is saved once more, and stays: a program that
+    The state is saved once more at the end of `fit`, and stays. A program that
     is killed between the training and the saving of its model gets it back
     without training, and with a warning. Delete the folder to train anew.
 
-    Put it last among the callbacks, so that what they do at a step is done when
-    it is saved, and `PrincipalMaskCallback` has put its masks into the
+    Put it last among the callbacks. Then the others have done their work at a
+    step before it saves, and `PrincipalMaskCallback` has put its masks into the
     optimizer before they are loaded.
 
-    Where several processes train one model under `keras.distribution`, each
-    makes this callback, with the same `path` on a disk that all of them see.
-    The first one writes, the weights whole even where each holds a part.
+    If several processes train one model under `keras.distribution`, each makes
+    this callback, with the same `path` on a disk that all of them see. The
+    first one writes whole weights, even where each process holds a part.
 
     On JAX an error or Ctrl-C in the middle of a step would leave the model
-    without weights. With this callback it has those of the last step, or of
-    the one before, if the step has not written over them.
+    without weights. With this callback it has those of the last step, or of the
+    one before, if the step has not overwritten them.
 
-    Not saved are what other callbacks remember, such as the best value of
-    `EarlyStopping`, the `History` of the epochs before, and random numbers
-    that TensorFlow draws from a state of its own (`tf.random.normal`, and the
-    order in which Keras shuffles arrays there).
+    The file lacks what other callbacks remember, such as the best value of
+    `EarlyStopping`, and the `History` of the epochs before. It also lacks
+    random numbers that TensorFlow draws from a state of its own. These are
+    `tf.random.normal`, and the order in which Keras shuffles arrays there.
 
     Args:
-        path: String or path of a folder for this run alone. It is made where
-            there is none.
+        path: String or path of a folder for this run alone. It is made if there
+            is none.
         save_freq: `"epoch"`, or an int, the steps (batches) between two saves
             within an epoch, beside those at the ends of epochs. Defaults to
             `"epoch"`.
 
     Raises:
         ValueError: For arguments outside these ranges. When the training
-            starts: if the checkpoints are of another model, optimizer or
+            starts: if the checkpoints belong to another model, optimizer or
             backend, or none of them can be read. The weights are unchanged
             then.
 
@@ -136,8 +137,8 @@ class Checkpoint(keras.callbacks.Callback):
         """Load the last checkpoint into a model; `fit` does it by itself.
 
         Args:
-            model: The compiled model, built, and with the masks of
-                `PrincipalMaskCallback` attached where it is trained with them.
+            model: The compiled and built model. If it is trained with the masks
+                of `PrincipalMaskCallback`, they must be attached.
 
         Returns:
             Bool, whether there was a checkpoint.

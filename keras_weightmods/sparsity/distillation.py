@@ -261,8 +261,8 @@ def _warn_about_outputs(model):
                 "has one entry on its last axis" if is_one else f"is a {name}"
             )
             warnings.warn(
-                "The outputs of model and teacher are taken as logits of "
-                "classes, over the last axis, in the distillation. Received: "
+                "Distillation takes the outputs of model and teacher as "
+                "logits of classes over the last axis. Received: "
                 f"the output {operation.name!r}, which {found}. Let the model "
                 "give logits, with a loss of `from_logits=True`, or train "
                 "without distillation: `teacher=None`.",

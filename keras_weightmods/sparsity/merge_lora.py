@@ -18,14 +18,15 @@ def merge_lora(
     model: keras.Model,
     pattern: nm.Pattern | None = None,
 ) -> ChangeReport:
-    """Add LoRA's product to the kernels, in place, and take LoRA off.
+    """Add LoRA's product to the kernels, in place, and remove LoRA.
 
-    What `enable_lora` began ends here: the layers are plain again, and their
-    kernels trainable. Without a pattern the model computes what it did. With
-    one, the zeros of every merged kernel stay zeros, at the price of what the
-    product added there: fine-tune with `SemiStructuredSparse.attach(model,
-    frozen=True)` instead where memory allows, which has no such step at its
-    end. To choose the places anew, merge without a pattern, then `sparsify`.
+    The layers become plain again, and their kernels trainable. Without a
+    pattern the model's outputs do not change. With a pattern, the zeros of
+    every merged kernel stay zeros, and the product's entries there are lost. If
+    memory allows, fine-tune with
+    `SemiStructuredSparse.attach(model, frozen=True)` instead, which loses
+    nothing at its end. To choose the places anew, merge without a pattern, then
+    `sparsify`.
 
     The merge is in the kernel's own dtype, whatever the layer computes in. The
     model is left uncompiled if its optimizer has been built.
@@ -33,18 +34,18 @@ def merge_lora(
     Args:
         model: A built Keras model or layer. It is changed.
         pattern: String `"n:m"` or pair of ints, the pattern that the kernels
-            have and end in; `None` for no pattern. Kernels whose contraction
-            size is no multiple of m, and embeddings, are merged without.
+            have and keep; `None` for no pattern. Embeddings, and kernels whose
+            contraction size is not a multiple of m, are merged without it.
             Defaults to `None`.
 
     Returns:
         A `ChangeReport` of the merged variables.
 
     Raises:
-        ValueError: If LoRA is enabled on no such layer, on a quantized one
-            (merge before `quantize`), or on a packed, scaled or companded
-            one (`unpack` or `fold` first); if an argument is none of the above;
-            if a base kernel is not N:M. The model is unchanged then.
+        ValueError: If no such layer has LoRA. If a quantized layer has it
+            (merge before `quantize`), or a packed, scaled or companded one
+            (`unpack` or `fold` first). If an argument is none of the above, or
+            a base kernel is not N:M. The model is unchanged then.
 
     Example:
 

@@ -146,14 +146,14 @@ def sparsity_report(
     targets: Any = None,
     verbose: int = 1,
 ) -> SparsityReport:
-    """Report, for each kernel, how far it is in an N:M pattern.
+    """Report how far each kernel is from an N:M pattern.
 
     Args:
         model: A built `keras.Model`. It is not changed.
         pattern: String `"n:m"` or pair of ints. Defaults to `"2:4"`.
-        targets: The kernels, as `find_targets(model)` returns them or in a
-            form that its `include` takes; `None` for all, which counts those
-            in that are packed, after the others. Defaults to `None`.
+        targets: The kernels, as `find_targets(model)` returns them or in a form
+            that its `include` takes. `None` means all, with the packed ones
+            after the others. Defaults to `None`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -161,8 +161,8 @@ def sparsity_report(
         A `SparsityReport`: print it for a table, or take `to_dict()`.
 
     Raises:
-        ValueError: If `pattern` is malformed, `targets` are not the model's,
-            or `verbose` is neither.
+        ValueError: If `pattern` is malformed, `targets` do not belong to the
+            model, or `verbose` is neither 0 nor 1.
 
     Example:
 
@@ -215,12 +215,12 @@ def assert_sparse(
     Args:
         model, pattern, targets, verbose: As in `sparsity_report`. With
             `targets=None`, kernels whose contraction size is no multiple of
-            m are passed over; name them to have them count.
+            m are skipped; name them to check them.
 
     Raises:
-        AssertionError: Naming the kernels with the most bad groups.
-        ValueError: As in `sparsity_report`; or if there is no kernel to
-            check.
+        AssertionError: If a kernel is not N:M. The message names the kernels
+            with the most bad groups.
+        ValueError: As in `sparsity_report`, or if there is no kernel to check.
 
     Example:
 

@@ -45,37 +45,37 @@ def attach_scaling(
 ) -> seam.ReparameterizationReport:
     """Give each output unit of each target `groups` learnable scales.
 
-    The effective weight is `scale * kernel`, with one scale, one at the start,
-    for each output unit and each of `groups` contiguous blocks of the
-    flattened contraction axes: equations 11 and 12 of CAST (arXiv
-    2509.25996). A scale lets a unit regain the magnitude that sparse training
-    takes from it; as it is constant inside each N:M group, the mask stays.
+    The effective weight is `scale * kernel` (equations 11 and 12 of CAST, arXiv
+    2509.25996). There is one scale for each output unit and each of `groups`
+    contiguous blocks of the flattened contraction axes, and it starts at one.
+    With a scale, a unit regains the magnitude that sparse training takes from
+    it. A scale is constant inside each N:M group, so the mask stays.
 
-    Each target layer stays the same object with the same name and paths and
+    Each target layer stays the same object with the same name and paths. It
     gains one weight, `kernel_scale` (`pointwise_kernel_scale` and so on for
-    other attributes), of shape `(groups, ...)`, followed by the kernel's axes
-    that are not contracted, in float32 at least. The layer's `kernel` becomes
-    the effective weight, which its call and `kernel_regularizer` use, and LoRA
-    adds to; `kernel_constraint` goes on acting on the stored kernel. The
-    product is taken in float32 also under mixed precision. A frozen kernel
-    gets frozen scales, and `enable_lora` freezes the scales with the kernel.
+    other attributes), in float32 at least. Its shape is `(groups, ...)`,
+    followed by the kernel's axes that are not contracted. The layer's `kernel`
+    becomes the effective weight: its call and `kernel_regularizer` use it, and
+    LoRA adds to it. `kernel_constraint` still acts on the stored kernel. The
+    product is taken in float32 also under mixed precision. A frozen kernel gets
+    frozen scales, and `enable_lora` freezes the scales with the kernel.
 
     The paper trains scales without weight decay:
     `optimizer.exclude_from_weight_decay(var_names=["kernel_scale"])`.
 
-    `keras_weightmods.save_model` saves the model with its scales. Checkpoints
-    by `save_weights` hold them too, and load only into a model scaled in the
-    same way. `save`, `keras.models.clone_model` and `quantize` want
-    `fold` first.
+    `keras_weightmods.save_model` saves the model with its scales.
+    `save_weights` stores them too, and its checkpoints load only into a model
+    scaled in the same way. Call `fold` before `save`,
+    `keras.models.clone_model` and `quantize`.
 
     Args:
         model: A built Keras model; give the outermost one that you train.
         targets: The kernels to scale: `Targets`, or what `include=` of
             `find_targets` takes. Defaults to all of them.
-        groups: Int, the blocks of the contraction axes for an output unit.
-            A kernel that does not divide into so many blocks of whole N:M
-            groups gets the largest number that it does divide into, as the
-            report says. Defaults to `2`.
+        groups: Int, the blocks of the contraction axes for an output unit. Some
+            kernels do not divide into so many blocks of whole N:M groups. They
+            get the largest number that fits, and the report says so. Defaults
+            to `2`.
         pattern: The N:M pattern, `"n:m"` or `(n, m)`. Only m matters.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.

@@ -319,9 +319,9 @@ def prune(
     # By more than what differs from one choice of rows to another.
     if error > 1.1 * plain:
         warnings.warn(
-            "On rows held out of the data the outputs of the kernels have a "
-            f"mean error of {error:.1%}, where criterion='magnitude' has "
-            f"{plain:.1%}. Pass more `data`, or use that.",
+            "The outputs of the kernels have a mean error of "
+            f"{error:.1%} on held-out rows. criterion='magnitude' has "
+            f"{plain:.1%} there. Pass more `data`, or use that.",
             stacklevel=3,
         )
     name = "{}:{}".format(*parse_pattern(pattern))

@@ -13,29 +13,29 @@ from keras_weightmods.utils import checks
 
 
 class SparsityMonitor(keras.callbacks.Callback):
-    """Puts how far the kernels are in their N:M pattern into the logs.
+    """Logs how far the kernels are from their N:M pattern.
 
     It adds three numbers, which the progress bar and History always show.
-    `CSVLogger`, `TensorBoard` and other callbacks see them where they come
-    after this one in the list:
+    `CSVLogger`, `TensorBoard` and other callbacks see them if they come after
+    this one in the list:
 
     - `kept_share`: `S_t = sum |w * mask| / sum |w|` over the kernels, which
       goes to 1;
     - `largest_masked`: the largest `|w|` outside the masks, which goes to 0;
-    - `mask_flips`: share of the mask's entries that changed, for each mask
-      set since the last look.
+    - `mask_flips`: the share of the mask's entries that changed, for each mask
+      set since the last measurement.
 
     The masks are those that `AdamS` has set.
 
-    Reading the weights synchronizes the model with the device, so they are
-    read at the end of each epoch and, where asked, every `every` batches.
+    Reading the weights synchronizes the model with the device. So they are read
+    at the end of each epoch and, on request, every `every` batches.
 
     Args:
-        every: Int, batches between two looks within an epoch, or `None` for
-            the end of epochs alone. Defaults to `None`.
+        every: Int, batches between two measurements within an epoch, or `None`
+            for the end of epochs alone. Defaults to `None`.
 
     Raises:
-        ValueError: If `every` is no positive int; or when training starts, if
+        ValueError: If `every` is not a positive int. When training starts: if
             the model is compiled with another optimizer.
 
     Example:

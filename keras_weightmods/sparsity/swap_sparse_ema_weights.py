@@ -13,16 +13,16 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
     """Swaps in averaged weights, exactly N:M where they are constrained.
 
     With `use_ema=True` Keras writes the moving average into the model at the
-    end of `fit` and applies no constraint to it: the average of N:M kernels
+    end of `fit` and applies no constraint to it. The average of N:M kernels
     with different masks is dense. Use this callback in place of
-    `keras.callbacks.SwapEMAWeights`, or add it where there is none. Every
-    variable with a `SemiStructuredSparse` constraint is then projected
-    whenever its average is in the model: in evaluation and prediction, for
-    the callbacks behind this one if `swap_on_epoch=True`, and when `fit` has
-    ended. The optimizer's own average stays as Keras computes it.
+    `keras.callbacks.SwapEMAWeights`, or add it if there is none. It projects
+    every variable with a `SemiStructuredSparse` constraint whenever its average
+    is in the model. This is in evaluation and prediction, after `fit`, and with
+    `swap_on_epoch=True` for the callbacks behind this one. The optimizer's own
+    average stays as Keras computes it.
 
-    An exception inside `fit` skips the callbacks' end, and the model is then
-    left with the dense average. `assert_sparse` tells.
+    An exception inside `fit` skips the end of the callbacks, and leaves the
+    model with the dense average. Check it with `assert_sparse`.
 
     Args:
         swap_on_epoch: Bool, whether the average is in the model from the end
@@ -31,7 +31,7 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
             `False`.
 
     Raises:
-        ValueError: If `swap_on_epoch` is no bool. When the weights are first
+        ValueError: If `swap_on_epoch` is not a bool. When the weights are first
             swapped: if the optimizer has no `use_ema=True`.
 
     Example:

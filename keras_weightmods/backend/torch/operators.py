@@ -191,8 +191,8 @@ def _compiled():
     library = native.library()
     if library is None:
         raise RuntimeError(
-            "The compiled kernels of keras_weightmods are missing, by which a "
-            f"packed model multiplies: {native.reason_unavailable()}"
+            "A packed model needs the compiled kernels of keras_weightmods, "
+            f"which are missing: {native.reason_unavailable()}"
         )
     return library
 
