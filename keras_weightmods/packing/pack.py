@@ -427,7 +427,7 @@ def _check_weight(item: Any, has_products: Any) -> None:
     variable = item.target.variable
     if item.is_held and not has_products:
         raise ValueError(
-            "Only 2:4 weights can be multiplied by float inputs. "
+            "Weights that are not 2:4 are multiplied in integers alone. "
             f"Received: activations='float32' with {variable.path!r}. Leave "
             "`activations` out, or the weight, by `targets` or `head=None`."
         )
