@@ -36,7 +36,7 @@ from keras_weightmods.utils.report import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReparameterizationReport(Report):
-    """What a call that reparameterizes a model, or folds it, changed.
+    """The kernels that a reparameterization or `fold` changed.
 
     Attributes:
         kernels: Tuple with one summary for each kernel changed, with a `path`,

@@ -14,7 +14,7 @@ _HOOK = "make_generate_function"
 
 @dataclasses.dataclass(frozen=True)
 class GenerateReport(Report):
-    """What `compile_generate` did.
+    """The result of `compile_generate`.
 
     Attributes:
         model: String, the name of the model.

@@ -24,7 +24,7 @@ class MaskedKernel:
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalMaskReport(Report):
-    """What is trained, and what is not. Prints as a table.
+    """The weights that are trained, and the others. Prints as a table.
 
     Attributes:
         kernels: Tuple of `MaskedKernel`.

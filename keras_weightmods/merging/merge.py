@@ -49,14 +49,14 @@ class MergedWeight:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport(Report):
-    """What `merge` did. Prints as a table.
+    """The result of `merge`. Prints as a table.
 
     Attributes:
         method: String.
         output: String, the file, or the name of the model.
         merged: Tuple of `MergedWeight`.
-        skipped: Tuple of `Skipped`: what is as in the base, or in the first
-            model where there is no base.
+        skipped: Tuple of `Skipped`: weights that come from the base, or from
+            the first model if there is no base.
     """
 
     method: str

@@ -68,7 +68,7 @@ def packed_arrays(
     Args:
         shape: Pair of ints (K, N), the shape of the kernel.
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
-            `"int8"` or `"int4"`; of a dense matrix `"int8"`, or `"int2"` to
+            `"int8"` or `"int4"`. For a dense matrix `"int8"`, or `"int2"` to
             `"int6"`.
         pattern: String, `"2:4"` or `"16:32"`; None for a dense matrix without
             `"meta"`. Defaults to `"2:4"`.

@@ -31,10 +31,10 @@ _NAMES = ("values", "meta", "scale")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed kernel: what `pack_kernel` returns.
+    """A packed kernel, as `pack_kernel` returns it.
 
-    The arrays may be NumPy arrays, tensors of the backend or Keras variables;
-    `packed_arrays` gives their shapes, and `native/layout.py` what is in them.
+    The arrays may be NumPy arrays, tensors of the backend or Keras variables.
+    `packed_arrays` gives their shapes, and `native/layout.py` their layout.
 
     Args:
         values: Array of the kept values.
@@ -44,7 +44,7 @@ class Packed:
         dtype: String, type of the values, as of `packed_arrays`.
 
     Raises:
-        ValueError: If an array has not the shape and type that it must have.
+        ValueError: If an array has another shape or type than expected.
 
     Example:
 
@@ -93,7 +93,7 @@ class Packed:
 
     @property
     def pattern(self) -> str | None:
-        """`"2:4"` or `"16:32"`; None of a dense matrix."""
+        """`"2:4"` or `"16:32"`; None for a dense matrix."""
         return pattern_of(self.meta)
 
 
@@ -106,34 +106,35 @@ def pack_kernel(
 ) -> Packed:
     """Pack a 2:4 kernel, or one with half of each 32 rows.
 
-    float32 values are kept as they are. bfloat16 rounds them to the nearest;
-    int8 to multiples of a scale, max |w| / 127 of the column; int4 to -8 to 7
-    times a bfloat16 scale, the best of several for each column and 64 rows.
-    A kernel that lies on such a grid already comes back as it was.
+    Values stay exact in float32. bfloat16 rounds them to the nearest, and int8
+    to multiples of a scale, max |w| / 127 of the column. int4 rounds to -8 to 7
+    times a bfloat16 scale, the best of several for each column and 64 rows. A
+    kernel that already lies on such a grid comes back as it was.
 
     Args:
         kernel: Array, tensor or variable of shape (K, N), exactly of the
-            pattern along K, the contraction. A last group of fewer than four
-            may hold two nonzeros as well, and one of fewer than 32 rows 16.
+            pattern along K, the contraction axis. A last group of fewer than
+            four rows may also hold two nonzeros, and a last group of fewer than
+            32 rows 16.
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
             `"int8"` or `"int4"`. Defaults to bfloat16 for a bfloat16 kernel,
             and float32 for any other.
         activations: String, `"float32"` or `"int8"`, as in `Packed`. Defaults
             to `"float32"`.
-        scale: Array of the scales of `kernel`, which holds integers then that
+        scale: Array of the scales of `kernel`, which then holds integers that
             are not rounded: (1, N) with int8, (ceil(K / 64), N) with int4.
             Defaults to `None`.
         pattern: String, `"2:4"`, or `"16:32"`, which holds all patterns of at
-            most a half whose groups divide 32, as 8:16 and 4:8.
-            Compiled kernels multiply by the latter with int8 activations
-            alone. Defaults to `"2:4"`.
+            most a half whose groups divide 32, such as 8:16 and 4:8. Compiled
+            kernels multiply by `"16:32"` with int8 activations alone. Defaults
+            to `"2:4"`.
 
     Returns:
         `Packed` of NumPy arrays.
 
     Raises:
-        ValueError: If the kernel is no matrix, or not of the pattern, or
-            `scale` is of another shape.
+        ValueError: If the kernel is not a matrix, or not of the pattern, or
+            `scale` has another shape.
 
     Example:
 
@@ -292,9 +293,9 @@ def unpack_kernel(packed: Packed) -> Any:
         packed: `Packed`, of NumPy arrays, tensors or variables.
 
     Returns:
-        float32 NumPy array of shape (K, N): the kernel that was packed, where
-        the values are float32 (a negative zero comes back as zero), or what
-        rounding made of it.
+        float32 NumPy array of shape (K, N). It equals the packed kernel if the
+        values are float32 (a negative zero comes back as zero), and its rounded
+        values otherwise.
 
     Raises:
         ValueError: If `packed` is not `Packed`.

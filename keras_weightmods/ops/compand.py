@@ -32,7 +32,7 @@ def compand(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
 
     Raises:
         ValueError: If `function` is unknown, or a number given for `a` or `b`
-            is not positive and finite. What is in tensors is not looked at.
+            is not positive and finite. The values of tensors are not checked.
 
     Example:
 
@@ -49,16 +49,16 @@ def compand(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
 
 
 def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
-    """Map weights to the values that `compand` makes them of.
+    """Undo `compand`: map weights to the values that give them.
 
     Args:
         w: Float tensor of any shape, the weights.
         a, b, function: As in `compand`.
 
     Returns:
-        Tensor of the shape and dtype of `w`; NaN where no value gives the
-        weight, at `a * pi / 2` and beyond for `"arctan"`, at `a` and beyond
-        for `"erf"`.
+        Tensor of the shape and dtype of `w`. It is NaN where no value gives the
+        weight: at `a * pi / 2` and beyond for `"arctan"`, at `a` and beyond for
+        `"erf"`.
 
     Raises:
         ValueError: As in `compand`.

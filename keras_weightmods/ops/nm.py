@@ -62,8 +62,8 @@ def parse_pattern(pattern: Pattern) -> tuple[int, int]:
 def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     """Marks the n largest magnitudes in every group of m.
 
-    Equation 6 of CAST (arXiv 2509.25996). Ties keep the earlier entry, so
-    exactly n are marked; a NaN counts as infinity, so that `nm_project` does
+    This is equation 6 of CAST (arXiv 2509.25996). Ties keep the earlier entry,
+    so exactly n are marked. A NaN counts as infinity, so that `nm_project` does
     not hide it.
 
     Args:

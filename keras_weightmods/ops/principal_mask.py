@@ -177,7 +177,7 @@ def principal_mask(
         density: Float in (0, 1], the share of the entries of each matrix.
         filter_rank: Int, r. Defaults to `rank`, or to the rank of a LoRA with
             about as many numbers as `density` marks. At most the smaller side
-            is used. This and `method` are of `"principal"` alone.
+            is used. Only `"principal"` uses this and `method`.
         contraction_axes: Int or tuple of ints, the axes of the kernel that are
             the rows of the matrix. Defaults to 0.
         stack_axes: Tuple of ints, the axes that index whole matrices. Defaults
@@ -189,16 +189,16 @@ def principal_mask(
         gradient: Tensor of the kernel's shape, used by `"gradient"` alone.
         candidates: Boolean tensor of the kernel's shape: only these are
             marked. Defaults to all.
-        seed: Int, of the random start and of `criterion="random"`. Defaults
-            to 0.
+        seed: Int, the seed of the random start and of `criterion="random"`.
+            Defaults to 0.
 
     Returns:
         Boolean tensor of the shape of `kernel`.
 
     Raises:
-        ValueError: If an argument is outside the ranges above, not one entry
-            is to be marked, more than there are candidates, or the kernel is
-            not finite.
+        ValueError: If an argument is outside the ranges above, no entry is to
+            be marked, or more than there are candidates, or the kernel is not
+            finite.
 
     Example:
 

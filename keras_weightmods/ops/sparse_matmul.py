@@ -13,31 +13,31 @@ from keras_weightmods.utils import checks
 def sparse_matmul(x: Any, packed: Any) -> Any:
     """Multiplies by a packed kernel: `x @ unpack_kernel(packed)`.
 
-    On a CPU by compiled kernels, which read the packed weights alone, with
-    the threads of the backend. Where they are missing, one warning says why,
-    and the kernel is unpacked in each call, which is slow: then unpack it
-    once and for all. The sums are of float32, whatever the type of `x`, and
-    rounded to it once. With `x` and the values in bfloat16, products of 28 rows
-    and more are made two at a time where the processor has AVX512-BF16; each is
-    exact, but what is below 2 ** -126 counts as zero.
+    On a CPU, compiled kernels read only the packed weights, and use the threads
+    of the backend. If they are missing, one warning says why, and each call
+    unpacks the kernel, which is slow: unpack it once and for all then. The sums
+    are in float32, whatever the type of `x`, and rounded to it once. If `x` and
+    the values are bfloat16 and the processor has AVX512-BF16, products of 28
+    rows and more are made two at a time. Each is exact, but values below
+    2 ** -126 count as zero.
 
-    With `packed.activations == "int8"`, each row of `x` is taken in blocks of
-    32 entries and rounded to multiples of s = max |x| / 127 of its block, and
-    the products are of integers, each block's sum exact. An output is off by
-    at most the sum over the blocks of s / 2 times their sum of |w|, so an
-    outlier costs its own block alone. A block that holds NaN or infinity makes
+    With `packed.activations == "int8"`, each row of `x` is split into blocks of
+    32 entries. A block is rounded to multiples of its s = max |x| / 127. The
+    products are of integers, and each block's sum is exact. The error of an
+    output is at most the sum over the blocks of s / 2 times their sum of |w|,
+    so an outlier costs its own block alone. A block with NaN or infinity makes
     all outputs of its row that read the block NaN. Kernels of pattern 16:32
-    have compiled products of int8 activations alone: with others they are
-    unpacked in each call.
+    have compiled products for int8 activations alone. With others each call
+    unpacks them.
 
-    On an NVIDIA GPU, JAX and torch multiply by cuSPARSELt or dense: whichever a
-    trial on the card, once for each shape and type, found faster for the
-    number of rows. There the kernel is rounded to the type of a 16-bit `x`, as
-    in a dense layer. int8 activations are multiplied dense. This has not yet
-    been run on a GPU.
+    On an NVIDIA GPU, JAX and torch multiply by cuSPARSELt or dense. A trial on
+    the card, once for each shape and type, finds which is faster for the number
+    of rows. The kernel is rounded to the type of a 16-bit `x` there, as in a
+    dense layer. int8 activations are multiplied dense. This has not yet been
+    run on a GPU.
 
-    Gradients flow to `x`, as if it was not rounded, and to the values if these
-    are float32 (at the kept places: the pattern never changes).
+    Gradients flow to `x`, as if it was not rounded. They also flow to float32
+    values, at the kept places: the pattern never changes.
 
     Args:
         x: Float tensor of shape (..., K).
@@ -47,7 +47,7 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
         Tensor of shape (..., N), in the type of `x`.
 
     Raises:
-        ValueError: If `x` is not of floats, its last axis is not K, or
+        ValueError: If `x` is not a float tensor, its last axis is not K, or
             `packed` is not `Packed`.
 
     Example:

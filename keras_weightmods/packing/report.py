@@ -50,16 +50,16 @@ class PackedWeight:
 
 @dataclasses.dataclass(frozen=True)
 class PackReport(report.Report):
-    """What `pack` or `unpack` changed.
+    """The result of `pack` or `unpack`.
 
     Attributes:
         weights: Tuple of `PackedWeight`: packed, or unpacked again.
         skipped: Tuple of `Skipped(path, reason)`: weights left as they are.
         model_bytes_before: Int, all weights of the model.
         model_bytes: Int, the same after the call.
-        host_bytes: Int, of the arrays for a file where weights are held dense:
-            they are no weights, and lie in the host's memory besides, which on
-            a CPU is that of the weights.
+        host_bytes: Int, the bytes of the arrays for a file if weights are held
+            dense. These arrays are no weights. They lie in the host's memory,
+            which on a CPU is also that of the weights.
     """
 
     weights: tuple[PackedWeight, ...]

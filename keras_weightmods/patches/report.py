@@ -14,17 +14,17 @@ from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 @dataclasses.dataclass(frozen=True)
 class PatchReport(Report):
-    """What a call changed on a model.
+    """The result of a call of `Patch` on a model.
 
     Attributes:
         action: String: `"add"`, `"rescale"`, `"remove"`, `"clear"` or
             `"subtract"`.
-        name: String or None, of the patch.
+        name: String or None, the name of the patch.
         scale: Float, its scale; the last one where it was removed.
-        changed: Tuple of the keys of the weights that were written, from
-            what they are without any patch.
+        changed: Tuple of the keys of the weights that were written from their
+            values without any patch.
         subtracted: Tuple of the keys of weights whose clean values are not
-            known, from which the patch was subtracted.
+            known. The patch was subtracted from them.
         active: Dict from the names of the patches now on the model to their
             scales.
         clean_nbytes: Int, the memory that the clean values take.
@@ -79,7 +79,7 @@ class PatchRow(Row):
 
 @dataclasses.dataclass(frozen=True)
 class PatchContentsReport(Report):
-    """What a patch holds.
+    """The contents of a patch.
 
     Attributes:
         name: String or None.
@@ -171,16 +171,16 @@ class LoraKernel:
 
 @dataclasses.dataclass(frozen=True)
 class LoraReport(Report):
-    """What `Patch.to_lora` wrote.
+    """The result of `Patch.to_lora`.
 
     Attributes:
         filepath: String, the file or folder.
         rank: Int.
         kernels: Tuple of `LoraKernel`.
-        error: Float, what the adapter lacks of the whole change, that of the
-            skipped weights too: the norm of the difference over that of the
-            change.
-        skipped: Tuple of `Skipped`: weights whose change is not in it.
+        error: Float, the part of the whole change that the adapter lacks, with
+            that of the skipped weights: the norm of the difference over that of
+            the change.
+        skipped: Tuple of `Skipped`: weights whose change the adapter lacks.
     """
 
     filepath: str

@@ -9,7 +9,7 @@ from keras_weightmods.utils import checks
 
 
 def sparsity_run(history: Any, *, ax: Any = None) -> Any:
-    """Draw how a training goes into its pattern, epoch by epoch.
+    """Draw how a training reaches its pattern, epoch by epoch.
 
     Args:
         history: What `fit` returned with a `SparsityMonitor` among its

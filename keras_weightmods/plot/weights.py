@@ -25,8 +25,8 @@ def kernel(
 
     Args:
         kernel: Tensor, array or variable, of any shape. It is seen as a matrix
-            of its contraction axes by all others; the first corner of it is
-            drawn.
+            of its contraction axes by all others. The first corner of this
+            matrix is drawn.
         pattern: String `"n:m"` or pair of ints: a line is drawn between
             groups of m. `None` for none. Defaults to `"2:4"`.
         axis: Int or tuple of ints, the contraction axes. Defaults to `0`.
@@ -83,12 +83,12 @@ def distribution(
     bins: int = 81,
     ax: Any = None,
 ) -> Any:
-    """Draw how the weights are distributed, before a change and after it.
+    """Draw the distribution of weights before and after a change.
 
     Args:
-        before: An array, a list of arrays, or a Keras model, of which the
-            kernels are taken as its layers compute with them.
-        after: The same, of what became of it. Defaults to `None`, for one
+        before: An array, a list of arrays, or a Keras model. A model gives its
+            kernels as its layers compute with them.
+        after: The same after the change. Defaults to `None`, for one
             distribution alone.
         labels: Pair of strings, their names.
         bins: Int. Defaults to `81`.
@@ -194,7 +194,7 @@ def density(
 
 
 def bits(report: Any, *, ax: Any = None) -> Any:
-    """Draw how many bits each kernel was rounded to.
+    """Draw the bits that each kernel was rounded to.
 
     Args:
         report: The `QuantizeReport` of `quantize`.
@@ -205,7 +205,7 @@ def bits(report: Any, *, ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If `report` is another one.
+        ValueError: If `report` is not a `QuantizeReport`.
 
     Example:
 

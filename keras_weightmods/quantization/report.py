@@ -38,27 +38,27 @@ class QuantizedKernel(Row):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeReport(Report):
-    """What `quantize` did.
+    """The result of `quantize`.
 
     Attributes:
-        bits: Int or float, those of a weight, on the mean.
+        bits: Int or float, the mean bits of a weight.
         group_size: Int, the inputs that share a scale.
         kernels: Tuple of `QuantizedKernel`, in the order they were rounded.
             Their errors are those before blocks were reconstructed.
         skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
         blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
-        note: String, what was not done as it was asked for, and why.
-        held_out: Pair of floats, what rounding changes of the model's outputs
-            on the rows held out: each weight to nearest, and as it was done.
-            For a language model this is the mean of KL(given || rounded) over
-            positions, in nats, and for others `|Y' - Y|^2 / |Y|^2`. None where
-            nothing was held out, or nothing can be compared.
+        note: String, what `quantize` could not do as asked, and why.
+        held_out: Pair of floats, how far rounding changes the model's outputs
+            on the held-out rows: with each weight rounded to nearest, and as
+            done. For a language model this is the mean of KL(original ||
+            rounded) over positions, in nats, and for others
+            `|Y' - Y|^2 / |Y|^2`. None if no row was held out, or no output can
+            be compared.
         scales: Pair of floats, with `refine="scales"`: the mean loss of a
-            position held out before scales were trained and after it, for a
-            language model as above. They are equal where the training made it
-            worse, and was undone.
-        size: Int, with `size=`: the bytes of all weights once `pack(model)`
-            has packed them.
+            held-out position before and after the training of scales. For a
+            language model it is the loss above. They are equal if the training
+            made it worse, and was undone.
+        size: Int, with `size=`: the bytes of all weights after `pack(model)`.
     """
 
     bits: float

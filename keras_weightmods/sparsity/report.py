@@ -91,7 +91,7 @@ class KernelSparsity(Row):
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport(Report):
-    """What `sparsity_report` found. Prints as a table, the worst first.
+    """The result of `sparsity_report`. Prints as a table, the worst first.
 
     Attributes:
         pattern: String, `"n:m"`.

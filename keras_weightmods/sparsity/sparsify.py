@@ -61,7 +61,7 @@ class SparsifiedKernel(Row):
 
 @dataclasses.dataclass(frozen=True)
 class SparsifyReport(Report):
-    """What `sparsify` did.
+    """The result of `sparsify`.
 
     Attributes:
         pattern: String, `"n:m"`.

@@ -65,11 +65,7 @@ class Table:
 
 
 class Report:
-    """What a call found or changed.
-
-    Subclasses are frozen dataclasses and implement `tables`. A field `skipped`
-    holds the `Skipped`, a property `totals` a dict of sums. Prints as tables
-    of at most 30 lines; `table()` has all rows.
+    """The result of a call, as a table and as plain values.
     """
 
     def tables(self) -> Iterable[Table]:
