@@ -66,6 +66,10 @@ class Table:
 
 class Report:
     """The result of a call, as a table and as plain values.
+
+    Subclasses are frozen dataclasses and implement `tables`. A field `skipped`
+    holds the `Skipped`, and a property `totals` a dict of sums. A report prints
+    as tables of at most 30 lines; `table()` has all rows.
     """
 
     def tables(self) -> Iterable[Table]:
