@@ -208,7 +208,7 @@ def test_files_that_do_not_fit(tmp_path):
             kwm.load_gguf(rewritten(path, **change))
         assert str(path) in str(error.value)
     path.write_bytes(whole)
-    with pytest.warns(UserWarning, match="qwen2.logit_scale. This is ignored"):
+    with pytest.warns(UserWarning, match="qwen2.logit_scale. These settings"):
         kwm.load_gguf(rewritten(path, {"qwen2.logit_scale": 2.0}))
     for case, fields, match in (
         ("gemma3", {"gemma3.rope.freq_base": 1e4}, "KerasHub has 1000000.0"),
