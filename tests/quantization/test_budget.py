@@ -52,6 +52,8 @@ def rounded_plainly(w, bits):
     return out
 
 
+# JAX compiles for 9 seconds.
+@one_backend
 def test_losses_of_a_language_model_are_by_its_fisher_information(monkeypatch):
     """Against the mean over all tokens, not one that is drawn."""
     model, table = make("dense")

@@ -160,7 +160,7 @@ def across(folder, names, order):
     return wrong
 
 
-@pytest.mark.one_backend
+@pytest.mark.heavy
 def test_a_file_of_one_backend_is_loaded_by_another(tmp_path):
     """Where Keras lists the layers of the two in another order."""
     names = "two branches", "gemma3"

@@ -32,6 +32,8 @@ def by_method(method, w, x, n, m):
     return references.sparsegpt(w, x.T @ x / len(x), n, m)
 
 
+# JAX compiles for 17 seconds.
+@one_backend
 @breadth("pattern", ["2:4", "1:4"])
 @pytest.mark.parametrize("method", CRITERIA)
 def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
