@@ -1,9 +1,9 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch.
 
-The import of this package loads neither Keras nor a backend; a public name is
-loaded when it is first used. Keras can then read files with our classes, as
-`AdamS`: they register with the first public name that is used, and at once
-where Keras has been imported before.
+Importing this package loads neither Keras nor a backend. A public name is
+loaded when it is first used. Our classes, such as `AdamS`, register with Keras
+at the first use of a public name, or at once if Keras is already imported.
+Keras can then read files that contain them.
 """
 
 import ast
@@ -31,14 +31,14 @@ def _public_names():
 
 _NAMES = _public_names()
 __all__ = [*_NAMES]
-# Those that Keras' registry of classes, or the one of reparameterizations for
-# `load_model`, knows once they are imported.
+# Importing these registers classes with Keras, or reparameterizations for
+# `load_model`.
 _REGISTERED = (
     *("AdamS", "CAST", "CompanderDense", "CompanderOptimizer"),
     *("MaskedOptimizer", "SemiStructuredSparse", "SparseAdamW"),
     *("pack", "attach_scaling", "attach_weight_norm"),
 )
-# What others call a thing of ours.
+# Names that other libraries use for the same thing.
 _OTHER_WORDS = {
     "prune": "sparsify",
     "quantize_sparse": "quantize",
@@ -70,7 +70,7 @@ def _load(name):
 
 
 def _suggestion(name):
-    """Return the end of an error's message: which name may be meant."""
+    """Return the end of an error message: the name that may be meant."""
     if name.startswith("_"):
         return ""
     if name.endswith("Report"):

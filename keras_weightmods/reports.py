@@ -1,4 +1,4 @@
-"""Reports: what the functions of the library found or changed.
+"""Reports on what the library's functions found or changed.
 
 Each prints as a table; `to_dict()` has the same as plain Python values.
 """

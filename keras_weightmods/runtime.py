@@ -1,9 +1,9 @@
-"""What exported models with packed kernels need in a process of their own.
+"""Support for exported models with packed kernels in other processes.
 
-A SavedModel of TensorFlow and a `.pt2` of torch hold the packed arrays and call
-compiled kernels of this package by name. The import of this module registers
-these, without Keras, with TensorFlow and torch where they have been imported
-before. If neither has, it imports those that are installed.
+A SavedModel of TensorFlow and a `.pt2` of torch hold packed arrays and call
+compiled kernels of this package by name. Importing this module registers the
+kernels with TensorFlow and torch if they are imported, without Keras. If
+neither is, it imports those that are installed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def _register_with_tensorflow():
     if not native.is_available() or not native.xla_handler("kwm_xla_matmul"):
         return
     calls = "keras_weightmods.backend.tensorflow.xla_calls"
-    # The one who runs the model is told the name of the call that is missing.
+    # The error in running the model names the missing call.
     with contextlib.suppress(AttributeError, OSError):
         importlib.import_module(calls).register()
 

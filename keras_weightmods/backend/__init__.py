@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 
 def current() -> "Backend":
-    """Return what the backend that runs does beyond `keras.ops`."""
-    # Here, as exported models take what is in this folder without Keras.
+    """Return what the current backend offers beyond `keras.ops`."""
+    # Imported here: exported models use this folder without Keras.
     import keras
 
     name = keras.backend.backend()
@@ -18,14 +18,14 @@ def current() -> "Backend":
 
 
 def processes() -> Any:
-    """Return the module of what the processes of a training share, or None."""
+    """Return the module for what training processes share, or None."""
     return current().processes()
 
 
 def whole(value: Any) -> Any:
     """Return a variable, tensor or array as a NumPy array.
 
-    All processes call it, as each may hold a part.
+    All processes must call it, because each may hold a part.
     """
     from keras import ops
 

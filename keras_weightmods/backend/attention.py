@@ -1,8 +1,8 @@
 """Attention without gradients, by a compiled kernel on a CPU.
 
 KerasHub repeats keys and values for each group of heads that shares them, and
-backends then read all places of the cache, in another order. The kernel reads
-those that are seen, once: of a prompt, half of them.
+backends then read the whole cache in another order. The kernel reads only the
+places that are attended to, once. For a prompt this is half of them.
 """
 
 import keras

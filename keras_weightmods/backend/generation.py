@@ -1,4 +1,4 @@
-"""What the compiled `generate` of all backends has in common."""
+"""What the compiled `generate` of all backends share."""
 
 import functools
 from typing import Any
@@ -7,21 +7,21 @@ import keras
 import numpy as np
 from keras import ops
 
-# How far logits may be off, by their dtype: any of them, as a share of the
-# largest.
+# The largest error allowed in any logit, by dtype, as a share of the largest
+# logit.
 _TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
-# In half precision: a row in the mean, as a share of its spread. What is added
-# to a whole row, which changes no probability, does not count. With right steps
-# rows were off by up to 0.03, where one of 49,152 logits was by 6 % of the
-# largest; at the place before theirs by 0.14 to 0.8.
+# The error allowed in a row in half precision, as a share of its spread. A
+# constant added to a whole row does not count: it changes no probability.
+# Correct logits had errors of up to 0.03, and those of the place before 0.14 to
+# 0.8.
 _ROW_TOLERANCE = 0.1
-# In the mean of all, where inputs are rounded to integers: the last digit of a
-# sum can round an input to the next integer.
+# The error allowed over all logits where inputs are rounded to integers: the
+# last digit of a sum can round an input to the next integer.
 _ROUNDED_TOLERANCE = 0.1
 
 
 class CannotCompile(Exception):
-    """The model does what a backend cannot compile, or record and repeat."""
+    """Raised if a backend cannot compile, or record and repeat, the model."""
 
 
 class Steps:
@@ -32,7 +32,7 @@ class Steps:
         rounds_inputs: Bool, as of `difference`.
     """
 
-    # What a shape that cannot be compiled raises.
+    # Raised for a shape that cannot be compiled.
     errors: tuple[type[Exception], ...] = (TypeError, ValueError)
 
     def __init__(self, model, rounds_inputs):
@@ -42,8 +42,8 @@ class Steps:
     def generate(self, inputs, length, prefill, stop_token_ids):
         """Run `generate_step` of the model, to a length.
 
-        It is run by a second object of the model's class and state, so that
-        whoever calls the model meanwhile sees it as it is.
+        A second object of the model's class and state runs it, so that other
+        callers of the model see no change meanwhile.
 
         Args:
             inputs: Dict of `token_ids` and `padding_mask`, of shape (batch,
@@ -94,7 +94,7 @@ class Steps:
 
 
 def check_arguments(cache: Any, others: dict[str, Any]) -> None:
-    """Raise `CannotCompile` for a call with more than what a step is given."""
+    """Raise `CannotCompile` for a call with more arguments than a step gets."""
     given = any(x is not None for x in others.values())
     if given or not hasattr(cache, "shape"):
         raise CannotCompile(
@@ -104,7 +104,8 @@ def check_arguments(cache: Any, others: dict[str, Any]) -> None:
 
 
 def view_of(obj: Any, **attributes: Any) -> Any:
-    """Return a second object of the same class and state, but for attributes.
+    """Return a second object of the same class and state, with some attributes
+    changed.
 
     Args:
         obj: A model, or a sampler of KerasHub.
@@ -116,7 +117,7 @@ def view_of(obj: Any, **attributes: Any) -> Any:
 
 
 def difference(received: Any, expected: Any, rounds_inputs: bool) -> str:
-    """Say by how much logits differ; empty where only by rounding.
+    """Say by how much logits differ; empty if only by rounding.
 
     Args:
         received: Tensor of shape (..., vocabulary size).

@@ -1,4 +1,4 @@
-"""What the library asks of a backend of Keras beyond `keras.ops`."""
+"""What the library needs from a Keras backend beyond `keras.ops`."""
 
 import contextlib
 import functools
@@ -14,16 +14,16 @@ Function = Callable[..., Any]
 
 
 class Backend:
-    """What a backend does where it needs no code of its own.
+    """The defaults, for a backend that needs no code of its own.
 
-    `backend/{jax,tensorflow,torch}/implementation.py` have subclasses. They are
-    reached by `backend.current()`.
+    The subclasses are in `backend/{jax,tensorflow,torch}/implementation.py`.
+    `backend.current()` returns the one in use.
     """
 
     def vjp(self, function: Function, *inputs: Any) -> tuple[Any, Function]:
         """Return `function(*inputs)`, and its pullback.
 
-        Gradients can so be taken within a forward pass.
+        This allows gradients within a forward pass.
 
         Args:
             function: Callable from float tensors to one.
@@ -36,16 +36,16 @@ class Backend:
         raise NotImplementedError
 
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a scope in which no factor of a float32 product is rounded.
+        """Return a scope in which factors of float32 products are not rounded.
 
-        A GPU may round them to TF32 outside of it.
+        Outside of it a GPU may round them to TF32.
         """
         raise NotImplementedError
 
     def compiled(self, function: Function, static: Any = ()) -> Function:
-        """Return a function that is one program where each op would be one.
+        """Return a function that runs as one program, not op by op.
 
-        That is so on JAX. Elsewhere it is the function itself.
+        Only JAX does this. Other backends return the function itself.
 
         Args:
             function: Of tensors, and of the arguments that are static.
@@ -54,11 +54,11 @@ class Backend:
         return function
 
     def fused(self, function: Function) -> Function:
-        """Return a pure function, compiled also where the step is not.
+        """Return a pure function, compiled even if the train step is not.
 
         Keras on TensorFlow compiles the train step of only some models. Op by
         op, each operation would read and write whole kernels through memory.
-        Elsewhere it is the function itself.
+        Other backends return the function itself.
 
         Args:
             function: Takes tensors, nests of them, and values that are part of
@@ -71,15 +71,14 @@ class Backend:
         return layer.predict_on_batch
 
     def after(self, tensors: list[Any], first: list[Any]) -> list[Any]:
-        """Return tensors as they are, at hand only once others are computed.
+        """Return tensors unchanged, available only once others are computed.
 
         - Before a step changes some entries of a weight in place, XLA copies
-          it: once for what still reads it, once more for the change, all
-          weights at the start. What is computed from a weight when its gradient
-          is there, entry by entry, needs no memory of its own for long.
-        - What is computed from a variable on TensorFlow may still be under way
-          when the variable is updated in its place; seen in the branch of a
-          condition.
+          the weight, once for later reads and once for the change. It copies
+          all weights at the start. Work that waits for the gradient of its
+          weight holds its memory only for a short time.
+        - On TensorFlow a variable may be updated in place while something is
+          still computed from it. This was seen in the branch of a condition.
 
         Args:
             tensors: List of tensors; on TensorFlow also `tf.IndexedSlices`.
@@ -88,7 +87,7 @@ class Backend:
         return tensors
 
     def outside_trace(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a scope in which variables have values, also in a trace."""
+        """Return a scope in which variables have values, even in a trace."""
         return contextlib.nullcontext()
 
     def view_of(self, tensor: Any) -> np.ndarray | None:
@@ -104,14 +103,14 @@ class Backend:
         raise NotImplementedError
 
     def processes(self) -> Any:
-        """Return the module of what several processes share; None for one.
+        """Return the module for what several processes share; None for one.
 
         It has `index`, `wait`, `gathered`, `rows_of_all` and `whole`.
         """
         return None
 
     def layouts(self) -> Any:
-        """Return the module of weights that are split over devices, or None.
+        """Return the module for weights that are split over devices, or None.
 
         It has `split_of`, `split_vector`, `SplitPacked`, `taken` and `put`.
         """
@@ -127,8 +126,8 @@ class Backend:
     def products(self) -> Any:
         """Return the module of products with packed kernels.
 
-        It has `sparse_matmul`, and `reason_unavailable` for why there is none
-        that is compiled.
+        It has `sparse_matmul`, and `reason_unavailable`, which says why there
+        is no compiled one.
         """
         return self._module("sparse_matmul")
 

@@ -50,10 +50,10 @@ def _dtype(x):
 
 
 def _product(xla, target, x, values, meta, scale, size):
-    """By the kernel or its transpose; `size` entries in the last axis.
+    """Multiply by the kernel or its transpose; `size` is the last axis.
 
-    An empty meta, in one axis, is that of a dense matrix; one in four axes is
-    a mask, which is multiplied by with int8 activations.
+    An empty meta of one axis stands for a dense matrix. One of four axes is a
+    mask, for int8 activations.
     """
 
     def product(x, values, meta, scale):

@@ -19,7 +19,7 @@ from keras_weightmods.utils.report import Table
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructedBlock:
-    """One block of a report, of `sparsify` or `quantize` with blocks.
+    """One block in the report of `sparsify` or `quantize` with blocks.
 
     Attributes:
         name: String, of the layer.
@@ -47,14 +47,14 @@ def train_block(
 ):
     """Train the nonzero weights of one block after the other.
 
-    A block gets what the changed blocks before it give, and is trained by Adam
-    to give what it gives in the model as given: so it makes up for what was
-    lost before it, too. Zeros stay zero. Such windows, with one nonlinear
-    block in each, are compared in arXiv 2510.14444.
+    A block gets the outputs of the changed blocks before it. Adam trains it to
+    give its outputs in the unchanged model, so it also makes up for errors of
+    the earlier blocks. Zeros stay zero. arXiv 2510.14444 compares such windows
+    with one nonlinear block each.
 
-    The loss is the squared error at each position over the energy of the
-    output wanted there: a language model has a few positions of a hundred
-    times the norm of the others.
+    The loss is the squared error at each position over the energy of the output
+    wanted there. A few positions of a language model have a hundred times the
+    norm of the others.
 
     Args:
         operation: Keras operation, the block.
@@ -128,7 +128,7 @@ def train_part(
     """
     steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
-    # On JAX a step that ends with an error loses all that is in the part.
+    # On JAX a step that fails loses all variables of the part.
     is_lost = keras.backend.backend() == "jax"
     values = part.operation.variables if is_lost else trained
     undo = RestoredOnError(part.operation, values=values)
@@ -141,7 +141,7 @@ def train_part(
         # `Batches` shuffles, by a seed; Keras by the generator of Python.
         part.fit(fit, epochs=epochs, verbose=verbose, shuffle=False)
         after = part.evaluate(held, verbose=0)
-        # Also where it is NaN.
+        # True for NaN too.
         if not after <= before:
             undo.give_values_back()
         undo.structure.restore()
@@ -149,7 +149,7 @@ def train_part(
 
 
 def only_trained(operation, trained):
-    """Let these variables of a Keras operation be all that is trained."""
+    """Train only these variables of a Keras operation."""
     for layer in keras_compat.layers_of(operation):
         layer.trainable = True
     chosen = set(map(id, trained))
@@ -158,7 +158,7 @@ def only_trained(operation, trained):
 
 
 class Batches(keras.utils.PyDataset):
-    """What a block is called on, what it is to give, and where that counts.
+    """The inputs of a block, the outputs wanted, and the positions that count.
 
     Args:
         calls, taught, used: As `fit` of `train_block`.
@@ -170,7 +170,7 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.example = calls[0]
         outputs = list(map(keras.tree.flatten, taught))
-        # Each of several outputs counts, if it is one of floats.
+        # Each output of floats counts.
         self.places = [i for i, x in enumerate(outputs[0]) if is_float(x)]
         self.inputs = []
         for call, flat, mask in zip(calls, outputs, used):
@@ -208,9 +208,9 @@ class Batches(keras.utils.PyDataset):
         self._begin_apart()
 
     def _begin_apart(self):
-        """Have the first two batches differ in most of their dimensions.
+        """Make the first two batches differ in most of their dimensions.
 
-        On TensorFlow Keras takes from these which dimensions are open.
+        On TensorFlow Keras learns from them which dimensions are open.
         """
         shapes = [
             [size for x in self.inputs[i].values() for size in x.shape[1:]]
@@ -223,7 +223,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class Part(keras.Model):
-    """From the inputs of a layer or model, and its outputs taught, to a loss.
+    """Map the inputs of a layer or model, and target outputs, to a loss.
 
     Args:
         operation: Keras operation that has all variables.
@@ -234,7 +234,7 @@ class Part(keras.Model):
     """
 
     def __init__(self, operation, run, loss, data):
-        # Its own layers cast what they are given.
+        # Its layers cast their inputs themselves.
         super().__init__(name="part", dtype="float32", autocast=False)
         self.operation, self.loss_of = operation, loss
         self.run = keras_compat.graph_call(run)
@@ -243,13 +243,13 @@ class Part(keras.Model):
 
     @property
     def losses(self):
-        # Not what regularizes the training of its layers.
+        # Leaves out the regularization of its layers.
         return []
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        # With a loss that is compiled Keras runs the part once more.
+        # With a compiled loss Keras would run the part once more.
         return y_pred
 
     def call(self, inputs):
@@ -272,7 +272,7 @@ def relative_error(outputs, taught, weights):
     taught = ops.cast(taught, "float32")
     change = ops.cast(outputs, "float32") - taught
     energy = ops.sum(ops.square(taught), axis=-1)
-    # Where all outputs are zero, as after a ReLU, by the mean of the others.
+    # Where all outputs are zero, as after a ReLU, a share of the mean counts.
     floor = 1e-3 * ops.mean(energy) + keras.config.epsilon()
     errors = ops.sum(ops.square(change), axis=-1) / (energy + floor)
     total = ops.maximum(ops.sum(weights), 1.0)
@@ -280,7 +280,7 @@ def relative_error(outputs, taught, weights):
 
 
 class _Zeros(keras.constraints.Constraint):
-    """Keeps the zeros that a variable has now."""
+    """Keep the zeros that a variable has now."""
 
     def __init__(self, variable):
         self.kept = ops.not_equal(variable.value, 0)

@@ -1,4 +1,4 @@
-"""How near a changed model is to itself, on rows held out of its data."""
+"""How far a changed model is from the original, on rows held out."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from keras_weightmods.calibration.block_reconstruction import is_float
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
 
-# Logits that are held at most.
+# The most logits held at once.
 _LOGITS = 2**24
 
 
@@ -20,9 +20,9 @@ class HeldOut:
 
     The measure is `|Y' - Y|^2 / |Y|^2`: Y are the outputs of the model when
     this is made, Y' those when it is called. For a language model it is the
-    mean of KL(Y || Y') over positions, which, as its text, does not change
-    with what is added to all logits. With a large vocabulary only some
-    positions are measured, far apart.
+    mean of KL(Y || Y') over positions. Like the text, this does not change with
+    a constant added to all logits. With a large vocabulary only some positions
+    are measured, far apart.
 
     Args:
         model: A built Keras model or layer.

@@ -1,4 +1,4 @@
-"""What the inputs of each target are like, over calibration data."""
+"""Statistics of the inputs of each target, over calibration data."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ UNREACHED = "the data do not reach it"
 
 
 def unreached(left, way_out):
-    """Return the error for data that reached none of the kernels `left`."""
+    """Return the error for data that did not reach the kernels `left`."""
     return ValueError(
         "The kernels are fitted to data, but these data reach none. "
         f"Received: {skipped_text(left)}. Pass other `data` or `targets`, so "
@@ -86,8 +86,8 @@ def input_norms(model, targets, batches):
         )
         for batch, weights in batches
     )
-    # Past it the head takes as long as many layers, and makes logits for
-    # nothing.
+    # Stop before the head, which takes as long as many layers: nobody needs
+    # logits.
     head, body = find_head(model), model
     if head and not any(t.layer in head.layers for t in targets):
         body = head.body
@@ -194,8 +194,8 @@ class Rows:
     def _parts(self, used: Any) -> tuple[list[Any], int]:
         """Return the rows as float32, and their number.
 
-        One tensor (S, rows, K) for all kernels, those left out as zeros; or,
-        where rows are routed, the own rows of each kernel.
+        This is one tensor (S, rows, K) for all kernels, with zeros for rows
+        left out. If rows are routed, each kernel has rows of its own.
         """
         x = ops.cast(self.tensor, "float32")
         mask = mask_of(used, tuple(x.shape[:-2])).reshape(-1)
@@ -203,7 +203,7 @@ class Rows:
         x = ops.moveaxis(ops.reshape(x, (-1, *x.shape[-2:])), 1, 0)
         if self.routed is None:
             if not mask.all():
-                # Not by a product: garbage in padding may be NaN.
+                # Not a product: padding may hold NaN.
                 kept = ops.convert_to_tensor(mask[None, :, None])
                 x = ops.where(kept, x, 0.0)
             return [x], count
@@ -223,7 +223,7 @@ def see_calls(
     see: Callable[[int, Rows, Any], None],
     needed: Callable[[], Iterable[int]] | None = None,
 ) -> None:
-    """Run calls, each to where all that is to be seen has been.
+    """Run calls, each only until everything to be seen was seen.
 
     Args:
         model, targets: As in `rows_seen`.
@@ -252,17 +252,17 @@ def see_calls(
             with contextlib.suppress(_Enough):
                 call(*args, **kwargs)
             if enough is None:
-                # The first is run to its end to find out.
+                # The first call runs to its end to find out.
                 places = needed() if needed else range(len(last))
                 enough = max((last[place] for place in places), default=0)
 
 
 class _Enough(BaseException):
-    """Ends a forward pass where all that is to be seen has been.
+    """End a forward pass once everything to be seen was seen.
 
-    The rest of a block, up to half of the time, would be computed for
-    nothing, and there is no other way out of the code of a layer. Not an
-    `Exception`, which Keras would rewrite at each level and a layer may catch.
+    The rest of a block, up to half of the time, would be wasted, and there is
+    no other way out of a layer's code. It is not an `Exception`, which Keras
+    would rewrite at each level and a layer might catch.
     """
 
 
@@ -272,7 +272,7 @@ def rows_seen(
 ) -> Iterator[None]:
     """Call `see(place, rows)` before each product with a target in a scope.
 
-    Their layers run by the functions of `core.layer_calls` meanwhile.
+    Meanwhile the functions of `core.layer_calls` run their layers.
 
     Args:
         model: A model that holds all layers.
@@ -300,7 +300,7 @@ def rows_seen(
 
 
 class _Seen(Products):
-    """The products of a layer, the rows of which are seen."""
+    """The products of a layer, whose rows are passed to `see`."""
 
     def __init__(self, layer, plain, own, see, routed):
         super().__init__(layer, plain)
@@ -315,7 +315,7 @@ class _Seen(Products):
 
 
 def router_of(model: Any, layer: Any) -> Any:
-    """Return what tells which tokens of a call go to which expert of a bank.
+    """Return a function that says which tokens go to which expert of a bank.
 
     A callable from the arguments of the call to a boolean NumPy array (tokens,
     experts); None for a layer without routing, or one that `model` does not
@@ -354,9 +354,9 @@ def mask_of(used: Any, leading: tuple[int, ...]) -> Any:
 def eager_forward() -> Any:
     """Run the forward passes in a scope for what is seen in them.
 
-    Torch holds no activations. JAX traces both branches of `keras.ops.cond`
-    and the steps of loops, and what is seen there is no number: it is told to
-    run each op by itself.
+    Torch keeps no activations. JAX would trace both branches of
+    `keras.ops.cond` and the steps of loops, where rows have no values, so it
+    runs op by op here.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -379,7 +379,7 @@ def compiled() -> Any:
 
 
 def gradients() -> Any:
-    """Let a block be trained in a scope inside `eager_forward`."""
+    """Allow training of a block in a scope inside `eager_forward`."""
     if keras.backend.backend() != "torch":
         return compiled()
     import torch

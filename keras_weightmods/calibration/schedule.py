@@ -1,4 +1,4 @@
-"""A learning rate for runs that have an end."""
+"""A learning rate schedule for runs of a known length."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from keras import ops
 class WarmupLinearDecay(keras.optimizers.schedules.LearningRateSchedule):
     """Rise linearly to the rate, then fall linearly to zero.
 
-    Keras' own decays with a warm-up follow a cosine; AdamS leaves masked
-    weights at about the last rate, so it has to reach zero.
+    Keras' own decays with a warm-up follow a cosine. AdamS leaves masked
+    weights at about the size of the last rate, so the rate has to reach zero.
 
     Args:
         learning_rate: Float, the peak.

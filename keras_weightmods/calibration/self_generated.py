@@ -1,4 +1,4 @@
-"""Text that a language model writes itself, to calibrate and train on."""
+"""Text written by a language model, for its own calibration and training."""
 
 import math
 from typing import Any
@@ -106,7 +106,7 @@ def self_generated(
         seed=seed, temperature=temperature
     )
     random = np.random.default_rng(seed)
-    # A token at random for each row, after the start token.
+    # Each row begins with a random token, after the start token.
     special = getattr(tokenizer, "special_token_ids", None) or []
     ordinary = np.setdiff1d(np.arange(tokenizer.vocabulary_size()), special)
     starts = random.choice(ordinary, (written, 1))
@@ -114,12 +114,12 @@ def self_generated(
         starts = np.pad(starts, ((0, 0), (1, 0)), constant_values=start)
     given = np.arange(length) < starts.shape[1]
     texts: list[np.ndarray] = []
-    # `generate` itself joins all outputs, and some models have one of None.
+    # `generate` joins all outputs, and some models have an output of None.
     write = _writer(model, sampler).make_generate_function()
     firsts = range(0, written, batch_size)
     with Progress(len(firsts), "batch", verbose) as progress:
         for first in progress.each(firsts):
-            # Batches of one size, since each compiles anew.
+            # All batches have one size, because each new size compiles anew.
             chosen = np.arange(first, first + batch_size) % written
             tokens = np.zeros((batch_size, length), "int32")
             tokens[:, given] = starts[chosen]

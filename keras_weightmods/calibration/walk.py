@@ -1,4 +1,4 @@
-"""Going through a model once, from target to target, on calibration data."""
+"""One walk through a model, from target to target, on calibration data."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ _METRIC = "output error"
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The second moments of what enters a product, of shape (S, K, K).
+    """The second moments of the inputs of a product, of shape (S, K, K).
 
     Attributes:
         fit: Tensor, over the rows that a kernel is fitted to.
@@ -163,10 +163,10 @@ def check_finite(variables, way_out="Load finite weights first."):
 
 
 class Walk:
-    """Visits each target with the inputs that the model has for it by then.
+    """Visit each target with the inputs that it gets from the changed model.
 
-    All batches run through the model side by side. What `visit` changes in a
-    kernel is in the inputs of the later ones.
+    All batches run through the model side by side. A change of a kernel by
+    `visit` shows in the inputs of later kernels.
 
     Args:
         model: A built Keras model or layer.
@@ -219,7 +219,7 @@ class Walk:
                     f"Received: {model.name!r} of type {type(model).__name__}, "
                     "which has none. Leave 'blocks' out of `refine`."
                 )
-            # What the unchanged model computes runs beside it.
+            # The values of the unchanged model are computed alongside.
             calls *= 2
         with calibration.eager_forward():
             self.run(model, calls)
@@ -227,7 +227,7 @@ class Walk:
             self.visit([target], None, calibration.UNREACHED)
 
     def run(self, operation, calls, is_repeated=False):
-        """Visit what is pending in an operation, then run it.
+        """Visit the pending targets of an operation, then run it.
 
         Args:
             operation: Keras operation, such as a layer or a model.
@@ -317,7 +317,8 @@ class Walk:
         ]
 
     def _visit_next(self, call, calls, here):
-        """Visit the first of `here`, with all that have the same inputs."""
+        """Visit the first of `here`, with all targets that have the same
+        inputs."""
         leader = here[0]
         group, moments = [leader], None
         note = reason_unread(leader.layer, leader.attribute)
@@ -338,10 +339,10 @@ class Walk:
 
         And their `Moments`; None if there was no call.
         """
-        # Sums over the rows to fit to, and over those held out.
+        # Sums over the rows to fit, and over the rows held out.
         totals: list[Any] = [0.0, 0.0]
         rows_seen, first = [0, 0], None
-        # By the place of a target: its calls, and those with the same inputs.
+        # {place of a target: its calls, and those with the same inputs}.
         count, same = [0] * len(targets), [0] * len(targets)
 
         def see(place, rows, batch):
@@ -371,7 +372,7 @@ class Walk:
 
 
 def _idle_note(moment):
-    """Say of how many experts no token was seen."""
+    """Say how many experts saw no token."""
     if len(moment) == 1:
         return ""
     energy = ops.convert_to_numpy(ops.sum(ops.diagonal(moment, 0, 1, 2), 1))
@@ -387,7 +388,7 @@ def _idle_note(moment):
 def _inputs_alone(args, kwargs):
     """Return the only argument of a call, by its place or as `inputs`.
 
-    Masks that are not there do not count. None where there is more.
+    Masks of None do not count. None if there are more arguments.
     """
     rest = dict(kwargs)
     given = args or (rest.pop("inputs", None),)

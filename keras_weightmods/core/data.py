@@ -1,9 +1,9 @@
-"""Data in every form that the library takes, as batches for a model.
+"""Data in every form that the library accepts, as batches for a model.
 
-Strings; rows of token ids, as a list or an array; arrays and structures of
-them, such as the dict that a preprocessor gives; tuples `(x, y,
-sample_weight)`; and a `keras.utils.PyDataset`, a `tf.data.Dataset`, a torch
-`DataLoader` or a generator of batches in any of these forms.
+Accepted are strings, rows of token ids as a list or an array, arrays and
+structures of arrays, such as the dict of a preprocessor, and tuples `(x, y,
+sample_weight)`. Batches of these may come from a `keras.utils.PyDataset`, a
+`tf.data.Dataset`, a torch `DataLoader` or a generator.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def calibration_batches(model, data, batch_size):
     Raises:
         ValueError: If `data` are empty, endless, or in none of the forms.
     """
-    # A list may be one of rows, of strings or of several inputs.
+    # A list may hold rows, strings or several inputs.
     is_triple = isinstance(data, tuple) and _is_triple(data)
     triple = data if is_triple else (data,)
     x, _, weights = keras.utils.unpack_x_y_sample_weight(triple)
@@ -151,9 +151,9 @@ def rows(data):
 
 
 def preprocess(model, x, y=None, sample_weight=None):
-    """Turn strings and rows of token ids into what the model takes.
+    """Turn strings and rows of token ids into inputs of the model.
 
-    All else is left alone.
+    Other data stay as they are.
 
     Args:
         model: A model; for strings, a KerasHub task with a preprocessor.
@@ -185,7 +185,7 @@ def preprocess(model, x, y=None, sample_weight=None):
     )
     if not isinstance(strings, dict) and _takes_prompts(model):
         strings = {"prompts": [""] * len(strings), "responses": strings}
-    # A list of numbers is an array, and one of arrays several outputs.
+    # A list of numbers is an array; a list of arrays is several outputs.
     labels = (
         np.asarray(a) if isinstance(a, list) and all(map(np.isscalar, a)) else a
         for a in (y, sample_weight)
@@ -193,7 +193,7 @@ def preprocess(model, x, y=None, sample_weight=None):
     try:
         outputs = model.preprocess_samples(strings, *labels)
     except Exception as error:
-        # Its own may hold all of the texts.
+        # Its own message may hold all of the texts.
         raise ValueError(
             f"The preprocessor of {model.name!r} does not take these strings. "
             "Pass what it takes, or what it gives. Received: "
@@ -219,9 +219,9 @@ def _mapped(model, dataset):
 
 
 def _takes_prompts(model):
-    """Return whether a preprocessor takes prompts and responses alone.
+    """Return whether a preprocessor takes only prompts with responses.
 
-    That of Gemma 3 does. What others raise on a string is not known.
+    The preprocessor of Gemma 3 does. Others may raise anything on a string.
     """
     for strings in ([""], {"prompts": [""], "responses": [""]}):
         with contextlib.suppress(Exception):
@@ -233,8 +233,8 @@ def _takes_prompts(model):
 def _token_inputs(model, x):
     """Return rows of token ids as the model takes them, and their padding.
 
-    The padding is an array of 1 and 0, or `None` where no row has any. What
-    are no rows of token ids is returned as it is.
+    The padding is an array of 1 and 0, or `None` where no row has any. Other
+    data are returned unchanged.
     """
     structure = input_of(model)
     if structure is None and hasattr(model, "backbone"):
@@ -273,7 +273,7 @@ def _token_inputs(model, x):
 def with_next_tokens(model, x, y, sample_weight):
     """Give rows of token ids without labels the next tokens as labels.
 
-    For a language model of KerasHub; all else is returned as it is.
+    This is for KerasHub's language models. Other data are returned unchanged.
 
     Args:
         model, x, y, sample_weight: As in `preprocess`.
@@ -292,7 +292,7 @@ def with_next_tokens(model, x, y, sample_weight):
 
 
 def check(x, y=None, name="x"):
-    """Raise ValueError for what is no data to train or measure on.
+    """Raise ValueError for values that are no data to train or measure on.
 
     Args:
         x, y: As in `keras.Model.fit`, strings preprocessed.
@@ -322,9 +322,10 @@ def check(x, y=None, name="x"):
 
 
 def preprocess_pairs(model, data):
-    """Do the same with `validation_data`: a tuple, a dataset or inputs."""
+    """Prepare `validation_data` in the same way: a tuple, a dataset or
+    inputs."""
     if isinstance(data, tuple):
-        # Not a list, which may be one of strings or of several inputs.
+        # Not a list, which may hold strings or several inputs.
         data = keras.utils.unpack_x_y_sample_weight(data)
         return keras.utils.pack_x_y_sample_weight(*preprocess(model, *data))
     data, y, sample_weight = preprocess(model, data)
@@ -393,7 +394,7 @@ def batch_count(x, batch_size=None, validation_split=0.0):
 
 
 def first_batches(x, least, rows=0, batch_size=None, sample_weight=None):
-    """Read the first batches of `x`, without losing those of a generator.
+    """Read the first batches of `x`, and put them back if it is a generator.
 
     Args:
         x, batch_size, sample_weight: As in `batches`.

@@ -15,8 +15,8 @@ from keras_weightmods.core.watched import called_by
 def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     """Return {id of layer: place} of those of `layers` that run.
 
-    The declared order is another: a block often creates its output
-    projection before its query. So the model is run once on symbols.
+    The declared order can differ: a block often creates its output projection
+    before its query. So the model runs once on symbolic tensors.
 
     Args:
         model: A built Keras model or layer. It is not changed.
@@ -27,8 +27,8 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     """
     for size in (4, 64, 256) if layers else ():
         order: dict[int, int] = {}
-        # What a model's own code raises on symbols or on this size is not
-        # known. Without an order, the declared one remains.
+        # A model's own code may raise anything on symbolic tensors or on this
+        # size. The declared order is then used.
         with (
             contextlib.suppress(Exception),
             RestoredOnError(model) as restored,
@@ -36,7 +36,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
         ):
             warnings.simplefilter("ignore")
             _note_order(model, layers, size, order)
-            # Keras on torch goes on after Ctrl-C in a run on symbols.
+            # Keras on torch continues after Ctrl-C in a symbolic run.
             restored.structure.restore_attributes()
             return order
     return {}
@@ -68,9 +68,9 @@ def _noted(
 def _symbolic_inputs(model: Any, size: int) -> Any:
     """Return the pair (args, kwargs) to call `model` with.
 
-    Open dimensions become `size`, an open batch 1. Keras itself would put in
-    large numbers, and two of them; on torch, where a model that cannot run
-    on the meta device runs eagerly, that takes minutes for an LLM.
+    Open dimensions become `size`, an open batch 1. Keras itself would run the
+    model twice, with large sizes. On torch, a model that cannot run on the meta
+    device runs eagerly, which takes minutes for an LLM.
     """
 
     def symbol(shape: Any, dtype: str = model.compute_dtype) -> Any:

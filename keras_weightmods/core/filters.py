@@ -1,4 +1,4 @@
-"""The one matcher of names: what `include`, `exclude` and the like can be."""
+"""Match names: the values of `include`, `exclude` and similar arguments."""
 
 import re
 import types
@@ -14,7 +14,7 @@ from keras_weightmods.utils import checks
 def matcher(
     name: str, pattern: Any, model: Any = None
 ) -> Callable[[Any], bool]:
-    """Return a pattern as a callable from `Target`, or alike, to bool.
+    """Return a pattern as a callable from `Target`, or similar, to bool.
 
     Args:
         name: String, the argument that the pattern was given as.

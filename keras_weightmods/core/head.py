@@ -1,4 +1,4 @@
-"""Where a language model's head begins, which makes hidden states logits."""
+"""The head of a language model, which turns hidden states into logits."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class Head:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The variables of its layers; changes of these show."""
+        """The variables of its layers. Changes of these have an effect."""
         found = [v for layer in self.layers for v in layer.variables]
         return list({id(variable): variable for variable in found}.values())
 
@@ -45,8 +45,8 @@ class Head:
     ) -> Any:
         """Return the logits of any number of positions.
 
-        Past the check of a `keras.Function` that there are as many as in the
-        whole model.
+        This bypasses the check of a `keras.Function` that the number is that of
+        the whole model.
         """
         known = {self._entry: hidden}
         for node in self._nodes:
@@ -68,8 +68,9 @@ class Head:
                 what their reparameterizations make of it.
         """
         named = set(map(id, variables))
-        # Within a scope, what it does not name has not the value of now. On
-        # TensorFlow a value is a variable still, which a gradient asks for.
+        # The scope names all variables, because it hides the values that an
+        # outer one holds. On TensorFlow a value is still a variable, which a
+        # gradient would ask for.
         rest = [
             (v, ops.stop_gradient(v.value))
             for v in self.variables
@@ -83,7 +84,7 @@ class Head:
         return logits
 
     def compute_mask(self, mask: Any) -> Any:
-        """Return the mask that the logits have where `hidden` has `mask`."""
+        """Return the mask of the logits for the `mask` of `hidden`."""
         for node in self._nodes:
             if mask is None or node.operation not in self.layers:
                 return None
@@ -92,10 +93,10 @@ class Head:
 
 
 def reversible_embeddings(model: Any) -> list[Target]:
-    """A `Target` for the head of each reversible embedding of a model.
+    """Return a `Target` for the head of each reversible embedding of a model.
 
-    It is the table where that is tied, contracted by the head, which is a
-    product with its transpose; otherwise the kernel of the head.
+    If the table is tied, it is the table, contracted by the head, which
+    multiplies by the transpose. Otherwise it is the kernel of the head.
     """
     keys, found = weight_keys(model), []
     for layer in keras_compat.layers_of(model):
@@ -108,7 +109,7 @@ def reversible_embeddings(model: Any) -> list[Target]:
 
 
 def find_head(model: Any) -> Head | None:
-    """Return the head of a language model; None if it is not known.
+    """Return the head of a language model; None if it is unknown.
 
     Known are a `ReversibleEmbedding`, or in a model with an `Embedding` a
     `Dense` without activation, and what KerasHub's models put after them.
@@ -135,7 +136,7 @@ def find_head(model: Any) -> Head | None:
     ```
     """
     outputs = getattr(model, "outputs", None) or []
-    # A class of the user may do more than run its graph.
+    # A user's class may do more than run its graph.
     if len(outputs) != 1 or keras_compat.graph_of(model) is None:
         return None
     (tensor,) = outputs
@@ -162,9 +163,9 @@ def splittable_head(model: Any) -> Head | None:
     """Return the head of a model that can be run apart from it, or None."""
     head = find_head(model)
     if head is None or any(
-        # Gradients in float16 vanish, as they are taken before the loss is
-        # scaled; those of quantized layers may be no sums of those of parts;
-        # and the loss of activities is a mean over the batch.
+        # Gradients in float16 would vanish, because they are taken before the
+        # loss is scaled. Gradients of quantized layers may not be sums over
+        # parts. The activity loss is a mean over the batch.
         layer.compute_dtype == "float16"
         or getattr(layer, "quantization_mode", None)
         or getattr(layer, "activity_regularizer", None)

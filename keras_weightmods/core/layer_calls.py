@@ -1,8 +1,8 @@
 """The forward pass of each kind of layer, by given products.
 
-Each function does what the `call` of a Keras layer does, but for the products
-with kernels: `multiply` makes these, a `products.Products`. So the inputs of
-a kernel can be recorded, and a packed kernel multiplied by.
+Each function does what the `call` of a Keras layer does, except that
+`multiply`, a `products.Products`, makes the products with kernels. It may
+record their inputs, or multiply by packed kernels.
 """
 
 import collections
@@ -44,8 +44,8 @@ def einsum_dense(
 def _einsum_plan(equation: str, rank: int) -> Any:
     """Return how an einsum of an input and a kernel is a product of matrices.
 
-    The input, transposed, has axes of the batch, of the stack, and those that
-    are contracted; the product those of the batch, the stack and the units.
+    The transposed input has axes of the batch and the stack, and the contracted
+    ones. The product has axes of the batch, the stack and the units.
 
     Returns:
         The permutation before (None for none), the number of axes of the
@@ -82,10 +82,9 @@ def _einsum_plan(equation: str, rank: int) -> Any:
 def einsum_axes(
     equation: str, in_input: bool, in_output: bool
 ) -> tuple[int, ...]:
-    """Return the axes of the kernel that are those of input, output or both.
+    """Return the axes of the kernel that are in the input, output or both.
 
-    What stands in the input alone is contracted, and what stands in both is
-    a stack of kernels.
+    Axes only in the input are contracted. Axes in both are a stack of kernels.
     """
     inputs, kernel, outputs = _einsum_terms(equation)
     return tuple(
@@ -96,10 +95,10 @@ def einsum_axes(
 
 
 def einsum_reason(layer: Any) -> str | None:
-    """Return why an EinsumDense is no product of matrices; None if it is."""
+    """Return why an EinsumDense is no matrix product; None if it is one."""
     terms = _einsum_terms(layer.equation)
     count = collections.Counter(itertools.chain(*map(set, terms)))
-    # Each axis is in two or three terms, and once in each.
+    # Each axis is in two or three terms, once in each.
     if min(count.values()) > 1 and sum(count.values()) == sum(map(len, terms)):
         return None
     return f"its equation {layer.equation!r} is more than matrix products"
@@ -142,8 +141,8 @@ def separable_convolution(layer: Any, multiply: Any, inputs: Any) -> Any:
 def transposed_convolution(layer: Any, multiply: Any, inputs: Any) -> Any:
     """Call a Conv1DTranspose to Conv3DTranspose.
 
-    Each pixel of the input is a row. The products, one for each tap, are not
-    used: where windows overlap, the convolution adds them up.
+    Each pixel of the input is a row. The products are not used: the convolution
+    adds up those of overlapping windows.
     """
     multiply("kernel", _channels_last(inputs, layer))
     return multiply.plain(inputs)
@@ -152,8 +151,8 @@ def transposed_convolution(layer: Any, multiply: Any, inputs: Any) -> Any:
 def patches(inputs: Any, layer: Any) -> Any:
     """Return the patches of an input: (batch, pixels..., taps, channels).
 
-    Not by `ops.image.extract_patches`: a convolution with an identity, which
-    GPUs round to TF32, and for which no stride goes with dilation.
+    `ops.image.extract_patches` would not do. It is a convolution with an
+    identity, which GPUs round to TF32, and allows no stride with dilation.
     """
     x = _channels_last(inputs, layer)
     axes = list(zip(layer.kernel_size, layer.strides, layer.dilation_rate))
@@ -168,7 +167,7 @@ def patches(inputs: Any, layer: Any) -> Any:
     parts = []
     for place in itertools.product(*map(range, layer.kernel_size)):
         window = [
-            # As many pixels for each tap; its first is the start.
+            # Each tap has the same number of pixels, from its first one on.
             slice(tap * step, (tap - count + 1) * step or None, stride)
             for tap, (count, stride, step) in zip(place, axes)
         ]
@@ -178,7 +177,7 @@ def patches(inputs: Any, layer: Any) -> Any:
     else:
         x = ops.stack(parts, axis=-2)
     if x.shape[-1] is None:
-        # TensorFlow forgets all sizes where it pads by one not known yet.
+        # TensorFlow forgets all sizes when it pads by an unknown one.
         x = ops.reshape(x, (*ops.shape(x)[:-2], len(parts), channels))
     return x
 
@@ -193,7 +192,7 @@ def _padding(padding: str, size: Any, taps: int, stride: int, step: int) -> Any:
     if stride == 1:
         total = span
     else:
-        # As many pixels as strides begin in the input.
+        # One output pixel for each stride that begins in the input.
         total = (-(-size // stride) - 1) * stride + span + 1 - size
         is_known = not ops.is_tensor(total)
         total = max(total, 0) if is_known else ops.maximum(total, 0)
@@ -216,8 +215,8 @@ def reversible_embedding(
     return logits
 
 
-# KerasHub's banks of experts. A bank computes every expert for every token;
-# the block around it multiplies what they give by the weights of the routing.
+# KerasHub's banks of experts. A bank computes every expert for every token. The
+# block around it multiplies the results by the routing weights.
 
 
 def mixtral_experts(layer: Any, multiply: Any, hidden_states: Any) -> Any:
@@ -281,7 +280,7 @@ def gemma4_experts(
 
 
 def routed_by(*names: str) -> Any:
-    """Return what tells which experts a token is routed to.
+    """Return a function that says which experts a token is routed to.
 
     Args:
         *names: Strings, the way from the block around a bank to the Dense
@@ -290,7 +289,7 @@ def routed_by(*names: str) -> Any:
 
     def routed(block: Any, tokens: Any) -> Any:
         router = functools.reduce(getattr, names, block)
-        # Not by a call of the layer, which may be watched as well.
+        # Does not call the layer, which may be watched too.
         logits = ops.matmul(tokens, router.kernel)
         if router.bias is not None:
             logits = ops.add(logits, router.bias)
@@ -306,7 +305,7 @@ def routed_by_weights(block: Any, tokens: Any, weights: Any) -> Any:
 
 
 def _finished(layer: Any, x: Any) -> Any:
-    """Add the bias, to each channel behind the others, and activate."""
+    """Add the bias, move the channels to their axis, and activate."""
     x = x if layer.bias is None else ops.add(x, layer.bias)
     if getattr(layer, "data_format", None) == "channels_first":
         x = ops.moveaxis(x, -1, 1)
@@ -328,7 +327,7 @@ def _reshape_last(x: Any, batch: int, last: tuple[int, ...]) -> Any:
     leading = tuple(x.shape[:batch])
     if None in leading:
         leading = ops.shape(x)[:batch]
-    # On torch the bookkeeping of Keras' op takes as long as a small product.
+    # On torch Keras' op takes as long as a small product.
     reshape = getattr(x, "reshape", None)
     if reshape is None:
         return ops.reshape(x, (*leading, *last))

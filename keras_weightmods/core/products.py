@@ -1,4 +1,4 @@
-"""What the functions of `layer_calls` multiply by."""
+"""The products that the functions of `layer_calls` make."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from keras_weightmods.utils.matrix import contraction_size, to_stack
 
 
 class Products:
-    """The products of a layer with its kernels; here with the layer's own.
+    """The products of a layer with its own kernels.
 
-    What a function of `layer_calls` is given as `multiply`.
+    The argument `multiply` of the functions of `layer_calls`.
 
     Args:
         layer: A layer with a `kind_with_call`.

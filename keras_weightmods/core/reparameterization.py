@@ -1,6 +1,4 @@
-"""How an effective weight follows from stored variables, and which layers
-have one.
-"""
+"""How effective weights follow from stored variables."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -57,7 +55,7 @@ class Reparameterization:
         self.parameters: tuple[Any, ...] = ()
         self.is_empty = self.is_own = False
         self.get_model: Any = lambda: None
-        # What `seam` replaced in the variable, and where that was.
+        # What `seam` replaced in the variable, and its place there.
         self.replaced: dict[str, Any] = {}
         self.place: Any = None
         if target is not None:
@@ -66,34 +64,33 @@ class Reparameterization:
     def bind(self, target: Any) -> None:
         """Set the target."""
         self.target = target
-        # Not read later: inside of an autocast scope it is another one.
+        # Read now: inside an autocast scope it would be another one.
         self.dtype = target.variable.dtype
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether its layer rounds the inputs that it multiplies by."""
+        """Whether its layer rounds the inputs of the products."""
         return False
 
     def start(self, weight: Any) -> Any:
         """Return what to store so that the effective weight is `weight`.
 
-        Called once, before `create_parameters`. Raises ValueError where
-        nothing gives the weight; the model is unchanged then.
+        Called once, before `create_parameters`. Raises ValueError if no value
+        gives the weight; the model is then unchanged.
         """
         return weight
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `from_config` needs beside the target, as JSON."""
+        """Return what `from_config` needs besides the target, as JSON."""
         return {}
 
     @classmethod
     def from_config(cls, target: Any, config: dict[str, Any]) -> Self:
         """Create it for the same target of a new model.
 
-        `config` comes from a file: raises ValueError if it is not one that
-        `get_config` returns for this target. The item is marked `is_empty`:
-        variables have no values yet, so that nothing reads one until those of
-        the parameters are loaded.
+        `config` comes from a file. Raises ValueError unless `get_config` could
+        have returned it for this target. The item is marked `is_empty`: its
+        variables have no values, and nothing reads them before they are loaded.
         """
         item = cls(target, **config)
         item.is_empty = True
@@ -110,16 +107,16 @@ class Reparameterization:
     def effective(self, stored: Any) -> Any:
         """Return the effective weight for the value `stored` of the variable.
 
-        `stored` is not to be read where `keeps_stored` is False.
+        Do not read `stored` if `keeps_stored` is False.
         """
         raise NotImplementedError
 
     def regularizer(self, regularizer: Any) -> Any:
-        """Return what to call in place of the variable's `regularizer`."""
+        """Return the replacement of the variable's `regularizer`."""
         return lambda stored: regularizer(self.effective(stored))
 
     def constraint(self, constraint: Any) -> Any:
-        """Return what to call in place of the variable's `constraint`."""
+        """Return the replacement of the variable's `constraint`."""
         return constraint
 
     def summary(self) -> Any:
@@ -131,7 +128,7 @@ class Reparameterization:
         return ops.cast(self.effective(self.target.variable), self.dtype)
 
     def saved_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return {key: (shape, dtype)} of what `saved` does; read no value."""
+        """Return {key: (shape, dtype)} of `saved`, without reading a value."""
         return {
             parameter.name: (tuple(parameter.shape), parameter.dtype)
             for parameter in self.parameters

@@ -1,9 +1,9 @@
 """The classes of reparameterized layers, and their effective weights.
 
-A reparameterized layer keeps its object, name, paths and stored variables; its
-class becomes a generated subclass whose weight attribute (`kernel`) returns
-the effective weight. Layer classes that are reparameterized from the start,
-as `CompanderDense`, are made of the same parts.
+A reparameterized layer keeps its object, name, paths and stored variables. Its
+class becomes a generated subclass whose weight attribute (`kernel`) returns the
+effective weight. Classes like `CompanderDense`, reparameterized from the start,
+consist of the same parts.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ _AS_PLAIN = contextvars.ContextVar("as_plain", default=False)
 
 
 class ReparameterizedLayer:
-    """What reparameterized classes put in front of the plain one.
+    """The base that reparameterized classes put before the plain one.
 
     The plain class is the last of the bases.
     """
 
     def save_own_variables(self, store):
         # Keras' layers save `kernel`, which is the effective weight here, and
-        # merge LoRA into it. Other keys than theirs make sure that a plain
-        # layer fails on this checkpoint and never loads half of it.
+        # merge LoRA into it. The keys here differ, so a plain layer fails on
+        # this checkpoint and never loads half of it.
         for key, variable in _stored_items(self).items():
             store[key] = variable
         for item in slots(self).values():
@@ -56,8 +56,8 @@ class ReparameterizedLayer:
         for key, variable in _stored_items(self).items():
             variable.assign(store[key])
 
-    # `quantize` itself is wrapped on the instance; this hook of the wrapper is
-    # looked up on the class. Model.quantize turns it into a warning.
+    # Keras wraps `quantize` on the instance, but looks this hook up on the
+    # class. Model.quantize turns it into a warning.
     def _check_quantize_args(self: Any, mode, compute_dtype):
         raise NotImplementedError(
             f"Layer '{self.name}' is reparameterized and cannot be quantized: "
@@ -78,11 +78,11 @@ class ReparameterizedLoraLayer(ReparameterizedLayer):
 
 
 class AttachedLayer:
-    """What the generated classes put before all: they have no config.
+    """The first base of generated classes: they have no config.
 
-    So `model.save` and `clone_model` raise. What holds the layer and does not
-    ask it for its config (a backbone of KerasHub) can be cloned and written
-    as a preset; the plain layers made from that do not take its arrays.
+    So `model.save` and `clone_model` raise. A container that does not ask the
+    layer for its config, such as a KerasHub backbone, can still be cloned or
+    written as a preset. The plain layers made from that refuse its arrays.
     """
 
     def get_config(self: Any):
@@ -96,7 +96,7 @@ class AttachedLayer:
             "`model.save_weights`, which holds all its variables."
         )
 
-    # Reached by `model.save` and not by `model.save_weights`.
+    # `model.save` calls it, and `model.save_weights` does not.
     def save_assets(self, inner_path):
         self.get_config()
 
@@ -116,15 +116,15 @@ def _generated_class(cls: Any, attributes, released, mixins):
             for name in released
         },
     }
-    # The same name, because checkpoints derive paths from class names.
+    # Keep the name, because checkpoints derive paths from class names.
     return type(cls.__name__, (*mixins, AttachedLayer, front, cls), namespace)
 
 
 def effective_weight(attribute: str) -> property:
     """Return a property that computes the effective weight of `attribute`.
 
-    Until the reparameterization is installed it is the stored one. Setting it
-    sets the stored one, for layers that keep it under the same name.
+    Before the reparameterization is installed it returns the stored weight.
+    Setting it sets the stored weight, for layers that keep it under this name.
     """
 
     def set_stored(layer, value):
@@ -143,9 +143,9 @@ def _effective_weight(attribute, layer):
             )
         return variable
     variable = item.target.variable
-    # In the variables' own precision, outside of the autocast scope of a
-    # mixed-precision layer: a scale near 1 has steps of 2**-7 in bfloat16, too
-    # coarse to be trained.
+    # Computed in the variables' own precision, outside the autocast scope of a
+    # mixed-precision layer. A scale near 1 has steps of 2**-7 in bfloat16, too
+    # coarse to train.
     scope = keras_compat.get_autocast_scope()
     with keras_compat.AutocastScope(None):
         weight = ops.cast(item.effective(variable), item.dtype)
@@ -175,7 +175,7 @@ def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
             plain,
             tuple(sorted(items)),
             tuple(i.target.attribute for i in ordered if not i.keeps_stored),
-            # Once each: a layer may hold several stacks of kernels.
+            # Each once: a layer may hold several stacks of kernels.
             tuple(dict.fromkeys(i.mixin for i in ordered if i.mixin)),
         )
 
@@ -193,7 +193,7 @@ def checkpoint_arrays(layer: Any) -> dict[str, tuple[Any, str]]:
 
 @contextlib.contextmanager
 def plain_configs() -> Iterator[None]:
-    """Let attached layers give their configs, to this thread alone."""
+    """Let attached layers return their configs, in this thread only."""
     token = _AS_PLAIN.set(True)
     try:
         yield
@@ -202,7 +202,8 @@ def plain_configs() -> Iterator[None]:
 
 
 def plain_view(layer: Any) -> Any:
-    """Return an attached layer as a view of its own class, others as is."""
+    """Return an attached layer as a view of its plain class, others
+    unchanged."""
     if isinstance(layer, AttachedLayer):
         return keras_compat.view(layer, type(layer).__bases__[-1])
     return layer

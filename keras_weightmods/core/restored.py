@@ -1,4 +1,4 @@
-"""Calls that change models: as a whole, or not at all."""
+"""Changes of models, made completely or not at all."""
 
 from collections.abc import Iterable
 from typing import Any, Self
@@ -10,16 +10,16 @@ from keras_weightmods.core import keras_compat
 
 
 class RestoredOnError:
-    """Give objects their state back where a scope ends by an error or Ctrl-C.
+    """Restore the state of objects if a scope ends with an error or Ctrl-C.
 
-    And Keras the scopes that were open: of names, of a device, without values.
+    This includes Keras' open scopes: of names, of a device, without values.
 
     Ctrl-C may come between any two bytecodes. Before the scope nothing has
-    changed, within it all is given back, and once it ends all has changed. (A
-    generator would not do: interrupted when it ends, it would give the state
-    back when it is collected.)
+    changed, within it everything is restored, and once it ends everything has
+    changed. (A generator interrupted at its end would restore the state when it
+    is collected.)
 
-    What is new in the objects is dropped. The rest is the same objects again.
+    New attributes are dropped. The others are the same objects again.
 
     Args:
         *objects: Layers, optimizers and variables, of which all is given back
@@ -37,7 +37,7 @@ class RestoredOnError:
     ) -> None:
         self.structure = keras_compat.Structure(objects, released)
         once = {id(variable): variable for variable in values}.values()
-        # Copies: on torch an array shares the memory of the variable.
+        # Copy: on torch an array shares the memory of the variable.
         self._values = [(each, np.array(whole(each))) for each in once]
 
     def __enter__(self) -> Self:
@@ -50,10 +50,10 @@ class RestoredOnError:
                 self.give_values_back()
                 return
             except KeyboardInterrupt:
-                # Another one. The first is raised once all is given back.
+                # A second Ctrl-C. The first is raised once all is restored.
                 pass
 
     def give_values_back(self) -> None:
-        """Give the variables their values back, within the scope too."""
+        """Restore the values of the variables, also within the scope."""
         for variable, value in self._values:
             variable.assign(value)

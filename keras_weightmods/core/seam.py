@@ -1,8 +1,8 @@
 """The seam between a stored weight and the weight a layer computes with.
 
-Weight scaling, weight normalization and the companders use it, and packing,
-where the parameters take the place of the stored variable; any other
-w = f(v, parameters) fits by one more subclass of `Reparameterization`.
+Weight scaling, weight normalization and the companders use it. So does packing,
+whose parameters replace the stored variable. Any other w = f(v, parameters)
+needs one more subclass of `Reparameterization`.
 """
 
 import collections
@@ -137,11 +137,11 @@ def attach(
     drop_optimizer: bool = False,
     see: Callable[[Any], Any] = lambda item: None,
 ) -> None:
-    """Install the reparameterizations; all of them or, on an error, none.
+    """Install all reparameterizations or, on an error, none.
 
-    With `drop_optimizer` a built optimizer is no error: it holds state of
-    weights that are no longer trained, so the model is left uncompiled.
-    `see` is called with each item once its parameters are there.
+    With `drop_optimizer` a built optimizer is no error. It holds state of
+    weights that are no longer trained, so the model is left uncompiled. `see`
+    is called with each item once it has its parameters.
     """
     targets = [item.target for item in items]
     taken = [t for t in targets if t.attribute in slots(t.layer)]
@@ -197,8 +197,8 @@ def attach(
 def install(item: Reparameterization) -> None:
     """Install a reparameterization in a layer that is being built.
 
-    The layer is a `ReparameterizedLayer`, and what it stores has been through
-    `start` already.
+    The layer is a `ReparameterizedLayer`, and its stored weight already comes
+    from `start`.
     """
     item.is_own = True
     _create_parameters(item)
@@ -212,9 +212,9 @@ def fold(
 ) -> list[Any]:
     """Bake all reparameterizations of class `kind` into the stored weights.
 
-    The layers are again what they were before. A built optimizer holds state
-    of parameters that are gone, so the model is left uncompiled then. `see` is
-    called with each item that is folded.
+    The layers get their former classes back. A built optimizer holds state of
+    parameters that are gone, so the model is left uncompiled. `see` is called
+    with each folded item.
 
     Returns:
         The list of the items folded.
@@ -232,7 +232,7 @@ def fold_items(
     items: Sequence[Any],
     see: Callable[[Any], Any] = lambda item: None,
 ) -> None:
-    """As `fold`, of some items; on an error the caller restores the model."""
+    """Fold some items; on an error the caller restores the model."""
     for layer in (item.target.layer for item in items):
         plain = type(layer).__bases__[-1]
         if issubclass(plain, ReparameterizedLayer):
@@ -251,7 +251,7 @@ def fold_items(
 
 
 def forget_variables(model: Any) -> None:
-    """Drop what was compiled for, and trained with, other variables."""
+    """Drop compiled functions and optimizer state of other variables."""
     for layer in keras_compat.layers_of(model):
         for name in ("train", "test", "predict", "generate"):
             if getattr(layer, f"{name}_function", None) is not None:
@@ -273,19 +273,19 @@ def _put_in(item):
             setattr(item.parameters[0] if is_gone else variable, name, ours)
     items = {**slots(item.target.layer), item.target.attribute: item}
     set_reparameterizations(item.target.layer, items)
-    # Where optimizers find it, which know variables only.
+    # Optimizers look here, because they know only variables.
     variable.reparameterization = item
 
 
 def _give_back(item):
-    """Make a weight plain again, as the one that the layer computes with."""
+    """Make a weight plain again, with its effective value."""
     layer, variable = item.target.layer, item.target.variable
     value = item.folded()
     others = {a: x for a, x in slots(layer).items() if x is not item}
     set_reparameterizations(layer, others)
     del variable.reparameterization
     for name, (own, ours) in item.replaced.items():
-        # Another may have been set since.
+        # Someone may have set another one since.
         if getattr(variable, name) is ours:
             setattr(variable, name, own)
     _drop_parameters(item)
@@ -299,8 +299,8 @@ def _give_back(item):
 def _take_out(item):
     """Take the stored variable out of its layer and free its memory.
 
-    The same object comes back in the same place, so that whoever holds it, a
-    `Target` for instance, finds it alive after the fold.
+    The fold puts the same object back in the same place, so that holders of it,
+    such as a `Target`, can still use it.
     """
     layer, variable = item.target.layer, item.target.variable
     name = keras_compat.stored_name(layer, item.target.attribute)
@@ -333,6 +333,6 @@ def _drop_parameters(item):
 
 
 def has_built_optimizer(model: Any) -> bool:
-    """Return whether a model has trained, with state of its weights."""
+    """Return whether a model's optimizer holds state from training."""
     optimizer = getattr(model, "optimizer", None)
     return bool(getattr(optimizer, "built", False))

@@ -1,4 +1,4 @@
-"""Which weights of a model a method acts on, and along which axes."""
+"""The weights of a model that a method acts on, and their axes."""
 
 import collections.abc
 import dataclasses
@@ -201,7 +201,7 @@ def find_targets(
 def resolve_targets(
     model: Any, targets: Any = None, depthwise: bool = False
 ) -> Targets:
-    """Return the `Targets` of `model` that an argument `targets` stands for.
+    """Return the `Targets` for an argument `targets`.
 
     Args:
         model: A built `keras.Model` or layer.
@@ -265,10 +265,10 @@ def target_of(
     keys: dict[int, str] | None = None,
     depth: int = 0,
 ) -> Target:
-    """Return the `Target` of one weight, also one that is none by default.
+    """Return the `Target` of one weight, even one that is none by default.
 
-    Such as a depthwise kernel; an embedding contracts what a head tied to it
-    does.
+    An example is a depthwise kernel. An embedding contracts the axes that a
+    tied head contracts.
 
     Args:
         layer: A layer that holds the weight.
@@ -309,8 +309,8 @@ def target_of(
 def _unused_layers(model: Any) -> list[Any]:
     """Return the layers that may hold a target and that the model never calls.
 
-    As in the blocks of KerasHub's EfficientNet, which hold layers for each way
-    to use them, or in its SAM, whose mask decoder its tasks call.
+    KerasHub's EfficientNet has blocks with layers for each way to use them. Its
+    SAM has a mask decoder that only its tasks call.
 
     Raises:
         ValueError: If `model`, or another layer that may hold a target, is not
@@ -329,7 +329,7 @@ def _unused_layers(model: Any) -> list[Any]:
     ]
     called: Any = set(map(id, unbuilt))
     if model.built and unbuilt:
-        # Without an order it is known only of what no graph holds.
+        # Without an order, the layers in a graph count as called.
         called = execution_order(model, parts) or _layers_of_graph(model)
     missing = [layer.name for layer in unbuilt if id(layer) in called]
     if missing or not model.built:
@@ -373,14 +373,14 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
 def _find_unordered(
     model: Any, depthwise: bool
 ) -> tuple[list[Target], tuple[Skipped, ...]]:
-    """Return the targets, in the declared order, and what is none."""
+    """Return the targets, in the declared order, and the other weights."""
     unused = _unused_layers(model)
     targets: dict[int, Target] = {}
     skipped: dict[Any, Skipped] = {}
     unknown: dict[int, Skipped] = {}
     keys = weight_keys(model)
     for layer in keras_compat.layers_of(model):
-        # Without weights there is nothing to know.
+        # Layers without weights do not matter.
         rules = layer_kinds.kernels_of(layer) if layer.built else {}
         known = set()
         for attribute, rule in rules.items():
@@ -408,8 +408,8 @@ def _find_unordered(
     for layer in unused:
         reason = "not built, as the model does not call it"
         skipped[id(layer), ""] = Skipped(layer.path, reason)
-    # What is shared with an embedding is left out; what an unknown layer
-    # shares with a known one is known.
+    # A weight shared with an embedding is left out. A weight that an unknown
+    # layer shares with a known one is known.
     found = [targets[k] for k in keys if k in targets and k not in skipped]
     for key, skip in unknown.items():
         if key not in targets:
@@ -431,7 +431,7 @@ def _reason_to_skip(layer: Any, name: str, rule: Any, depthwise: bool) -> Any:
 def _stored_variable(layer: Any, attribute: str) -> Any:
     if attribute in slots(layer):
         return slots(layer)[attribute].target.variable
-    # Not `getattr` first: it may compute an effective weight.
+    # Avoid `getattr`, which may compute an effective weight.
     variable = keras_compat.stored_variable(layer, attribute)
     if variable is None and layer.quantization_mode is None:
         variable = getattr(layer, attribute, None)
@@ -439,10 +439,10 @@ def _stored_variable(layer: Any, attribute: str) -> Any:
 
 
 def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
-    """Return the trainable weights of rank 2 or more of `layer`, but biases.
+    """Return the trainable weights of rank 2 or more of `layer`, without
+    biases.
 
-    Where the layer is frozen, what could be trained cannot be told, and all
-    of them count.
+    In a frozen layer all of them count, because trainable ones are unknown.
     """
     for item in slots(layer).values():
         known = known.union(map(id, item.parameters))

@@ -1,8 +1,8 @@
-"""What runs around the training step of a model, in one fixed order.
+"""Functions around the training step of a model, in one fixed order.
 
-Keras calls `model.train_function` for each step, and lets anyone set it. All
-that this package puts around it is here, so that nothing is put on twice, or
-lost when Keras makes the function anew.
+Keras calls `model.train_function` for each step, and lets anyone set it. This
+module holds everything that the package puts around it. So nothing is applied
+twice, or lost when Keras makes a new function.
 """
 
 import functools
@@ -18,15 +18,15 @@ from keras_weightmods.utils.progress import Waiting
 # From the inside out.
 _ORDER = ("weights kept", "frozen weights", "first step")
 
-# By model, {name: callable of the model, the inner step and its arguments}. A
-# model is no part of a callable, so that it can be collected.
+# {model: {name: callable of the model, the inner step and its arguments}}. The
+# callables do not hold the model, so that it can be collected.
 _AROUND: Any = weakref.WeakKeyDictionary()
-# Train functions of Keras whose first call is over, or is shown.
+# Train functions of Keras whose first call is over or shown.
 _SHOWN: Any = weakref.WeakSet()
 
 
 class _Step:
-    """A train function of Keras, with what is around it."""
+    """A train function of Keras, and the functions around it."""
 
     def __init__(self, model: Any, plain: Callable[..., Any]) -> None:
         self.model = model
@@ -43,8 +43,8 @@ class _Step:
 def put_around(model: Any, name: str, around: Callable[..., Any]) -> None:
     """Run a function around each training step of a model.
 
-    It stays until `take_off`. When Keras makes a train function anew, the next
-    call puts all that the model has around the new one.
+    It stays until `take_off`. When Keras makes a new train function, the next
+    call wraps it again.
 
     Args:
         model: A `keras.Model`. One without a train function waits for it.
@@ -60,7 +60,8 @@ def put_around(model: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def take_off(model: Any, name: str) -> None:
-    """Undo `put_around`; without anything around it, the step is Keras' own."""
+    """Undo `put_around`. With nothing left around it, the step is Keras'
+    own."""
     around = _AROUND.get(model, {})
     around.pop(name, None)
     if not around and isinstance(getattr(model, "train_function", None), _Step):
@@ -68,10 +69,10 @@ def take_off(model: Any, name: str) -> None:
 
 
 def keep_weights(model: Any) -> None:
-    """Have `fit` on JAX keep the weights when a step ends with an error.
+    """Let `fit` on JAX keep the weights when a step ends with an error.
 
-    Its step has taken them out of the variables. The other backends change
-    them in place. This stays on the model, and protects a later `fit` too.
+    Its step takes them out of the variables, and the other backends change them
+    in place. This stays on the model for later calls of `fit`.
     """
     if keras.backend.backend() != "jax":
         return
@@ -86,9 +87,9 @@ def keep_weights(model: Any) -> None:
 
 
 def show_first(model: Any, verbose: Any, since: float | None = None) -> None:
-    """Show that the first step of a train function takes long, if it does.
+    """Show progress if the first step of a train function takes long.
 
-    Where it is compiled, that is. Each train function of Keras is shown once.
+    This is for compiled steps. Each train function is shown once.
 
     Args:
         model: A compiled `keras.Model` with a train function.

@@ -1,4 +1,4 @@
-"""Other code in place of a layer's `call`, in a scope."""
+"""Replacing a layer's `call` in a scope."""
 
 import functools
 import threading
@@ -15,12 +15,12 @@ _LOCK = threading.Lock()
 class called_by:
     """Run `call(plain, *args, **kwargs)` in place of a layer's `call`.
 
-    Keras has no hooks on calls; so the layer's class is a generated subclass of
-    its own in the scope, as that of a reparameterized layer is. Scopes may be
-    nested: the inner one comes first. Calls by another thread are as before.
+    Keras has no hooks on calls, so in the scope the layer's class is a
+    generated subclass. Scopes may be nested: the inner one comes first. Calls
+    by other threads are not affected.
 
-    Ctrl-C may come as a scope begins or ends, and the layer is then watched
-    still: `RestoredOnError` around the scope gives it back.
+    If Ctrl-C comes as a scope begins or ends, the layer may stay watched.
+    `RestoredOnError` around the scope restores it.
 
     Args:
         layer: A layer that is no model.

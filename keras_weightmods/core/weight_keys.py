@@ -1,4 +1,4 @@
-"""Names of weights: the key of one in its model, and the same one elsewhere."""
+"""Keys of weights in a model, and the matching weights in another."""
 
 import operator
 import re
@@ -27,8 +27,8 @@ def weight_keys(model: Any) -> dict[int, str]:
 def same_path(a: str, b: str) -> bool:
     """Return whether two paths name the same weight of one architecture.
 
-    Keras numbers layers through a process ("dense_7"), and the paths of some
-    models begin with the model's own name; both are ignored.
+    Keras numbers layers across a process ("dense_7"), and some paths begin with
+    the model's own name. Both are ignored.
     """
     numbers = re.compile(r"_\d+(?=/|$)")
     return _same_end(numbers.sub("", a), numbers.sub("", b))
@@ -37,7 +37,7 @@ def same_path(a: str, b: str) -> bool:
 def matching_places(
     path: str, shape: Sequence[int], variables: Sequence[Any]
 ) -> list[int]:
-    """Return where among `variables` a weight of another model may be.
+    """Return the places among `variables` that may match a weight elsewhere.
 
     Args:
         path: String, the path of the weight.

@@ -1,4 +1,4 @@
-"""The base of optimizers that have another optimizer step."""
+"""The base of optimizers that wrap another optimizer."""
 
 import warnings
 from typing import Any
@@ -10,7 +10,7 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import has_16_bits
 
-# What acts around an update, not in it: it moves to the wrapper.
+# Settings that act around an update, not in it: they move to the wrapper.
 _MOVED = (
     "use_ema",
     "ema_momentum",
@@ -20,11 +20,12 @@ _MOVED = (
 
 
 class WrappingOptimizer(keras.optimizers.Optimizer):
-    """An optimizer that has another one step.
+    """An optimizer that lets another one step.
 
-    Moving averages and loss scaling are the wrapper's, and constraints apply
-    after its step; the learning rate, weight decay, clipping and accumulation
-    are those of the wrapped optimizer. Its variables follow the wrapper's own.
+    The wrapper has the moving averages and loss scaling, and applies
+    constraints after its step. The wrapped optimizer has the learning rate,
+    weight decay, clipping and accumulation. Its variables follow the wrapper's
+    own.
 
     Subclasses implement `_backend_update_step` with `_apply_wrapped`.
 
@@ -58,14 +59,14 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
             )
         moved = {key: getattr(optimizer, key) for key in _MOVED}
         super().__init__(learning_rate=0.0, name=name, **moved)
-        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
+        # Not named `inner_optimizer`, where SwapEMAWeights looks for averages.
         self.optimizer = optimizer
         with RestoredOnError(optimizer):
             for key in _MOVED:
                 setattr(optimizer, key, None)
 
     def _apply_wrapped(self, grads: Any, variables: Any) -> None:
-        """Have the wrapped optimizer step; constraints apply later, once."""
+        """Let the wrapped optimizer step; constraints apply later, once."""
         constraints = [variable.constraint for variable in variables]
 
         def set_all(constraints: Any) -> None:
@@ -97,7 +98,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
     @property
     def iterations(self) -> Any:
         """The updates made so far by this optimizer."""
-        # Not the wrapped optimizer's, which counts before the average is taken.
+        # Not the wrapped optimizer's count, which rises before averaging.
         every = self.optimizer.gradient_accumulation_steps
         if every:
             return ops.floor_divide(self._iterations, every)
@@ -128,11 +129,10 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
 def warn_about_16_bits(
     optimizer: Any, variables: Any, way_out: str = ""
 ) -> None:
-    """Warn where weights in 16 bits lose what `optimizer` does to them.
+    """Warn if weights in 16 bits lose the updates of `optimizer`.
 
-    An optimizer of Keras has its moments in the dtype of the weights, as have
-    the averages of `use_ema` in any, and steps of a usual size are rounded
-    away.
+    Keras' optimizers keep moments in the dtype of the weights, and all keep the
+    averages of `use_ema` in it. Steps of the usual size are rounded away.
     """
     low = [v.path for v in variables if has_16_bits(v)]
     is_wrapping = isinstance(optimizer, WrappingOptimizer)

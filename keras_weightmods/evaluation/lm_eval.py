@@ -12,7 +12,7 @@ from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
-# Lengths that generation is compiled for are multiples of this.
+# Generation is compiled for lengths that are multiples of this.
 _LENGTH_STEP = 64
 
 
@@ -82,7 +82,7 @@ def lm_eval_model(
     checks.check_int("length", length, least=1)
     checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
     checks.check_int("chunk_size", chunk_size, least=1)
-    # lm-eval is imported where it is used.
+    # lm-eval is imported only when it is used.
     cls: Any = type("KerasLM", (_KerasLM, TemplateLM), {})
     return cls(model, length, batch_size, chunk_size)
 
@@ -116,7 +116,7 @@ class _KerasLM:
         if start is not None and (
             add_special_tokens is False or tokens[1:2] == [start]
         ):
-            # Not a second one before that of a prompt.
+            # Do not add a second one before that of a prompt.
             tokens = tokens[1:]
         return tokens
 
@@ -160,7 +160,7 @@ class _KerasLM:
             window = [*context, *scored][-self.length - 1 :]
             windows.append((window, len(scored)))
         results: list[Any] = [None] * len(windows)
-        # Those of one length together; the longest first, for its memory.
+        # Group equal lengths, the longest first, because it needs most memory.
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))
         scores = self._scorer.score_windows(
             [windows[i] for i in order], self.batch_size, self.length
@@ -187,7 +187,7 @@ class _KerasLM:
         ends = {self.eot_token_id}
         if getattr(tokenizer, "end_token2_id", None) is not None:
             ends.add(tokenizer.end_token2_id)
-        # A text that ends at such a token needs no more of them.
+        # A text that ends at such a token needs no more tokens.
         stops = ends.union(
             int(tokens[0])
             for tokens in map(tokenizer, until)
@@ -204,7 +204,7 @@ class _KerasLM:
 
 
 def _greedy_view(model: Any) -> Any:
-    """Return a view of a `CausalLM` that writes the likeliest tokens."""
+    """Return a view of a `CausalLM` that generates the likeliest tokens."""
     import keras_hub
 
     sampler = keras_hub.samplers.GreedySampler()
@@ -217,7 +217,7 @@ def _new_tokens(view: Any, prompt: Any, count: int, stops: Any) -> Any:
     step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
     padded = -(-total // step) * step
     width = max(total, longest_input(view, padded))
-    # Generation ends where it sees a stop, also in what is not written yet.
+    # Generation ends at a stop, even one in places not written yet.
     filler = min(set(range(len(stops) + 1)) - set(stops))
     tokens = np.full((1, width), filler, dtype="int32")
     tokens[0, : len(prompt)] = prompt

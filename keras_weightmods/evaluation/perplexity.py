@@ -193,7 +193,7 @@ class Perplexity:
             texts = [texts]
         length = self.length
         if len(getattr(texts, "shape", ())) == 2:
-            # Not padded to more than all of them have.
+            # Pad only to the longest of them.
             length = max(1, min(length, texts.shape[1] - 1))
         sums: list[float] = []
         counts: list[int] = []
@@ -210,7 +210,7 @@ class Perplexity:
                     yield window
 
         windows = all_windows()
-        # What is wrong is mostly so in the first: no bar stands before it.
+        # Most errors come from the first batch: show no bar before it.
         first = next(windows, None)
         if first is None:
             raise ValueError(
@@ -233,7 +233,7 @@ class Perplexity:
             verbose=verbose,
             stateful_metrics=[name],
         )
-        # To compile takes longer than the first text.
+        # Compiling takes longer than the first text.
         progress.update(0)
         windows = itertools.chain([first], windows)
         scores = self._score.score_windows(windows, self.batch_size, length)
@@ -257,8 +257,8 @@ class Perplexity:
         while scored < len(tokens):
             window = tokens[start : start + self.length + 1]
             if is_started and start:
-                # In the place of the oldest token, in every window: models
-                # that were trained with it are lost without.
+                # Replaces the oldest token in every window: models trained with
+                # a start token need it.
                 window = np.insert(window[1:], 0, first)
             end = start + len(window)
             yield window, end - scored

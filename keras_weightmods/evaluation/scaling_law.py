@@ -1,4 +1,4 @@
-"""How the loss of a retrained model falls with the tokens it is given."""
+"""The loss of a retrained model as a function of its training tokens."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class ScalingLaw:
     intervals: dict[str, tuple[float, float]]
     confidence: float
     residual: float
-    # Of L_inf, log B and beta.
+    # The covariance of L_inf, log B and beta.
     _covariance: np.ndarray = dataclasses.field(
         default_factory=lambda: np.zeros((3, 3)), repr=False, compare=False
     )
@@ -163,7 +163,7 @@ def fit_scaling_law(
             f"tokens={np.unique(tokens).tolist()}"
         )
     confidence = checks.check_float("confidence", confidence, above=0, below=1)
-    # The logarithm of B, as B is the loss at one token, far from the data.
+    # Fit log B, because B is the loss at one token, far from the data.
     beta = 0.5
     log_b = np.log(losses.mean() / 2) + beta * np.log(tokens).mean()
     law, covariance = optimize.curve_fit(
@@ -187,7 +187,7 @@ def fit_scaling_law(
     freedom = len(losses) - 3
     quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))
     spread = quantile * np.sqrt(np.diag(covariance))
-    # The fit comes near to a bound, and not onto it.
+    # The fit comes close to a bound, but does not reach it.
     law[0] = round(law[0], 9)
     ends = np.array(
         [law, np.maximum(law - spread, [0, -np.inf, 0]), law + spread]
@@ -218,7 +218,7 @@ def _loss(tokens: Any, floor: Any, log_b: Any, beta: Any) -> Any:
 
 
 def _gradient(tokens: Any, floor: Any, log_b: Any, beta: Any) -> np.ndarray:
-    """Return that of `_loss` by the floor, the logarithm of B, and beta."""
+    """Return the gradient of `_loss` by the floor, log B and beta."""
     power = _loss(tokens, 0, log_b, beta)
     parts = np.ones_like(power), power, -power * np.log(tokens)
     return np.stack(parts, axis=-1)

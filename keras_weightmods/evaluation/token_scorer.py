@@ -1,4 +1,4 @@
-"""The loss of each token, with the logits of few positions at a time."""
+"""The loss of each token, with the logits of a few positions at a time."""
 
 import functools
 import itertools
@@ -81,7 +81,7 @@ class TokenScorer:
         """
         self._build()
         tokens = np.asarray(tokens, dtype="int32")
-        # JAX and TensorFlow would take other tokens for these.
+        # JAX and TensorFlow would silently read other tokens.
         shape = getattr(self.model, "output_shape", None)
         last: Any = shape[-1] if isinstance(shape, tuple) else None
         size = last if isinstance(last, int) else 2**31
@@ -104,7 +104,7 @@ class TokenScorer:
         width = min(length, max(1, self.chunk_size // rows))
         losses, is_greedy = [], []
         for start in range(0, length, width):
-            # All chunks have one shape, or the last would compile anew: it
+            # Chunks have one shape, so that the last compiles no more: it
             # begins earlier instead.
             first = min(start, length - width)
             chunk = slice(first, first + width)
@@ -130,14 +130,14 @@ class TokenScorer:
         """
         windows, rows = iter(windows), None
         while batch := list(itertools.islice(windows, batch_size)):
-            # Few numbers of rows, and few widths, since each compiles anew.
+            # Few row counts and widths, because each compiles anew.
             rows = rows or min(batch_size, _power_of_2(len(batch)))
             longest = max(len(window) for window, _ in batch) - 1
             width = min(length, _power_of_2(longest))
             width = _fixed_length(self.model) or width
             tokens = np.zeros((rows, width + 1), dtype="int32")
             mask = np.zeros((rows, width), dtype=bool)
-            # A row of nothing but padding may give NaN.
+            # A row of only padding may give NaN.
             mask[:, 0] = True
             for row, used, (window, _) in zip(tokens, mask, batch):
                 row[: len(window)] = window
@@ -162,7 +162,7 @@ class TokenScorer:
 
 
 def _power_of_2(count):
-    """Return the least that is not less than `count`."""
+    """Return the smallest one that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
@@ -176,7 +176,7 @@ def longest_input(model, length):
     """Return `length`, or less where the model takes less."""
     limits = [
         _fixed_length(model),
-        # Of KerasHub's backbones, those with an embedding of positions.
+        # KerasHub's backbones with position embeddings have this.
         getattr(getattr(model, "backbone", None), "max_sequence_length", None),
     ]
     return min([length, *(limit for limit in limits if limit)])
@@ -186,8 +186,8 @@ class _Part(keras.Model):
     """A function of inputs and `training` that computes with some layers."""
 
     def __init__(self, function, layers):
-        # TensorFlow takes no name that begins with an underscore. The layers
-        # cast what they are given.
+        # TensorFlow takes no name with a leading underscore. The layers cast
+        # their inputs.
         super().__init__(name="part", dtype="float32", autocast=False)
         self.function, self.tracked = function, layers
         self.built = True
@@ -197,7 +197,8 @@ class _Part(keras.Model):
 
 
 def _scores(head, inputs, training):
-    """Return the scores of targets, by what enters the head, or by logits."""
+    """Return the scores of targets from the inputs of the head, or from
+    logits."""
     logits, targets = inputs["hidden"], inputs["targets"]
     if head is not None:
         logits = head(logits, training)

@@ -1,4 +1,4 @@
-"""`generate` of KerasHub's language models without Keras' work for each op."""
+"""KerasHub's `generate` without Keras' overhead for each operation."""
 
 import dataclasses
 

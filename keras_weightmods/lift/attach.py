@@ -1,4 +1,4 @@
-"""What `PrincipalMaskCallback` trains of a model, and by which optimizer."""
+"""The weights that `PrincipalMaskCallback` trains, and their optimizer."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ from keras_weightmods.utils.report import Skipped, skipped_text
 
 
 class Plan:
-    """What is to be trained of a model; nothing is changed yet.
+    """The weights of a model to train; nothing is changed yet.
 
     Args:
         model: A built Keras model.
@@ -127,7 +127,7 @@ class Plan:
         )
 
     def check_optimizer(self, optimizer: Any) -> None:
-        """Raise ValueError where it cannot train these variables."""
+        """Raise ValueError if it cannot train these variables."""
         if not optimizer.built:
             return
         if not isinstance(optimizer, MaskedState):
@@ -151,7 +151,7 @@ class Plan:
         optimizer.build_masked(self.variables, self.specs, self.known)
         outer, new = model.optimizer, optimizer
         if isinstance(outer, keras.optimizers.LossScaleOptimizer):
-            # That one was built for all variables.
+            # The old wrapper was built for all variables.
             settings = {**outer.get_config(), "inner_optimizer": optimizer}
             new = keras.optimizers.LossScaleOptimizer(**settings)
             new.build(self.variables)
@@ -185,7 +185,7 @@ def _problem(target: Target, keep_pattern: bool, is_sparse: bool) -> str | None:
 
 
 def _is_24(target: Target) -> bool:
-    """Return whether a kernel is 2:4, half of it zero or more and not all."""
+    """Return whether a kernel is 2:4 and at least half zero, but not all."""
     weight, axes = target.variable.value, target.contraction_axes
     zeros = ops.mean(ops.cast(weight == 0, "float32"))
     return (

@@ -1,4 +1,4 @@
-"""The weights of models that are frozen while their masks are trained."""
+"""Weights that are frozen while the masks of a model are trained."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from keras_weightmods.core import train_step
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 
-# By model: a callback may be gone when its training was interrupted.
+# {model: flags}: a callback may be gone after an interrupted training.
 _FROZEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -20,7 +20,7 @@ def freeze(model: Any, variables: Any) -> None:
 
 
 def unfreeze(model: Any) -> None:
-    """Give the flags of all frozen variables of a model back."""
+    """Restore the flags of all frozen variables of a model."""
     train_step.take_off(model, "frozen weights")
     variables = _FROZEN.get(model, ())
     with RestoredOnError(*variables):
@@ -32,12 +32,12 @@ def _set_trainable(model: Any, variables: Any, flag: bool) -> None:
     for variable in variables:
         variable.trainable = flag
     if variables and keras.backend.backend() == "tensorflow":
-        # It was made for what was trained.
+        # The train function was made for the variables trained until now.
         model.train_function = None
 
 
 def unfreeze_trained_by(optimizer: Any) -> None:
-    """As `unfreeze`, of the models that an optimizer trains."""
+    """Call `unfreeze` for the models that an optimizer trains."""
     for reference in _FROZEN.keyrefs():
         model: Any = reference()
         if model is not None and inner_optimizer(model.optimizer) is optimizer:
@@ -45,15 +45,15 @@ def unfreeze_trained_by(optimizer: Any) -> None:
 
 
 def unfreeze_on_error(model: Any, step: Any, *args: Any) -> Any:
-    """Run a step, and give the flags back when it ends with an error.
+    """Run a step, and restore the flags if it ends with an error.
 
-    On JAX `fit` puts the weights back into the variables only after that, and
-    Keras then calls `finalize_variable_values` of the optimizer.
+    On JAX `fit` puts the weights back into the variables only later, and Keras
+    then calls `finalize_variable_values` of the optimizer.
     """
     try:
         return step(*args)
     except BaseException as error:
-        # TensorFlow ends data of unknown length in this way.
+        # TensorFlow signals the end of data of unknown length by this error.
         ends = "StopIteration", "OutOfRangeError"
         if type(error).__name__ not in ends:
             unfreeze(model)

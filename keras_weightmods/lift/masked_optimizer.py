@@ -72,14 +72,14 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         way_out = " Or take `SparseAdamW`, whose state is in float32."
         warn_about_16_bits(self, variables, way_out)
         if self.optimizer.built:
-            # By Keras, before the masks were known.
+            # Keras built it, before the masks were known.
             keras_compat.drop_averages(self.optimizer)
         else:
-            # As Keras does in `fit`, so that a checkpoint fits.
+            # Keras does the same in `fit`, so a checkpoint fits.
             self.optimizer.build(known)
 
     def _backend_update_step(self, grads: Any, variables: Any, _: Any) -> None:
-        """Have the wrapped optimizer step, then put the rest back."""
+        """Let the wrapped optimizer step, then restore unmasked entries."""
         grads, masked = list(grads), []
         for i, variable in enumerate(variables):
             if self._indices[self._get_variable_index(variable)] is None:
@@ -94,7 +94,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
                 after = ops.convert_to_tensor(variable)
                 variable.assign(self._only_masked(variable, after, before))
         except BaseException:
-            # Run op by op, it has moved what is not in the masks.
+            # In eager mode, it has already moved unmasked entries.
             for variable, before in masked:
                 variable.assign(before)
             raise

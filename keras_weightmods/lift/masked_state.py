@@ -1,4 +1,4 @@
-"""What the optimizers that train single entries of kernels have in common."""
+"""The base of optimizers that train single entries of kernels."""
 
 import dataclasses
 import math
@@ -16,14 +16,14 @@ from keras_weightmods.lift.frozen import unfreeze_trained_by
 from keras_weightmods.ops.random_places import random_places, seed_of
 from keras_weightmods.utils import checks
 
-# The length of state that is split over devices is a multiple of it, so that a
+# State that is split over devices has a multiple of this length, so that a
 # checkpoint fits most meshes.
 _PART = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-    """What is trained of one variable.
+    """The trained entries of one variable.
 
     Attributes:
         path: String, the variable's path.
@@ -42,13 +42,13 @@ class MaskSpec:
 class MaskedState(keras.optimizers.Optimizer):
     """An optimizer that trains single entries of some variables.
 
-    The masks are not known when Keras builds a model's optimizer: `build` does
-    nothing then, and `PrincipalMaskCallback` calls `build_masked`. An optimizer
-    from a file knows of what variables, and how many entries of each, it has
-    state, and is built for these.
+    When Keras builds a model's optimizer the masks are unknown, so `build` does
+    nothing, and `PrincipalMaskCallback` calls `build_masked`. An optimizer from
+    a file knows its variables and their numbers of entries, and is built for
+    these.
 
     A mask is a variable with the places of its entries. Subclasses implement
-    `_create_state(variables, known)`, for what `build_masked` shall add.
+    `_create_state(variables, known)`, which `build_masked` calls.
 
     Attributes:
         specs: List of `MaskSpec`, one for each variable it is built on, or is
@@ -66,14 +66,14 @@ class MaskedState(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        # `fit` on JAX takes them before a step is traced, where no value of
-        # them can be read.
+        # `fit` on JAX takes the values before it traces a step, and no value
+        # can be read there.
         self._look_for_masks()
         return super().variables
 
     @property
     def masked_variables(self):
-        """The variables of which single entries are trained, in order."""
+        """The variables with trained entries, in order."""
         return [
             variable
             for variable, spec in zip(self._trainable_variables, self.specs)
@@ -82,14 +82,14 @@ class MaskedState(keras.optimizers.Optimizer):
 
     @property
     def mask_step(self):
-        """The updates made when the masks were last set, -1 for never."""
+        """The number of updates when the masks were last set, -1 for never."""
         if not self.built:
             return -1
         return int(ops.convert_to_numpy(self._mask_step))
 
     @property
     def mask_seed(self):
-        """The seed of the choices of masks, which a checkpoint so holds."""
+        """The seed of the mask choices, kept here for checkpoints."""
         return int(ops.convert_to_numpy(self._mask_seed))
 
     def indices_of(self, variable):
@@ -128,7 +128,7 @@ class MaskedState(keras.optimizers.Optimizer):
                 self._mask_seed.assign(seed)
 
     def drawn_masks(self):
-        """Return the masks that `random_places` draws again from a seed.
+        """Return the masks that `random_places` can draw again from a seed.
 
         Returns:
             List of triples of the variable, the seed and the places.
@@ -136,11 +136,11 @@ class MaskedState(keras.optimizers.Optimizer):
         found, step = [], self.mask_step
         variables = self.masked_variables if step >= 0 else ()
         for number, variable in enumerate(variables):
-            # As `PrincipalMaskCallback` draws them.
+            # `PrincipalMaskCallback` draws them in the same way.
             seed = seed_of(self.mask_seed, step, number)
             size, places = math.prod(variable.shape), self._places_of(variable)
             drawn = random_places(seed, size, places.size)
-            # All of a kernel are what any rule chooses.
+            # A mask of the whole kernel may come from any rule.
             if places.size < size and np.array_equal(drawn, places):
                 found.append((variable, seed, places))
         return found
@@ -203,14 +203,14 @@ class MaskedState(keras.optimizers.Optimizer):
         super().apply(grads, trainable_variables)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        # Loss scaling passes gradients with what is its own.
+        # Loss scaling passes its own variables too.
         self._check_masks(len(trainable_variables))
         return super().stateless_apply(
             optimizer_variables, grads, trainable_variables
         )
 
     def _look_for_masks(self):
-        """Find out whether masks were set, or loaded, after `build`."""
+        """Find out whether masks were set or loaded after `build`."""
         if self._mask_step is not None and not self._has_masks:
             step = keras_compat.held_value(self._mask_step)
             self._has_masks = step is not None and int(step) >= 0
@@ -228,14 +228,14 @@ class MaskedState(keras.optimizers.Optimizer):
             )
 
     def finalize_variable_values(self, var_list):
-        """End the training; on JAX `fit` does so on an error as well."""
+        """End the training; on JAX `fit` calls this after an error too."""
         super().finalize_variable_values(var_list)
         unfreeze_trained_by(self)
 
     def load_own_variables(self, store):
-        """Restore the state, which must have been built."""
+        """Restore the state, which must already be built."""
         held, wanted = len(store.keys()), len(self.variables)
-        # An untrained model's has the iterations and the rate at most.
+        # An untrained optimizer has at most the iterations and the rate.
         if held > 2 and held != wanted:
             raise ValueError(
                 "The file holds the state of another optimizer, whose masks "
@@ -267,10 +267,10 @@ class MaskedState(keras.optimizers.Optimizer):
         return optimizer
 
     def _update_model_variables_moving_average(self, trainable_variables):
-        """As Keras, of masked entries; the average of others is their value.
+        """Average the masked entries; others have their value as the average.
 
-        Computed, it would be off by a rounding, and they are to stay as they
-        are bit for bit when the average is written to the model.
+        A computed average would be off by rounding. The others must stay the
+        same bit for bit when the averages are written to the model.
         """
         super()._update_model_variables_moving_average(trainable_variables)
         averages = self._model_variables_moving_average if self.use_ema else ()
@@ -295,7 +295,7 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def _set_places(self, variable, indices):
         state = self._indices[self._get_variable_index(variable)]
-        # Beyond the last entry, where nothing is.
+        # Pad with places beyond the last entry.
         missing = state.shape[0] - len(indices)
         beyond = np.full(missing, math.prod(variable.shape), "int32")
         state.assign(np.append(np.asarray(indices, "int32"), beyond))
@@ -315,9 +315,9 @@ class MaskedState(keras.optimizers.Optimizer):
 
 
 def split_of(variable):
-    """Return how the state of a variable that is split over devices is split.
+    """Return how the state of a variable is split over devices.
 
-    A pair of a layout and the number of parts; None for one that is not.
+    This is a pair of a layout and the number of parts, or None.
     """
     layouts = backend.current().layouts()
     if layouts is None:

@@ -179,8 +179,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
         `fit` calls this when it begins. Call it yourself before you load a
         checkpoint with the optimizer's state, or for your own training loop.
-        The masks are then chosen from the present weights. Flags that an
-        interrupted training left are restored first.
+        The masks are then chosen from the current weights. Flags left by an
+        interrupted training are restored first.
 
         Args:
             model: A built and compiled Keras model.
@@ -225,7 +225,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             unfreeze(model)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        # Keras has been at work for about a second.
+        # Keras has already worked for about a second.
         began = time.perf_counter() - 1
         model = self.model
         report = self.attach(model)
@@ -250,8 +250,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if self.refresh_every is None:
             return
         if self._batches is None or self._is_due():
-            # Updates that were skipped, for gradients that are not finite,
-            # are not in the count yet.
+            # Read the true count: updates with gradients that are not finite
+            # are skipped.
             self._look()
             if self._is_due():
                 model = self.model
@@ -280,13 +280,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def _unfreezing(self, model: Any, step: Any, *args: Any) -> None:
         if keras.backend.backend() == "jax":
-            # The end of `fit` does it, as in `unfreeze_on_error`.
+            # The end of `fit` does this, as in `unfreeze_on_error`.
             step(*args)
         else:
             unfreeze_on_error(model, step, *args)
 
     def _look(self) -> None:
-        """Read from the optimizer what is counted here after it."""
+        """Continue the counts from the optimizer's state."""
         optimizer = inner_optimizer(self.model.optimizer)
         applied = keras_compat.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
@@ -310,7 +310,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         counts = []
 
         def counted(chosen: Any) -> Any:
-            # One at a time: nothing is held of the others.
+            # One at a time, so that nothing of the others is held.
             for variable, indices in zip(variables, chosen):
                 before = optimizer.indices_of(variable)
                 new = np.setdiff1d(indices, before, assume_unique=True)
@@ -384,14 +384,14 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         for number, (target, gradient) in enumerate(zip(targets, gradients)):
             next_seed = (seed + step) % 2**31
             if own.criterion == "random":
-                # Not alike in kernels of the same shape.
+                # Kernels of the same shape get different masks.
                 next_seed = seed_of(seed, step, number)
             selection = dataclasses.replace(own, seed=next_seed)
             value, candidates = target.variable.value, None
             if self.keep_pattern:
                 candidates = ops.convert_to_numpy(value) != 0
                 if before is not None:
-                    # One that has become zero by its training is still in.
+                    # A trained entry that became zero stays in the mask.
                     inside = before.indices_of(target.variable)
                     candidates.reshape(-1)[inside] = True
             axes = target.contraction_axes, target.stack_axes
@@ -407,7 +407,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 def _loss_gradients(
     model: Any, variables: Any, x: Any, y: Any, sample_weight: Any
 ) -> Any:
-    """Return the gradients of a compiled model's loss, as it infers."""
+    """Return the gradients of a compiled model's loss, in inference mode."""
 
     def loss_at(*values: Any) -> Any:
         with keras.StatelessScope(zip(variables, values)):

@@ -9,7 +9,7 @@ from keras_weightmods.utils.report import Report, Skipped, Table
 
 @dataclasses.dataclass(frozen=True)
 class MaskedKernel:
-    """A kernel of which single entries are trained.
+    """A kernel with trained entries.
 
     Attributes:
         key: String, the key of its target.
@@ -24,7 +24,7 @@ class MaskedKernel:
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalMaskReport(Report):
-    """The weights that are trained, and the others. Prints as a table.
+    """The trained weights and the others. Prints as a table.
 
     Attributes:
         kernels: Tuple of `MaskedKernel`.

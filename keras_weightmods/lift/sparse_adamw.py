@@ -12,7 +12,7 @@ from keras_weightmods.core.wrapping_optimizer import warn_about_16_bits
 from keras_weightmods.lift.masked_state import MaskedState, put, split_of, taken
 from keras_weightmods.utils import checks, dtypes
 
-# State of a variable; the last, what it was before it was rounded to 16 bits.
+# The state of a variable. The last is its value before rounding to 16 bits.
 _STATE = "momentum", "velocity", "master"
 
 
@@ -124,14 +124,16 @@ class SparseAdamW(MaskedState):
     ) -> Any:
         variable, place = reference_variable, len(self.variables)
         dtype = variable.dtype
-        # Accumulated gradients are of the gradients' dtype, for Keras on JAX.
+        # Accumulated gradients have the gradients' dtype, as Keras on JAX
+        # needs.
         if dtypes.has_16_bits(variable) and name in _STATE:
             dtype = "float32"
         # The average of a kernel is as large as the kernel.
         if name != "average":
             spec = self.specs[self._get_variable_index(variable)]
             if spec.size is not None:
-                # No path in it: a layout map of kernels is not for these.
+                # The name has no path: a layout map for kernels must not match
+                # it.
                 name = f"{name}_{place}"
                 return self._add_vector(variable, dtype, name, initializer)
         if dtype == variable.dtype:
@@ -166,12 +168,12 @@ class SparseAdamW(MaskedState):
                 gradient = taken(gradient, indices, split_of(variable))
             compact.append(gradient)
         if keras.backend.backend() == "jax":
-            # No step on a weight while a gradient still needs it.
+            # A weight must not change while a gradient still needs it.
             compact = backend.current().after(compact, compact)
         super()._backend_apply_gradients(compact, variables)
 
     def _apply_weight_decay(self, variables: Any) -> None:
-        """Nothing: the decay is a part of the update of masked entries."""
+        """Do nothing: the update of masked entries includes the decay."""
 
     def update_step(
         self, gradient: Any, variable: Any, learning_rate: Any

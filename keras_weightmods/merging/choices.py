@@ -1,4 +1,4 @@
-"""Which weights are merged, and with which numbers."""
+"""The weights that are merged, and the numbers for them."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
         return values
     if isinstance(spec, np.ndarray):
         spec = spec.tolist()
-    # Not by NumPy's size, which lists of unequal lengths lack.
+    # NumPy's size would not do: lists of unequal lengths have none.
     if isinstance(spec, (list, tuple)) and len(spec) > 1:
         anchors = [checks.check_float(name, each) for each in spec]
         places = np.linspace(0, 1, len(anchors))

@@ -267,7 +267,7 @@ def merge(
                 read=_reading(weight, [*sources, template]),
                 weights=shares,
                 options=given,
-                # By the weight's place in the model.
+                # Derived from the weight's place in the model.
                 seed=(seed, number),
                 axes=weight.axes,
             )
@@ -326,7 +326,7 @@ def _checked(
     base: Any,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the options that a method takes; check these arguments by it."""
+    """Return the options of a method, and check the arguments against it."""
     checks.check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if not isinstance(models, (list, tuple)) or not models:
@@ -378,7 +378,7 @@ def _rounded(values: Any, dtype: str, weight: Any) -> Any:
         array = values.astype(numpy_dtype(dtype), copy=False)
     if dtype not in FLOATS or is_finite(array):
         return array
-    # A state that is not trained may be infinite, as a mask is.
+    # State that is not trained, such as a mask, may be infinite.
     if weight.kept and not is_finite(values):
         return array
     raise ValueError(

@@ -7,19 +7,19 @@ from keras_weightmods.merging.methods import METHODS
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 
-# What says nothing about weights, or what the files here say themselves.
+# Keys that do not affect weights, or that the files here know themselves.
 _PASSED_OVER = {
     *("chat_template", "dtype", "name", "out_dtype", "tokenizer"),
     "tokenizer_source",
 }
 _KEYS = {"base_model", "merge_method", "models", "parameters"}
-# Methods that divide by the sum of the weights there unless they are told.
+# Methods that divide by the sum of the weights in mergekit by default.
 _DIVIDE = ("linear", "ties", "della")
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 100_000, 20
 
 
 def arguments_of(config: Any) -> dict[str, Any]:
-    """Return the arguments of `merge` that a config of mergekit stands for.
+    """Return the arguments of `merge` for a config of mergekit.
 
     Args:
         config: Dict, or the path of a file of YAML. Its models are files that
@@ -55,7 +55,7 @@ def _arguments_of(config: dict[Any, Any]) -> dict[str, Any]:
         isinstance(row, dict) and "model" in row for row in rows
     ):
         raise checks.error("models", "a list of `model: FILE`", rows)
-    # The base may be among them, and is no model then.
+    # The base may be among them. It then does not count as a model.
     rows = [
         row
         for row in rows
@@ -87,7 +87,7 @@ def _arguments_of(config: dict[Any, Any]) -> dict[str, Any]:
         everywhere = shared.get("weight", 1.0)
         weights = [each.get("weight", everywhere) for each in own]
         found["weights"] = [_spec(weight) for weight in weights]
-    # Here a number is that of all models.
+    # Here one number is for all models.
     done = {"normalize", "t"} if is_arc else {"normalize"}
     for name in ({*shared} - done).union(*own) - {"weight"}:
         values = [each.get(name, shared.get(name)) for each in own]
@@ -109,7 +109,7 @@ def _spec(value: Any, change: Any = lambda number: number) -> Any:
     ):
         expected = "numbers, or a list of `filter: STRING` and `value: NUMBER`"
         raise checks.error("parameters", expected, value)
-    # The first that fits counts, here and there.
+    # Both use the first that fits.
     return {
         re.escape(each.get("filter") or ""): _spec(each["value"], change)
         for each in value
@@ -117,9 +117,9 @@ def _spec(value: Any, change: Any = lambda number: number) -> Any:
 
 
 def _check_size(config: Any) -> None:
-    """Raise ValueError for what is too large to be a config, or nested so.
+    """Raise ValueError for values too large or too nested for a config.
 
-    An alias of YAML stands for a value as large as one likes, or for itself.
+    An alias in YAML can stand for a value of any size, or for itself.
     """
     left, count = [(config, 0)], 0
     while left:
@@ -155,7 +155,7 @@ def _read(path: str) -> Any:
             "YAML needs ruamel.yaml; a .json file does not. Install with: "
             "pip install 'keras-weightmods[cli]'"
         ) from error
-    # The errors of YAML are none of Python's.
+    # YAML's errors do not derive from Python's.
     except Exception as error:
         raise ValueError(f"It cannot be read: {checks.cut(error)}") from error
     if not isinstance(found, dict):
@@ -164,7 +164,7 @@ def _read(path: str) -> Any:
 
 
 def _parse_yaml(text: bytes) -> Any:
-    """Return the value of a text of YAML that takes no long time to read."""
+    """Return the value of a YAML text that does not take long to read."""
     import ruamel.yaml
 
     depth = 0
@@ -173,7 +173,7 @@ def _parse_yaml(text: bytes) -> Any:
         depth -= isinstance(event, ruamel.yaml.CollectionEndEvent)
         if depth > _MOST_LEVELS:
             raise ValueError(f"more than {_MOST_LEVELS} levels")
-        # What it copies grows with each merge of merges.
+        # Each merge of merges copies more.
         tag = str(getattr(event, "tag", None))
         if getattr(event, "value", None) == "<<" or tag.endswith(":merge"):
             raise ValueError("a merge key `<<`: write out what it stands for")

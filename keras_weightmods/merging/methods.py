@@ -1,11 +1,11 @@
 """The methods of merging: one array of several models, on NumPy.
 
-`METHODS` is all that the package knows of a method: arguments, checks, what
-mergekit calls it. `register_merge_method` adds to it.
+`METHODS` has everything about a method: its arguments, checks, and name in
+mergekit. `register_merge_method` adds to it.
 
-The function of a method is a generator of slices of the flattened array and of
-the merged values there. Most go through the array in pieces, on all cores, so
-that neither the models nor whole arrays of them are in memory at once.
+The function of a method yields slices of the flattened array, with the merged
+values. Most go through the array in pieces, on all cores, so that memory never
+holds whole models or arrays.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import stack_shape
 from keras_weightmods.utils.parallel import map_ahead
 
-# Where an angle is less than its rounding, see `_slerp`.
+# An angle below this is less than its rounding error; see `_slerp`.
 _PARALLEL = 0.9995
 _Parts = Iterator[tuple[slice, np.ndarray]]
 
@@ -112,7 +112,7 @@ def register_merge_method(
 
 
 def mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
-    """The mean of the models with the weights."""
+    """Return the weighted mean of the models."""
     total = math.fsum(task.weights)
     shares = [weight / total for weight in task.weights]
     return _summed(task, shares)
@@ -121,10 +121,10 @@ def mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
 def moved_mean(
     task: Task, is_whole: bool
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """The base moved to the mean of the models by the sum of the weights.
+    """Move the base to the mean of the models by the sum of the weights.
 
-    By all of the way at most; with `is_whole` always, unless no weight is
-    above 0. Models with a negative weight do not count in the mean.
+    It moves at most the whole way. With `is_whole` it always does, unless no
+    weight is above 0. Models with a negative weight do not count in the mean.
     """
     counted = [max(weight, 0.0) for weight in task.weights]
     step = min(max(math.fsum(task.weights), 0.0), 1.0)
@@ -159,7 +159,7 @@ def _dare(task, fuse=weighted_sum):
 
     def kept(changes, part):
         return [
-            # A draw of 64 bits for each entry.
+            # Each entry takes a draw of 64 bits.
             dropped(x, density, task.generator(model, part.start))
             for model, x in enumerate(changes)
         ]
@@ -171,7 +171,7 @@ def _breadcrumbs(task):
     removed = math.floor(task.options["gamma"] * task.size)
     kept = math.ceil(task.options["density"] * task.size)
     kept = max(1, min(kept, task.size - removed))
-    # Without any removed, the largest is a bound that does not count.
+    # If none is removed, the largest is no bound.
     least, most = task.kth_largest(removed + kept, max(1, removed))
     if not removed:
         most = [np.inf] * len(task.weights)
@@ -189,7 +189,7 @@ def _della(task):
     count = task.shape[-1] if task.shape else 1
     if task.axes is not None:
         stacks, count, columns = stack_shape(task.shape, *task.axes)
-    # An even number of rows: two draws of 32 bits are one of the generator's.
+    # An even number of rows: two draws of 32 bits are one of the generator.
     size = 2 * max(1, tasks.PIECE // (2 * count)) * count
 
     def drawn(changes, part):
@@ -215,7 +215,7 @@ def _della(task):
     in_rows = dataclasses.replace(
         task, read=lambda number, part: (*models, base)[number][part]
     )
-    # Not into the memory of the base: it may be the model's own.
+    # Do not write into the base: it may be the model's own memory.
     rows = np.empty_like(base)
     for part, values in _changed(in_rows, elected_mean, drawn, size):
         rows[part] = values
@@ -274,7 +274,7 @@ WEIGHTS = ("any", "mean", "shares", "votes", "none")
 _SCALE = {"scale": 1.0}
 _DRAWN = {**_SCALE, "density": 0.1}
 _SHARE = {"least": 0.0, "below": 1.0}
-# Densities are those of the papers, or near.
+# Densities are close to those of the papers.
 METHODS = {
     "linear": MergeMethod(mean, needs_base=False, weights="mean"),
     "slerp": MergeMethod(
@@ -303,7 +303,7 @@ METHODS = {
     "breadcrumbs": MergeMethod(
         _breadcrumbs,
         options={**_SCALE, "gamma": 0.01, "density": 0.15},
-        # The share `gamma` of entries is not kept.
+        # The share `gamma` of entries is dropped.
         bounds=lambda x: {
             "gamma": _SHARE,
             "density": {"above": 0.0, "most": 1 - x["gamma"]},
@@ -316,12 +316,12 @@ _BUILT_IN = frozenset(METHODS)
 
 
 def _summed(task, shares):
-    """Merge as the sum of the models times their shares."""
+    """Merge as the weighted sum of the models."""
     return task.mapped(lambda part: weighted_sum(task.models(part), shares))
 
 
 def _changed(task, fuse, keep=None, size=None):
-    """Merge as the base, and `scale` times the changes made one.
+    """Merge as the base plus `scale` times the combined changes.
 
     Args:
         task: `Task`.
@@ -342,7 +342,7 @@ def _changed(task, fuse, keep=None, size=None):
 
 
 def _products(task, arrays):
-    """Return the inner products of a task's arrays, in the upper triangle."""
+    """Return the inner products of a task's arrays, as an upper triangle."""
     count = len(task.weights)
     pairs = list(itertools.combinations_with_replacement(range(count), 2))
 
@@ -360,9 +360,9 @@ def keep_probabilities(
 ) -> np.ndarray:
     """Return the probabilities that DELLA (arXiv 2406.11617) keeps entries.
 
-    From `density - epsilon` for the smallest magnitude of a row to `density +
-    epsilon` for its largest, in equal steps from rank to rank. Where sizes
-    are equal in float32, the first is the lower.
+    They rise from `density - epsilon` for the smallest magnitude of a row to
+    `density + epsilon` for the largest, in equal steps. If magnitudes are equal
+    in float32, the first ranks lower.
 
     Args:
         rows: Array of shape `(rows, entries)`.
@@ -373,7 +373,7 @@ def keep_probabilities(
         float32 array of that shape.
     """
     count = rows.shape[-1]
-    # Size and place in one number: sorted 20 times as fast as `np.argsort`.
+    # Size and place in one number sort 20 times as fast as `np.argsort`.
     order = rank(rows).view("uint32").astype("uint64") << np.uint64(32)
     order |= np.arange(rows.size, dtype="uint64").reshape(rows.shape)
     order.sort(axis=-1)

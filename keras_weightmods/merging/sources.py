@@ -1,4 +1,4 @@
-"""Where merging reads models from: files, an array at a time, or memory."""
+"""The sources of merging: files, read an array at a time, or memory."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ class Weight:
 
 
 class Source:
-    """A model in memory, or a file of which the header is checked at first.
+    """A model in memory, or a file whose header is checked first.
 
     Args:
         argument: String, what it is in messages.
@@ -108,12 +108,13 @@ class Source:
             for name, entry in self.reader.entries.items()
             if states.is_weight(name)
         }
-        # Names of layers count; those that Keras has numbered may differ.
+        # Names of layers count, except those that Keras has numbered.
         self.layers = [tuple(row[:2]) for row in found["parts"]]
         self.changed = bool(found["changes"] or found["lora"])
 
     def reading(self, name: str) -> Callable[[slice], np.ndarray]:
-        """Return what reads parts of an array, flattened, in any thread."""
+        """Return a function that reads parts of a flattened array in any
+        thread."""
         if self.reader is not None:
             read_part = self.reader.read_part
             return lambda part: read_part(name, part.start, part.stop)
@@ -121,7 +122,7 @@ class Source:
         return np.ascontiguousarray(array).reshape(-1).__getitem__
 
     def built(self) -> Any:
-        """Return the model, that of a file mostly without values."""
+        """Return the model. Most variables of a file's model have no values."""
         if self.reader is None:
             return self.model
         return model_file.build_model(
@@ -135,7 +136,7 @@ class Source:
 
 
 def _is_changed(model: Any) -> bool:
-    """Return whether sums of arrays are not the arrays of a sum of models."""
+    """Return whether summing arrays would not sum models."""
     return bool(reparameterizations(model)) or any(
         getattr(layer, "quantization_mode", None)
         or getattr(layer, "lora_enabled", False)
@@ -153,7 +154,7 @@ def variables_of(parts: Any) -> dict[str, Any]:
 
 
 def source_problems(sources: Any, template: Any) -> list[str]:
-    """Return what keeps models from being merged, their headers read alone.
+    """Return the problems that prevent merging, from the headers alone.
 
     Args:
         sources: List of sources.

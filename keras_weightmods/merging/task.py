@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_weightmods.utils.parallel import map_ahead
 
-# Elements, of what is computed at a time: what the caches hold.
+# Elements computed at a time: as many as the caches hold.
 PIECE = 1 << 17
 
 
@@ -50,9 +50,9 @@ class Task:
     def mapped(
         self, function: Callable[[slice], Any], size: int | None = None
     ) -> Iterator[tuple[slice, Any]]:
-        """Yield slices that cover the array, and what a function makes of them.
+        """Yield slices that cover the array, with the results of a function.
 
-        The function is called on all cores.
+        The function runs on all cores.
         """
         pieces = self.pieces(size)
         return zip(pieces, map_ahead(function, pieces))
@@ -67,16 +67,17 @@ class Task:
         return base, [values - base for values in self.models(part)]
 
     def generator(self, model: int, draws: int) -> Any:
-        """Return the generator of a model as it is after draws of 64 bits."""
+        """Return the generator of a model after a number of draws of 64
+        bits."""
         bits = np.random.PCG64([*self.seed, model])
         return np.random.Generator(bits.advance(draws))
 
     def kth_largest(self, *counts: int) -> list[list[Any]]:
-        """Return the `count`-th largest size of the changes of each model.
+        """Return the `count`-th largest magnitude of each model's changes.
 
-        In two passes over them. The bits of floats that are not negative are
-        in the order of the numbers: the upper half of those sought is found in
-        the first pass, the lower half in the second.
+        The bits of nonnegative floats have the order of the numbers. The first
+        of two passes finds the upper half of the bits, the second the lower
+        half.
 
         Args:
             *counts: Ints, from 1 to the number of entries.
@@ -87,7 +88,7 @@ class Task:
         """
 
         def counted(halves):
-            """Return how often each half of 16 bits is in each of the rows."""
+            """Return how often each half of 16 bits occurs in each row."""
 
             def of_piece(piece):
                 _, changes = self.changes(piece)
@@ -117,12 +118,12 @@ class Task:
 
 
 def rank(x):
-    """Return the sizes of changes, as `kth_largest` compares them."""
+    """Return the magnitudes of changes, as `kth_largest` compares them."""
     return np.abs(x).astype("float32", copy=False)
 
 
 def _place(counts, count):
-    """Return the bin of the `count`-th from the end, and its place in it."""
+    """Return the bin of the `count`-th largest, and its place in it."""
     above = np.cumsum(counts[::-1])
     place = int(np.searchsorted(above, count))
     found = counts.size - 1 - place

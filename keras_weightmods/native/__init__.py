@@ -1,6 +1,6 @@
 """The compiled kernels: one C library, found and loaded at first use.
 
-Everything that needs it works without it too, by dense products.
+Without it, everything works by dense products.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ _WAY_OUT = (
     "keras-weightmods`, or `pip install -e .` in a clone."
 )
 
-# The custom calls that XLA has to be told of, on JAX and on TensorFlow.
+# The custom calls to register with XLA, on JAX and on TensorFlow.
 XLA_TARGETS = (
     "kwm_xla_matmul",
     "kwm_xla_matmul_bfloat16",
@@ -90,7 +90,7 @@ def is_available() -> bool:
 
 
 def reason_unavailable() -> str:
-    """Return why there are no compiled kernels, and the way out.
+    """Return why there are no compiled kernels, and what to do.
 
     Empty if there are.
     """
@@ -112,7 +112,7 @@ def reason_without_xla() -> str:
 def xla_handler(name: str) -> ctypes.c_void_p | None:
     """Return the address of an XLA handler, or None.
 
-    A library that was built without XLA's headers has none.
+    A library built without XLA's headers has none.
     """
     handler = getattr(library(), name, None)
     return handler and ctypes.cast(handler, ctypes.c_void_p)
@@ -140,14 +140,14 @@ def _load():
 
 def _find():
     """Return the library, or None and why."""
-    # Mostly for tests, and to compare.
+    # Mostly for tests and comparisons.
     if os.environ.get("KERAS_WEIGHTMODS_NATIVE") == "0":
         return None, (
             "the environment variable KERAS_WEIGHTMODS_NATIVE is 0. Unset it "
             "to use the compiled kernels."
         )
-    # Not beside this file: tools that walk a package would take the library
-    # for an extension module, and fail to import it.
+    # It does not lie beside this file. Tools that walk a package would try to
+    # import it as an extension module.
     folder = pathlib.Path(__file__).parent / "lib"
     path = folder / ("kwm_native.dll" if os.name == "nt" else "kwm_native.so")
     if not path.exists():

@@ -1,43 +1,43 @@
 """Where the values, places and scales of a packed kernel lie in its arrays.
 
-A kernel W of shape (K, N), K the contraction. Of every four consecutive
-entries of a column at most two are nonzero; two are kept, and two bits each
-say which. The arrays come in blocks of 16 columns and 32 rows:
+A kernel W has the shape (K, N), with the contraction K. At most two of every
+four consecutive entries of a column are nonzero. Two are kept, with two bits
+each for their places. The arrays have blocks of 16 columns and 32 rows:
 
-- NB = ceil(N / 16) and KB = ceil(K / 32); what is beyond N and K holds zeros.
-- `meta`, int32 (NB, KB, 16): bits 2s and 2s + 1 are the place in its group of
-  slot s = 2g + t, kept value t of group g of the 8 in a block.
-- `values`: float32 (NB, 16 KB, 16), a row for each slot; bfloat16
-  (NB, 8 KB, 16, 2), the two of a group side by side; int8 (NB, KB, 4, 16, 4)
-  with slot p + 4q at [:, :, p, :, q]; int4, as uint8 (NB, KB, 2, 16, 4), the
+- NB = ceil(N / 16) and KB = ceil(K / 32). Places beyond N and K hold zeros.
+- `meta`: int32 (NB, KB, 16). Slot s = 2g + t holds kept value t of group g, of
+  the 8 groups in a block. Bits 2s and 2s + 1 are its place in the group.
+- `values` in float32: (NB, 16 KB, 16), a row for each slot. In bfloat16: (NB, 8
+  KB, 16, 2), the two of a group side by side. In int8: (NB, KB, 4, 16, 4), with
+  slot p + 4q at [:, :, p, :, q]. In int4: uint8 (NB, KB, 2, 16, 4), with the
   words p and p + 2 of int8 in the low and the high half of each byte, in two's
   complement.
-- `scale`, with int8 float32 (NB, 16), one for each column; with fewer bits
+- `scale` for int8: float32 (NB, 16), one for each column. For fewer bits:
   bfloat16 (NB, ceil(KB / 2), 16), one for each 64 rows of a column.
 
-That is 0.53 of the bytes of a float32 kernel, 0.28 in bfloat16, 0.16 in int8,
-0.10 in int4 (3.25 bits a weight).
+This takes 0.53 of the bytes of a float32 kernel, 0.28 in bfloat16, 0.16 in int8
+and 0.10 in int4 (3.25 bits a weight).
 
 A kernel of pattern 16:32 has at most 16 nonzeros in each 32 rows of a column,
 as one of 8:16, 4:8 or fewer has. It takes as many bytes:
 
-- `meta`, int32 (NB, KB, 8, 2), is a mask of 512 bits a block. Those of word g,
-  the low half first, are of the rows 4g + q: bit 4j + q is of column j.
-- `values` in floats, read as (NB, KB, 256), and the words of integers (NB, KB,
-  4, 16, 4), read alike, are those of the bits that are set, in their order, and
-  zeros behind. In int4 the words p and p + 2 share a byte.
+- `meta`: int32 (NB, KB, 8, 2), a mask of 512 bits a block. Word g, the low half
+  first, has the rows 4g + q: bit 4j + q is for column j.
+- `values`: the values of the set bits, in their order, then zeros. Floats are
+  read as (NB, KB, 256), and so are the words of integers, (NB, KB, 4, 16, 4).
+  In int4 the words p and p + 2 share a byte.
 
 So the bits and the values are those of the dense int8 layout below.
 
-A dense matrix in integers of b bits, 2 to 6 or 8, has no `meta`, and all its
-rows: `values` (NB, KB, b, 16, 4), of int8 or as uint8, are b lines for the
-eight words of a block. Word g holds the rows 4g + q, and in int8 is line g.
-With fewer bits, line p holds the words p, p + b, ... that find room in its
-bytes whole, from the lowest bits on. What is left of the bytes of all lines,
-after one another, holds the other words. So in int4 the words g and g + 4 are
-the halves of a byte; in int3 line p has the words p and p + 3, and the three
-bits of word 6 are bits 6 and 7 of line 0, and bit 6 of line 1. With the scales,
-as above, that is b + 1/4 bits a weight.
+A dense matrix in integers of b bits, 2 to 6 or 8, has no `meta`, and keeps all
+rows. Its `values`, int8 or uint8 (NB, KB, b, 16, 4), are b lines for the eight
+words of a block. Word g holds the rows 4g + q, and in int8 is line g. With
+fewer bits, line p holds as many of the words p, p + b, ... as fit whole into
+its bytes, from the lowest bits on. The remaining bits of all lines, one line
+after the other, hold the other words. In int4 the words g and g + 4 are the
+halves of a byte. In int3 line p has the words p and p + 3. Bits 6 and 7 of line
+0 and bit 6 of line 1 are the three bits of word 6. With the scales this takes b
++ 1/4 bits a weight.
 """
 
 from typing import Any
@@ -53,9 +53,9 @@ SLOTS = 16
 GROUP = 64  # rows of a scale of integers of fewer than 8 bits
 
 VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
-# Of at most half of the rows: two bits for the place of each, or a mask.
+# At most half of the rows are kept, with two bits for each place, or a mask.
 PATTERNS = ("2:4", "16:32")
-# Those of dense matrices.
+# The types of dense matrices.
 INTEGERS = ("int2", "int3", "int4", "int5", "int6", "int8")
 ACTIVATIONS = ("float32", "int8")
 
@@ -128,7 +128,7 @@ def is_grouped(dtype: str) -> bool:
 
 
 def pattern_of(meta: Any) -> str | None:
-    """Return the pattern of a packed kernel, which its `meta` tells."""
+    """Return the pattern of a packed kernel, from its `meta`."""
     if meta is None:
         return None
     return "2:4" if len(meta.shape) == 3 else "16:32"
@@ -164,7 +164,7 @@ def words(xp: Any, values: Any, dtype: str) -> Any:
     found = fields(xp.arange(0, count * bits, bits, dtype="int32"), bits)
     found = xp.reshape(found, (*blocks, count * lines, columns, run))
     if left:
-        # A bit of all lines after the other.
+        # One bit of all lines after the other.
         stream = fields(xp.arange(count * bits, 8, dtype="int32"), 1)
         stream = xp.swapaxes(stream, 2, 3)
         stream = xp.reshape(stream, (*blocks, left, bits, columns, run))

@@ -1,4 +1,4 @@
-"""A sparse kernel as kept values and their places; dense ones in integers."""
+"""Sparse kernels as kept values and their places, and dense integer kernels."""
 
 import dataclasses
 from typing import Any
@@ -228,7 +228,7 @@ def _masked(mask: Any, matrix: Any, columns: int, rows: int) -> Any:
             f"{rows * matrix.shape[1]} groups holding more. Make it 16:32 "
             "first, for example by `keras_weightmods.ops.nm_project`."
         )
-    # In order, those that are kept first.
+    # Kept ones first, each in order.
     order = np.argsort(~mask, axis=2, kind="stable")[..., : SLOTS * COLUMNS]
     values = np.take_along_axis(np.where(mask, blocks(matrix), 0), order, 2)
     bits = np.packbits(mask, axis=2, bitorder="little")
@@ -236,8 +236,8 @@ def _masked(mask: Any, matrix: Any, columns: int, rows: int) -> Any:
     return meta.reshape(columns, rows, 8, 2), values
 
 
-# By which entries of a group are not 0, a bit each: the places of the two that
-# are kept, which are the nonzeros, filled up by the first free places.
+# For each set of nonzeros in a group, a bit each: the two places that are kept.
+# These are the nonzeros, and the first free places if there are fewer.
 _PLACES = np.array(
     [
         sorted(sorted(range(4), key=lambda i: not code >> i & 1)[:2])
@@ -347,10 +347,10 @@ def dense_matmul(x: Any, packed: Packed) -> Any:
 def _unpack(
     xp: Any, packed: Packed, values: Any, meta: Any = None, scale: Any = None
 ) -> Any:
-    """By the functions of `xp`, which is NumPy or `keras.ops`.
+    """Unpack by the functions of `xp`, which is NumPy or `keras.ops`.
 
-    Neither `repeat` nor `full` are used: on torch they read a number from the
-    GPU, which a CUDA graph forbids.
+    `repeat` and `full` are not used: on torch they read a number from the GPU,
+    which a CUDA graph forbids.
     """
     blocks = values.shape[0]
     is_sparse = packed.pattern == "2:4"
@@ -393,7 +393,7 @@ def _unpack(
         shape = (blocks, rows, SLOTS // 2, 2, 1, COLUMNS)
         places, values = xp.reshape(places, shape), xp.reshape(values, shape)
         here = xp.reshape(xp.arange(4, dtype="int32"), (4, 1))
-        # Selected, not multiplied: a NaN stays in its place.
+        # Select, do not multiply: a NaN must stay in its place.
         kernel = xp.where(xp.equal(places, here), values, xp.zeros_like(values))
         kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
     kernel = xp.reshape(kernel, (rows * ROWS, blocks * COLUMNS))
@@ -401,7 +401,7 @@ def _unpack(
 
 
 def _spread(xp: Any, values: Any, meta: Any) -> Any:
-    """Return the words of the dense layout, from those that a mask keeps."""
+    """Return the words of the dense layout from those kept by a mask."""
     blocks, rows = meta.shape[:2]
     places = xp.reshape(xp.arange(32, dtype="int32"), (1, 32))
     meta = xp.right_shift(xp.reshape(meta, (blocks, rows, 16, 1)), places)
@@ -419,7 +419,7 @@ def _spread(xp: Any, values: Any, meta: Any) -> Any:
 
 
 def _lines(words: Any, dtype: str) -> Any:
-    """Return what `words` undoes, from words of int8."""
+    """Undo `words`: return the stored lines of int8 words."""
     words = np.ascontiguousarray(words, np.int8)
     if dtype == "int8":
         return words
@@ -430,7 +430,7 @@ def _lines(words: Any, dtype: str) -> Any:
     found = np.zeros((*words.shape[:2], lines, *words.shape[3:]), np.uint8)
     for i in range(8 // bits):
         found |= words[:, :, i * lines : (i + 1) * lines] << bits * i
-    # What is left of the bytes, a bit after the other.
+    # The remaining bits, one after the other.
     left = 8 % bits
     for i in range(left * lines):
         (word, bit), (line, place) = divmod(i, bits), divmod(i, left)
@@ -458,13 +458,13 @@ def _values_of_slots(slots: Any, dtype: str) -> Any:
 
 
 def _pad(matrix: Any, columns: int, rows: int) -> Any:
-    """Return a matrix with zeros behind it, so many blocks wide and high."""
+    """Return a matrix padded with zeros to a number of blocks."""
     k, n = matrix.shape
     return np.pad(matrix, ((0, rows * ROWS - k), (0, columns * COLUMNS - n)))
 
 
 def _lay_out_scale(scale: Any, spec: Any) -> Any:
-    """Return scales (groups or 1, columns) in a shape, with ones behind."""
+    """Return scales (groups or 1, columns) in a shape, padded with ones."""
     shape, dtype = spec
     missing = shape[0] * COLUMNS - scale.shape[1]
     padded = np.pad(scale, ((0, 0), (0, missing)), constant_values=1)

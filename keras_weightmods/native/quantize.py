@@ -1,15 +1,16 @@
-"""Rounding to integers, so that the bits are the same everywhere.
+"""Rounding to integers, with the same bits everywhere.
 
-int8 values are rounded to multiples of max |w| / 127 of the column. Those of
-fewer bits b, -2^(b-1) to 2^(b-1) - 1, to multiples of one scale for each column
-and group of 64 rows: with m the largest |w| of the group, the first of the
-candidates m / q, q as of `_candidates`, each divided in float32 and rounded to
-bfloat16, with the least sum of squared errors. A kernel that lies on such a
-grid is kept as it is. To have the same bits everywhere: values are divided by
-the scale in float32, rounded to even, and clipped; the squares are summed in
-float64, one row after the other. Candidates that are 0 or not finite are passed
-over; if none is left, the scale is NaN where m is not finite, else 1, and the
-values are 0.
+int8 values are multiples of max |w| / 127 of the column. Integers of fewer bits
+b, -2^(b-1) to 2^(b-1) - 1, have one scale for each column and group of 64 rows.
+Let m be the largest |w| of the group. The candidates for the scale are m / q
+for the q of `_candidates`, divided in float32 and rounded to bfloat16. The
+first with the least sum of squared errors is taken. A kernel that already lies
+on such a grid does not change.
+
+For the same bits everywhere, values are divided by the scale in float32,
+rounded to even, and clipped. Squares are summed in float64, one row after the
+other. Candidates that are 0 or not finite are skipped. If none is left, the
+values are 0, and the scale is NaN if m is not finite, else 1.
 """
 
 from typing import Any
@@ -56,7 +57,7 @@ def round_matrix(matrix: Any, dtype: str, group: int = GROUP) -> Any:
 def round_activations(x: Any) -> Any:
     """Round each row in blocks of 32 entries, as int8 activations are.
 
-    A block becomes multiples, -127 to 127, of s = max |x| / 127. One that holds
+    A block becomes multiples, -127 to 127, of s = max |x| / 127. A block with
     NaN or infinity becomes NaN. Gradients pass as if nothing was rounded.
 
     Args:
@@ -82,7 +83,7 @@ def _round_groups(matrix: Any, size: int, bits: int) -> Any:
     rows, columns = matrix.shape
     count = -(-rows // size)
     padded = np.pad(matrix, ((0, count * size - rows), (0, 0)))
-    # Row by row of all groups, next to one another.
+    # Equal rows of all groups next to one another.
     apart = padded.reshape(count, size, columns).swapaxes(0, 1)
     groups = apart.reshape(size, count * columns)
     steps = np.empty(groups.shape, np.int8)
@@ -97,7 +98,7 @@ def _round_groups(matrix: Any, size: int, bits: int) -> Any:
 
 
 def _candidates(bits: int) -> tuple[float, ...]:
-    """Return the largest |w| over the scales that are tried.
+    """Return the ratios of the largest |w| to the scales that are tried.
 
     With a negative scale the largest can be -2^(bits - 1) times it.
     """

@@ -77,8 +77,8 @@ def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     """
     rule, w, a, b, dtype = _prepared(function, "w", w, a, b)
     x = w / a
-    # The largest float below the limit: the float nearest to pi / 2 can be
-    # above it, where the tangent is negative.
+    # The largest float below the limit. The float nearest to pi / 2 can exceed
+    # it, where the tangent is negative.
     limit = np.nextafter(
         np.array(rule.limit, keras.backend.standardize_dtype(x.dtype)), 0
     )
@@ -129,7 +129,8 @@ def compand_limit(a: float, b: float, function: str, dtype: str) -> float:
 
 
 def _applied(rule: Any, u: Any) -> Any:
-    """The function, with its exact derivative for large values too."""
+    """Return the function, with a derivative that is exact for large values
+    too."""
     if keras.backend.backend() == "torch":
         return rule.apply(u)
 
@@ -146,15 +147,16 @@ def _applied(rule: Any, u: Any) -> Any:
 
 
 def _arctan(u: Any) -> Any:
-    """The arc tangent, which XLA takes 10 times as long for on a CPU.
+    """Return the arc tangent, 10 times as fast as XLA's on a CPU.
 
-    By the half-angle formula its argument is t in [0, 1], and there
-    arctan(t) / t a polynomial in t**2, exact to 2e-8.
+    The half-angle formula reduces the argument to t in [0, 1]. There arctan(t)
+    / t is a polynomial in t**2, exact to 2e-8.
     """
     wide = keras.backend.standardize_dtype(u.dtype) == "float64"
     if wide or keras.backend.backend() == "torch":
         return ops.arctan(u)
-    # Beyond, the arc tangent is pi / 2 in float32, and the square overflows.
+    # Beyond this, the arc tangent is pi / 2 in float32, and the square
+    # overflows.
     bounded = ops.clip(u, -1e9, 1e9)
     t = bounded / (1 + ops.sqrt(1 + bounded * bounded))
     square = t * t
@@ -218,7 +220,8 @@ def check_function(function: str) -> None:
 
 
 def _prepared(function: str, name: str, x: Any, a: Any, b: Any) -> Any:
-    """The `_Function`, the others in float32 at least, and the result's dtype.
+    """Return the `_Function`, the others in at least float32, and the result's
+    dtype.
 
     Raises:
         ValueError: If `function` or a number is outside the range.
@@ -228,7 +231,7 @@ def _prepared(function: str, name: str, x: Any, a: Any, b: Any) -> Any:
     dtype = keras.backend.standardize_dtype(x.dtype)
     if "float" not in dtype:
         dtype = keras.backend.floatx()
-    # Not `result_type`, which takes float64 for float32 on some backends.
+    # `result_type` would turn float64 into float32 on some backends.
     wide = "float64" if dtype == "float64" else "float32"
     shape, scales = tuple(x.shape), []
     for key, value in (("a", a), ("b", b)):

@@ -10,7 +10,7 @@ from keras_weightmods import backend
 def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
     """Return cross-entropy, KL(teacher || student) and how to take a gradient.
 
-    Written out, the gradient by the logits takes one exponential of each:
+    In this form, the gradient by the logits takes one exponential of each:
 
     `share * T * (softmax(s / T) - softmax(t / T))
     + (1 - share) * (softmax(s) - onehot)`
@@ -109,9 +109,9 @@ def chunked_losses(
     """Return the losses of `logits_losses` from what enters the heads.
 
     The logits of all positions of a language model can take more memory than
-    all else. Here they exist for a chunk of positions at a time: the
-    gradients are computed along with the loss, chunk by chunk, so that
-    nothing of a chunk is kept for a backward pass.
+    everything else. Here they exist for one chunk of positions at a time. The
+    gradients are computed along with the loss, so nothing of a chunk is kept
+    for a backward pass.
 
     Args:
         student: Callable from `(1, positions, width)` and `*parameters` to
@@ -146,7 +146,7 @@ def chunked_losses(
     """
     vjp = backend.current().vjp
     positions = ops.shape(hidden)[0]
-    # On TensorFlow the positions may only be known in a step.
+    # On TensorFlow the number of positions may be unknown before a step.
     count = (positions + chunk_size - 1) // chunk_size
     size = (positions + count - 1) // count
 
@@ -210,7 +210,7 @@ def chunked_losses(
         ]
 
         def pullback(*args, upstream=None):
-            # torch passes the inputs, too.
+            # torch passes the inputs too.
             scale = (args[0] if upstream is None else upstream)[0]
             return tuple(
                 ops.cast(ops.multiply(each, scale), like.dtype)
@@ -223,16 +223,16 @@ def chunked_losses(
     return function(*map(ops.convert_to_tensor, [hidden, *parameters]))
 
 
-# The logits of a chunk, in float32; some five such arrays exist at a time.
+# The logits of a chunk, in float32. About five such arrays exist at a time.
 CHUNK_BYTES = 64 * 2**20
-# Smaller chunks are products too small to be fast, and each adds to the
-# gradient of the whole head once more, which is as large as their logits where
-# they have as many positions as the head is wide.
+# Smaller chunks make products too small to be fast. Each chunk also adds to the
+# gradient of the whole head once. It is as large as the logits of a chunk with
+# as many positions as the head is wide.
 LEAST_POSITIONS = 256
 
 
 def chunk_positions(classes):
-    """Return how many positions have their logits in memory at a time."""
+    """Return the number of positions whose logits are in memory at a time."""
     return max(LEAST_POSITIONS, CHUNK_BYTES // (4 * classes))
 
 

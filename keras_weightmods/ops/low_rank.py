@@ -1,8 +1,8 @@
-"""The best approximation of a matrix of low rank, exact enough to rank by.
+"""The best low-rank approximation of a matrix, exact enough to rank entries.
 
-Randomized decompositions with a few power iterations are not among the
-methods: spectra of language models are flat, and half of the entries that they
-put first are others than those of the exact one.
+Randomized decompositions with a few power iterations are not offered. The
+spectra of language models are flat, and half of the entries that they rank
+first are wrong.
 """
 
 import math
@@ -15,20 +15,20 @@ METHODS = ("auto", "gram", "krylov", "exact")
 # Below this size the eigendecomposition of the Gram matrix takes less time
 # than the many small products of the Krylov method.
 _LARGE = 1024
-# The mask has settled when it agrees, on this share of a sample, with the mask
-# without the last blocks of the Krylov space, this share of it and at least so
-# many. The method converges faster than linearly: the blocks to come would
-# change less than those did.
+# The mask has settled once it agrees with the mask from a smaller Krylov space
+# on the share `_SETTLED` of a sample. The smaller space lacks the last blocks,
+# a share `_LEFT_OUT` and at least `_BLOCKS_LEFT_OUT`. The method converges
+# faster than linearly, so later blocks would change less than these did.
 _SETTLED = 0.985
 _LEFT_OUT = 0.08
 _BLOCKS_LEFT_OUT = 2
 _SAMPLE = 2**17
-# How much larger a space to look at next, for the share that is missing.
+# How much larger the next space is, for the share that is missing.
 _GROWTH = 2.8
-# Blocks of a space of the rank. More are narrower, which makes slower
-# products, and need a smaller space.
+# Blocks in a space of the rank. More blocks are narrower, so products are
+# slower, but need a smaller space.
 _BLOCKS_PER_RANK = 4
-# Products with a matrix are fastest where the other side is a multiple.
+# Products with a matrix are fastest if the other side is a multiple of this.
 _LANES = 16
 
 
@@ -74,7 +74,7 @@ def low_rank_factors(matrix, rank, method, seed=0, share=0.05):
 
 
 def choose_method(method, rows, columns, rank):
-    """Return what `"auto"` stands for, and any other method as it is."""
+    """Return the method that `"auto"` stands for, and any other unchanged."""
     if method != "auto":
         return method
     side = min(rows, columns)
@@ -82,9 +82,9 @@ def choose_method(method, rows, columns, rank):
 
 
 def _gram_basis(matrix, rank):
-    """The leading directions of the smaller side, and their images.
+    """Return the leading directions of the smaller side, and their images.
 
-    Both as rows. From the Gram matrix of that side.
+    Both are rows. They come from the Gram matrix of that side.
     """
     rows, columns = matrix.shape
     wide = matrix if rows <= columns else ops.transpose(matrix)
@@ -94,11 +94,11 @@ def _gram_basis(matrix, rank):
 
 
 def _eigenvectors(gram):
-    """The eigenvectors as columns, that of the largest eigenvalue last."""
+    """Return the eigenvectors as columns, the largest eigenvalue last."""
     try:
         _, vectors = ops.linalg.eigh(gram)
     except RuntimeError:
-        # In float32 torch's solver gives up on some matrices of a low rank.
+        # In float32 torch's solver gives up on some matrices of low rank.
         found = ops.convert_to_numpy(gram).astype("float64")
         _, vectors = np.linalg.eigh(found)
         vectors = ops.cast(ops.convert_to_tensor(vectors), gram.dtype)
@@ -106,7 +106,7 @@ def _eigenvectors(gram):
 
 
 def _krylov_basis(matrix, rank, seed, share):
-    """The same by block Lanczos; None if half the space was not enough.
+    """Do the same by block Lanczos; None if half the space was not enough.
 
     With the rows of Q an orthonormal basis of the Krylov space of `W W^T` and
     P = Q W, the best approximation within it comes from the eigenvectors of
@@ -125,8 +125,9 @@ def _krylov_basis(matrix, rank, seed, share):
     check = max(2 * rank, (_BLOCKS_LEFT_OUT + 1) * width)
     if 2 * check > side:
         return None
-    # In both orders, since of a matrix in memory as it is read a product with
-    # few vectors takes half as long. `concatenate`, for torch's is a view.
+    # Keep both orders: a product with few vectors takes half as long if the
+    # matrix lies in memory as it is read. `transpose` on torch is a view, so
+    # use `concatenate`.
     flipped = ops.concatenate([ops.transpose(matrix)], axis=0)
     both = flipped, matrix
     forth, back = both if rows <= columns else both[::-1]
@@ -165,41 +166,42 @@ def _krylov_basis(matrix, rank, seed, share):
             return ops.matmul(vectors, basis), ops.matmul(vectors, image)
         if 2 * found > side:
             return None
-        # From how the share that is missing shrinks, in trained matrices and
-        # in random ones: seldom too far, and rarely more than four checks.
+        # Fitted to the way the missing share shrinks in trained and random
+        # matrices. It seldom goes too far, and rarely takes more than four
+        # checks.
         missing = round(_GROWTH * (_SETTLED - agreement) * found)
         check = min(found + max(left_out, missing), side // 2 + 1)
 
 
 def _sample(generator, size):
-    """Some of the places from 0 to `size`, as a tensor."""
+    """Return some of the places from 0 to `size`, as a tensor."""
     count = min(size, math.isqrt(_SAMPLE))
     places = generator.choice(size, count, replace=False)
     return ops.convert_to_tensor(np.sort(places).astype("int32"))
 
 
 def _inner(x, y):
-    """The inner products of the rows of x with those of y."""
+    """Return the inner products of the rows of x with those of y."""
     return ops.tensordot(x, y, axes=[[1], [1]])
 
 
 def _orthonormal(block, near, bases):
-    """The block's part outside of the bases, with orthonormal rows.
+    """Return the block's part outside of the bases, with orthonormal rows.
 
-    First its part outside of `near`, the last two blocks: in a Krylov space
-    little but rounding is inside of the others. Then as often as it takes until
-    next to nothing was inside: twice where one direction outweighs the others
-    so much that they are next to nothing themselves.
+    The first pass removes the part inside `near`, the last two blocks. In a
+    Krylov space little but rounding is inside the others. Further passes remove
+    the part inside all bases, until almost nothing is left there. It takes two
+    if one direction outweighs all others.
     """
     outside = near
     for _ in range(5):
         for basis in outside:
             block = block - ops.matmul(_inner(block, basis), basis)
-        # It is small: the host is the fastest.
+        # Small matrices are fastest on the host.
         gram = ops.convert_to_numpy(_inner(block, block))
         inverse, skew = _inverse_root(gram)
         block = ops.matmul(ops.convert_to_tensor(inverse), block)
-        # The squares of the rows were ones or zeros.
+        # The squared norms of the rows were ones or zeros.
         inside = (1 - np.diag(gram)[np.diag(gram) > 0]).max(initial=0)
         if outside is bases and inside < 1e-4 and skew < 0.01:
             break
@@ -208,22 +210,22 @@ def _orthonormal(block, near, bases):
 
 
 def _inverse_root(gram):
-    """A matrix A with `A gram A^T = 1`, or nearly where that is singular.
+    """Return A with `A gram A^T = 1`, or nearly if `gram` is singular.
 
-    And how far the rows of which it holds the products were from orthogonal. A
-    row of zeros stays one.
+    Also return how far the rows, whose products `gram` holds, were from
+    orthogonal. A row of zeros stays one.
     """
     scale = 1 / np.sqrt(np.maximum(np.diag(gram), 1e-30, dtype="float64"))
     cosines = gram * scale * scale[:, None]
     skew = np.abs(cosines - np.diag(np.diag(cosines))).max()
-    # More than rounding may have made of eigenvalues of zero.
+    # Exceeds what rounding may turn eigenvalues of zero into.
     rounding = 1e-6 * len(gram) * np.eye(len(gram))
     factor = np.linalg.cholesky(cosines + rounding)
     return (np.linalg.inv(factor) * scale).astype("float32"), skew
 
 
 def _sample_mask(vectors, basis, image, size, share):
-    """The mask in a sample, by the first vectors of the Krylov space."""
+    """Return the mask in a sample, by the first vectors of the Krylov space."""
     left, right = (
         ops.matmul(vectors[:, :size], x[:size]) for x in (basis, image)
     )

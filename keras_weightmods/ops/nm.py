@@ -1,7 +1,7 @@
 """N:M patterns: masks, projections and counts, as pure tensor functions.
 
-A kernel is seen as a matrix (K, R): its contraction axes flattened to K, all
-others to R. A group is m consecutive entries of one column; n of them are
+A kernel is a matrix (K, R) here: its contraction axes are flattened to K, all
+others to R. A group is m consecutive entries of one column, of which n are
 kept.
 """
 
@@ -16,8 +16,8 @@ from keras_weightmods.native.layout import ROWS
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import Axes, from_matrix, to_matrix
 
-# Up to this group size every pair of entries is compared; beyond it a sort
-# per group costs less than the m * (m - 1) / 2 comparisons.
+# Up to this group size every pair of entries is compared. Beyond it, a sort
+# costs less than the m * (m - 1) / 2 comparisons.
 _MAX_COMPARED_GROUP = 8
 
 
@@ -167,7 +167,7 @@ def packed_pattern(x: Any, axis: Axes = 0) -> str | None:
     blocks = -(-size // ROWS)
     kept = ops.pad(kept, ((0, blocks * ROWS - size), (0, 0)))
     counts = ops.sum(ops.reshape(kept, (blocks, ROWS, columns)), axis=1)
-    # A last block of fewer rows has half of these.
+    # In a last block of fewer rows, half of them.
     rows = np.minimum(ROWS, size - ROWS * np.arange(blocks)).astype("int32")
     is_half = ops.all(ops.less_equal(counts, rows[:, None] // 2))
     return "16:32" if is_half else None
@@ -220,8 +220,8 @@ def unpack_bits(packed: Any, shape: Any) -> Any:
             f"shape {expected[0]} and dtype uint8. Received: "
             f"packed.shape={tuple(packed.shape)}, dtype={dtype}"
         )
-    # The planes split the leading axes only, where these can be split in 8;
-    # XLA then needs no division for each entry to find its bit.
+    # If the leading axes can be split in 8, the planes split only these. XLA
+    # then finds the bit of an entry without a division.
     packed = ops.reshape(packed, (1, -1, _trailing_size(shape)))
     bits = ops.cast([1, 2, 4, 8, 16, 32, 64, 128], "uint8")
     planes = ops.bitwise_and(packed, ops.reshape(bits, (8, 1, 1)))
@@ -232,7 +232,7 @@ def unpack_bits(packed: Any, shape: Any) -> Any:
 
 
 def packed_size(size: Any) -> Any:
-    """Bytes that `pack_bits` needs for `size` entries."""
+    """Return the bytes that `pack_bits` needs for `size` entries."""
     return -(-size // 8)
 
 
@@ -250,7 +250,8 @@ def _to_groups(x: Any, m: Any, axis: Any) -> Any:
 
 
 def _ranks(scores: Any, m: Any) -> Any:
-    """Place of each score in its group (axis 1), 0 for the largest."""
+    """Return the rank of each score in its group (axis 1), 0 for the
+    largest."""
     if m > _MAX_COMPARED_GROUP:
         order = ops.argsort(ops.negative(scores), axis=1)
         return ops.argsort(order, axis=1)
@@ -265,7 +266,8 @@ def _ranks(scores: Any, m: Any) -> Any:
 
 
 def _trailing_size(shape: Any) -> Any:
-    """Size of the most trailing axes that leave a multiple of 8 before."""
+    """Return the size of the most trailing axes that leave a multiple of 8
+    before."""
     for i in range(1, len(shape) + 1):
         if math.prod(shape[:i]) % 8 == 0:
             return math.prod(shape[i:])

@@ -1,8 +1,8 @@
-"""Principal weights: which entries of a matrix its leading directions hold.
+"""Principal weights: the entries of a matrix that its leading directions hold.
 
-A kernel is seen as one matrix of contraction x output, or as a stack of them.
-W_r is its best approximation of rank r; the principal weights are the k entries
-of W_r that are largest in magnitude (LIFT, arXiv 2506.00772).
+A kernel is one matrix of contraction x output here, or a stack of them. W_r is
+its best approximation of rank r. The principal weights are the k entries of W_r
+with the largest magnitude (LIFT, arXiv 2506.00772).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ CRITERIA = ("principal", "magnitude", "gradient", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which entries to select of a kernel; see `principal_mask`.
+    """The rule that selects entries of a kernel; see `principal_mask`.
 
     Attributes:
         rank, density, filter_rank, criterion, method, seed: The arguments of
@@ -61,7 +61,7 @@ class Selection:
         checks.check_choice("method", self.method, low_rank.METHODS)
 
     def size(self, rows: int, columns: int) -> int:
-        """Return how many entries to select of a matrix."""
+        """Return how many entries of a matrix to select."""
         size = rows * columns
         if self.density is not None:
             count = round(self.density * size)
@@ -77,7 +77,7 @@ class Selection:
 
     def rank_of_filter(self, rows: int, columns: int) -> int:
         """Return the rank r of the approximation."""
-        # Without one, that of the LoRA with as many numbers.
+        # The default is that of the LoRA with as many numbers.
         entries = (self.density or 0) * rows * columns
         rank = self.filter_rank or self.rank
         rank = rank or round(entries / (rows + columns))
@@ -98,13 +98,13 @@ class Selection:
         if self.criterion == "gradient":
             ranked = _as_float(self._like("gradient", gradient, shape))
         stacks, *sizes = stack_shape(shape, *axes)
-        # In the order of the kernel, in which deltas have its places.
+        # In the kernel's order, which the places of deltas use.
         in_order = self.criterion == "random" and stacks == 1
 
         def split(x: Any) -> Any:
             if in_order:
                 return [ops.reshape(x, sizes)]
-            # One alone is not copied.
+            # A single one is not copied.
             return [to_matrix(x, axes[0])] if one else [*to_stack(x, *axes)]
 
         one = isinstance(stack_axes, (tuple, list)) and not stack_axes
@@ -242,7 +242,7 @@ def mask_indices(mask: Any) -> np.ndarray:
             "A kernel may have at most 2**31 - 1 entries. Received: "
             f"mask.shape={tuple(mask.shape)}"
         )
-    # On the host: on JAX, `nonzero` takes longer than the selection.
+    # On the host, because `nonzero` on JAX takes longer than the selection.
     return np.flatnonzero(ops.convert_to_numpy(mask)).astype("int32")
 
 
@@ -269,7 +269,7 @@ def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
     scores, rank = ops.abs(matrix), selection.rank_of_filter(rows, columns)
     method = low_rank.choose_method(selection.method, rows, columns, rank)
     if selection.criterion == "principal" and method == "gram":
-        # On JAX one program for a shape, where each op would be one.
+        # JAX runs this as one program for each shape, not op by op.
         scores = compiled(_low_rank_scores, 1, 2)(matrix, rank, method)
     elif selection.criterion == "principal":
         share, seed = count / (rows * columns), selection.seed + place
@@ -286,13 +286,13 @@ def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
 
 def _largest(scores: Any, count: Any) -> Any:
     """Mark the `count` largest of a float32 matrix, ties in their order."""
-    # Of JAX, TensorFlow and torch alike.
+    # The arrays of all backends have `device`.
     is_on_host = "cpu" in str(scores.device).lower()
     mask = None if is_on_host else _largest_on_device(scores, count)
     if mask is not None:
         return mask
     flat = ops.convert_to_numpy(scores).reshape(-1)
-    # Most entries are below what a sample says of their order.
+    # A sample gives a bound that most entries are below.
     sample = flat[:: flat.size // 2**16 | 1]
     below = int(sample.size * (1 - 1.2 * count / flat.size))
     some = flat
@@ -309,7 +309,7 @@ def _largest(scores: Any, count: Any) -> Any:
 
 
 def _largest_on_device(scores: Any, count: Any) -> Any:
-    """The same, or None where ties are left out."""
+    """Do the same; None if ties are left out."""
     ranked = ops.sort(ops.reshape(scores, (-1,)))
     mask = scores >= ranked[ranked.shape[0] - count]
     marked = int(ops.sum(ops.cast(mask, "int32")))
@@ -317,7 +317,7 @@ def _largest_on_device(scores: Any, count: Any) -> Any:
 
 
 def _as_float(x: Any) -> Any:
-    """A tensor in float32; raises ValueError where it is not finite."""
+    """Return a tensor in float32; raise ValueError if it is not finite."""
     x = ops.stop_gradient(ops.cast(ops.convert_to_tensor(x), "float32"))
     if not bool(ops.all(ops.isfinite(x))):
         raise ValueError(

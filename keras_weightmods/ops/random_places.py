@@ -1,4 +1,4 @@
-"""Places drawn at random, the same ones from a seed wherever it is done."""
+"""Random places, the same from a seed on every machine."""
 
 import math
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def random_places(seed: int, size: int, count: int, stream: int = 0) -> Any:
-    """Draw places without replacement, each set of them as likely.
+    """Draw places without replacement; each set of them is equally likely.
 
-    They depend on the arguments alone: all is whole numbers, and the 64-bit
-    words are those of the bit generator PCG64, which NumPy does not change from
-    version to version. Time and memory are of the order of `count`.
+    They depend only on the arguments. All numbers are integers, and the 64-bit
+    words come from PCG64, which NumPy keeps the same in all versions. Time and
+    memory are proportional to `count`.
 
     Args:
         seed: Int, from 0.
@@ -38,9 +38,9 @@ def _draw(words: Any, size: int, count: int) -> Any:
         return np.empty(0, "uint32")
     if count > size - count:
         return _without(size, _draw(words, size, size - count))
-    # Drawn with replacement, and so many that mostly enough are distinct. All
-    # sets of as many are as likely, and so are those of what is left when some
-    # of them, any with the same probability, are taken out.
+    # Draw with replacement, and enough for mostly enough distinct ones. All
+    # sets of one size are equally likely. They stay so when some places, each
+    # with the same probability, are removed.
     many = count
     if count**2 >= size:
         # n x (2 - x) / (2 - 2 x) is more than n log(1 / (1 - x)).
@@ -55,11 +55,11 @@ def _draw(words: Any, size: int, count: int) -> Any:
 
 
 def _draw_independently(words: Any, size: int, many: int) -> Any:
-    """Return at most `many` places, each as likely as the others."""
+    """Return at most `many` places, each equally likely."""
     words = words.random_raw(-(-many // 2)).astype("<u8", copy=False)
     halves = words.view("<u4")[:many]
-    # Without these each place has as many of the 2**32 halves (Lemire 2019);
-    # the product is the low half of the one below.
+    # Without these, each place has equally many of the 2**32 halves (Lemire
+    # 2019). The product is the low half of the one below.
     is_fair = halves * np.uint32(size) >= np.uint32(2**32 % size)
     drawn = halves.astype("uint64")
     drawn *= np.uint64(size)
@@ -68,7 +68,7 @@ def _draw_independently(words: Any, size: int, many: int) -> Any:
 
 
 def _distinct(places: Any) -> Any:
-    """Return rising places, each once."""
+    """Return the places in rising order, each once."""
     places.sort()
     is_first = np.ones(places.size, bool)
     np.not_equal(places[1:], places[:-1], out=is_first[1:])
@@ -83,7 +83,7 @@ def _without(size: int, left_out: Any) -> Any:
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed for one of several things that are drawn with a seed.
+    """Return the seed of one of several draws that share a seed.
 
     Args:
         *numbers: Ints from 0: the seed, and what tells the thing from others.

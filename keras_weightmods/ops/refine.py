@@ -1,4 +1,4 @@
-"""What to do with a matrix that is pruned already: better masks and weights.
+"""Better masks and weights for a matrix that is already pruned.
 
 A matrix W is (K, R): K inputs, R units, pruned to W' by any method. The inputs
 are known by their second moment `H = X^T X / rows`, of shape (K, K). The error
@@ -20,10 +20,10 @@ from keras_weightmods.ops.nm import (
     parse_pattern,
 )
 
-# Inputs after which `c` is updated for all others, by one large product.
+# After so many inputs, one large product updates `c` for all others.
 _BLOCK = 128
 
-# What float32 does not resolve is no improvement.
+# A change that float32 does not resolve is no improvement.
 _ROUNDING = 1e-6
 
 _SWEEPS, _ITERATIONS = 2, 10
@@ -119,7 +119,7 @@ def swap_mask(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
     size = len(w)
     step = compiled(_swap, 6)
     diagonal = ops.diagonal(h)
-    # Where it is zero no swap to this weight is an improvement.
+    # If it is zero, no swap to this weight is an improvement.
     inverse = ops.where(
         diagonal > _ROUNDING * ops.mean(diagonal),
         1.0 / ops.maximum(diagonal, 1e-30),
@@ -169,7 +169,7 @@ def _swap(
     m, units = weights.shape
     own = ops.slice(columns, (start, 0), (m, m))
     slope = ops.slice(c, (start, 0), (m, units))
-    # By magnitude: the zeros of a group that has too many are kept ones.
+    # By magnitude: in a group with too many zeros, some of these are kept.
     kept = nm_mask(weights, (n, m), axis=0)
     free = ops.logical_and(kept, ops.equal(weights, 0))
     itself = ops.cast(ops.eye(m), "bool")[:, :, None]
@@ -179,7 +179,7 @@ def _swap(
     )
     diagonal = ops.diagonal(own)[:, None]
     price = weights * (2.0 * slope + weights * diagonal)
-    # Slopes of q when p is removed: axes p, q, units.
+    # Slopes of q if p is removed: axes p, q, units.
     slopes = slope[None] + weights[:, None] * own[:, :, None]
     values = slopes * inverse
     change = price[:, None] - (1.0 - _ROUNDING) * slopes * values
@@ -230,13 +230,13 @@ def refit(w: Any, weights: Any, h: Any, iterations: int) -> Any:
 
 
 def _ratio(a: Any, b: Any) -> Any:
-    """0 where a unit is fitted already."""
+    """Return a / b, 0 if a unit is already fitted."""
     tiny = 1e-30
     return ops.where(b > tiny, a / ops.maximum(b, tiny), 0.0)
 
 
 def damped(h: Any, damping: float) -> Any:
-    """As in `inverse_factor`."""
+    """Damp a second moment as `inverse_factor` does."""
     mean = ops.mean(ops.diagonal(h))
     d = ops.where(mean > 0, damping * mean, ops.ones_like(mean))
     return h + d * ops.eye(h.shape[0], dtype="float32")
@@ -244,5 +244,5 @@ def damped(h: Any, damping: float) -> Any:
 
 @functools.cache
 def compiled(function: Any, *static: int) -> Any:
-    """On JAX one program for a shape, where each op would be one."""
+    """Return a function that JAX runs as one program for each shape."""
     return backend.current().compiled(function, static)

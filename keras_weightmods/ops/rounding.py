@@ -1,11 +1,11 @@
 """Rounding the kept weights of a sparse matrix to few bits.
 
-A matrix W is (K, R): K inputs, R units. What is zero in it is not kept, and
-stays zero. Along K, every `group_size` weights of a unit share a scale s, and
-each is rounded to a multiple q s of it, q being an integer of `bits` bits in
-two's complement: -8 to 7 with four. A scale has the 8 significant bits of a
-bfloat16, so that `pack_kernel(..., "int4")` finds it again: the largest |w| of
-a group over the largest |q| is s, without rounding.
+A matrix W is (K, R): K inputs, R units. Zeros are not kept, and stay zero.
+Along K, every `group_size` weights of a unit share a scale s. Each is rounded
+to a multiple q s, with an integer q of `bits` bits in two's complement: -8 to 7
+for four. A scale has the 8 significant bits of a bfloat16. So `pack_kernel(...,
+"int4")` finds it again: the largest |w| of a group over the largest |q| is s,
+without rounding.
 
 The inputs are known by their second moment `H = X^T X / rows`, of shape
 (K, K). The error of a unit with the weights w and w' is `e = r^T H r`, with
@@ -24,10 +24,10 @@ from keras_weightmods.ops.refine import compiled, damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
-# Rows that are rounded before others are updated, by one product.
+# After so many rounded rows, one product updates the others.
 _ROWS = 16
 
-# Scales that are tried for a group, as shares of max |w| over the largest q.
+# Scales tried for a group, as shares of max |w| over the largest q.
 _SHARES = np.linspace(0.5, 1.0, 16)
 
 # A group with smaller weights than this is rounded to zero.
@@ -52,7 +52,7 @@ class Rounded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What weights are rounded to.
+    """The grid that weights are rounded to.
 
     Args:
         bits: Int, 2 to 8. Defaults to `4`.
@@ -80,8 +80,8 @@ class Grid:
 
     def rounded_scales(self, scales: Any) -> Any:
         """Round floats to the significant bits of a scale."""
-        # As Dekker (1971), for any number of bits. The product is exact, so
-        # that a compiler that contracts it and the sum changes nothing.
+        # Splitting by Dekker (1971), for any number of bits. The product is
+        # exact, so a compiler may contract it with the sum.
         shifted = scales * float(2 ** (24 - self.precision)) + scales
         return shifted - (shifted - scales)
 
@@ -131,13 +131,13 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
 
 
 def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
-    """Round one input after the other; let those kept later make up for it.
+    """Round one input after the other; later kept ones make up for it.
 
-    GPTQ (arXiv 2210.17323, algorithm 1), for a sparse matrix: the error of
-    each weight is spread over all later inputs by row j of the factor, and
-    what falls onto weights that are not kept is lost. To fit those kept anew
-    after each block of inputs would lose nothing, and ends no better once
-    `descend` has been through the matrix.
+    This is GPTQ (arXiv 2210.17323, algorithm 1) for a sparse matrix. Row j of
+    the factor spreads the error of each weight over all later inputs. The part
+    that falls on weights that are not kept is lost. Refitting the kept weights
+    after each block of inputs would lose nothing, but is no better after
+    `descend`.
 
     Args:
         matrix: float32 tensor of shape `(K, R)`.
@@ -149,7 +149,7 @@ def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
         float32 tensor of shape `(K, R)`.
     """
     size, _ = matrix.shape
-    # What an error of 1 at an input changes at those after it.
+    # The changes of later inputs for an error of 1 at an input.
     factor = np.asarray(factor, "float64")
     factor = (factor / factor.diagonal()[:, None]).astype("float32")
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
@@ -179,11 +179,10 @@ def descend(
 ) -> tuple[Any, Any]:
     """Improve one scale, and one integer, after the other.
 
-    A sweep goes from group to group. It sets the scale of each, with its
-    integers, to its best value, `s + q^T c / q^T H q`, rounded; and then each
-    of its kept weights to the multiple of that scale which is next to
-    `w'_j + c_j / H_jj`. Either is the minimum of a parabola on what is
-    allowed, so no unit's error rises.
+    A sweep goes from group to group. For the integers of a group, it sets the
+    scale to its best value, `s + q^T c / q^T H q`, rounded. Then it sets each
+    kept weight to the multiple of that scale next to `w'_j + c_j / H_jj`. Each
+    step minimizes a parabola over the allowed values, so no unit's error rises.
 
     Args:
         matrix: float32 tensor of shape `(K, R)`, the matrix W.
@@ -229,9 +228,9 @@ def round_kept(
     grid: Grid | None = None,
     damping: float = 0.01,
 ) -> Rounded:
-    """Round the nonzero weights of a matrix, by what its inputs are like.
+    """Round the nonzero weights of a matrix for the moments of its inputs.
 
-    `search_scales`, then `gptq`, then `descend`, all for the damped moment.
+    This calls `search_scales`, `gptq` and `descend` for the damped moment.
     Without a second moment each weight is rounded to nearest.
 
     Args:
@@ -274,7 +273,7 @@ def round_kept(
     scales = search_scales(w, ops.diagonal(h), grid)
     nearest = grid.nearest(w, grid.spread(scales, size))
     values = gptq(w, scales, factor, grid)
-    # What GPTQ loses on weights that are not kept may make a unit worse.
+    # The loss of GPTQ on weights that are not kept may make a unit worse.
     is_better = _errors(w, values, h) < _errors(w, nearest, h)
     values = ops.where(is_better, values, nearest)
     values, scales = descend(w, values, scales, h, grid)
@@ -316,9 +315,9 @@ def _best_integers(
 def _in_order(
     targets: Any, coupling: Any, kept: Any, before: Any, grid: Grid
 ) -> tuple[Any, Any]:
-    """Round rows to integers, each for how those above it have moved.
+    """Round rows to integers, given the changes of the rows above.
 
-    Row i is rounded where it is `targets[i] - coupling[i, :i] @ moved[:i]`.
+    The value rounded in row i is `targets[i] - coupling[i, :i] @ moved[:i]`.
 
     Args:
         targets, kept: Tensors of shape `(rows, R)`.
@@ -355,7 +354,7 @@ def _in_order(
     rows = rows if before is None else (*rows, before)
     if keras.backend.backend() == "jax":
         return ops.scan(step, targets, rows)[1]
-    # As ops.scan, which on TensorFlow takes no other structure than carry's.
+    # A loop like ops.scan, which on TensorFlow takes only carry's structure.
     outputs = []
     for row in zip(*rows):
         targets, output = step(targets, row)

@@ -1,4 +1,4 @@
-"""One-shot N:M pruning of a matrix, by what its inputs are like.
+"""One-shot N:M pruning of a matrix, for the moments of its inputs.
 
 A matrix is (K, R): K inputs, R units. Its inputs are known by their second
 moment `H = X^T X / rows`, of shape (K, K).
@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_weightmods.ops.nm import nm_mask, parse_pattern
 
-# Inputs after which all others are updated, by one large product.
+# After so many inputs, one large product updates all others.
 _BLOCK = 128
 
 
@@ -55,13 +55,13 @@ def inverse_factor(second_moment, damping=0.01):
     """Factorizes the inverse of the damped second moment.
 
     `U` is upper triangular with `U^T U = (H + d I)^-1`, where d is `damping`
-    times the mean of H's diagonal. `1 / U_jj**2` is what remains of the
-    variance of input j when the inputs after it are known: the price of
-    removing a weight of 1 there, if those after it make up for it (SparseGPT,
-    arXiv 2301.00774, section 3.2).
+    times the mean of H's diagonal. `1 / U_jj**2` is the variance of input j
+    that remains if the inputs after it are known. It is the cost of removing a
+    weight of 1 there, if later weights make up for it (SparseGPT, arXiv
+    2301.00774, section 3.2).
 
-    An input that is always zero needs no treatment of its own: d makes it
-    cheap to remove, and it is kept where its group has nothing better.
+    An input that is always zero needs no special case. d makes it cheap to
+    remove, and it is kept if its group has nothing better.
 
     Args:
         second_moment: Array of shape `(K, K)`, symmetric.
@@ -92,21 +92,20 @@ def inverse_factor(second_moment, damping=0.01):
             f"{int((~np.isfinite(h)).sum())} entries of {h.size} that are NaN "
             "or infinite"
         )
-    # Where all inputs are zero every weight is as good as another.
+    # If all inputs are zero, all weights are equally good.
     h[np.diag_indices_from(h)] += damping * h.diagonal().mean() or 1.0
-    # Turned around, the Cholesky factor is upper: H = R R^T, U = R^-1.
+    # Reversed, the Cholesky factor is upper: H = R R^T, U = R^-1.
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return _inverse_of_upper(r)
 
 
 def sparsegpt(matrix, factor, pattern="2:4"):
-    """Prunes to N:M and lets the weights that are left make up for it.
+    """Prunes to N:M and lets the remaining weights make up for it.
 
-    SparseGPT (arXiv 2301.00774, algorithm 1), with the groups of its N:M form:
-    the inputs are gone through in order; at the start of each group the n
-    weights of each unit with the largest `w_j**2 / U_jj**2` are kept; and the
-    error of each removed weight is spread over the weights of all later inputs,
-    by row j of `U`.
+    SparseGPT (arXiv 2301.00774, algorithm 1), in its N:M form, goes through the
+    inputs in order. At the start of each group it keeps the n weights of each
+    unit with the largest `w_j**2 / U_jj**2`. Row j of `U` spreads the error of
+    each removed weight over all later inputs.
 
     Args:
         matrix: Float tensor of shape `(K, R)`.
@@ -156,7 +155,7 @@ def sparsegpt(matrix, factor, pattern="2:4"):
 
 
 def reconstruction_error(before, after, second_moment):
-    """What pruning changes of the outputs: `|X W' - X W|^2 / |X W|^2`.
+    """Return how much pruning changes outputs: `|X W' - X W|^2 / |X W|^2`.
 
     Args:
         before: Tensor of shape `(K, R)`, the matrix W.
@@ -194,7 +193,7 @@ def relative_error(before, after, second_moment):
 
 
 def _pruned_block(block, factor, n, m):
-    """Groups of rows, pruned, and as many of their scaled errors."""
+    """Return groups of pruned rows, and their scaled errors."""
     size, units = block.shape
     roots = ops.convert_to_tensor(factor.diagonal().copy()[:, None])
     kept, errors = [], []
@@ -214,19 +213,19 @@ def _pruned_block(block, factor, n, m):
         kept.append(ops.where(mask, group, ops.zeros_like(group)))
         errors.append(ops.stack(group_errors))
         if start + m < size:
-            # Zero to the left of the group: what is done stays as it is.
+            # Zero to the left of the group: finished inputs do not change.
             spread = _transposed(factor[start : start + m])
             block = block - ops.matmul(spread, errors[-1])
     return kept, errors
 
 
 def _transposed(rows):
-    """As a tensor, in memory too."""
+    """Return the transpose as a contiguous tensor."""
     return ops.convert_to_tensor(np.ascontiguousarray(rows.T))
 
 
 def _inverse_of_upper(r):
-    """By halves: five times as fast as the inverse of any matrix."""
+    """Invert by halves, five times as fast as for a general matrix."""
     size = len(r)
     if size <= 64:
         return np.triu(np.linalg.inv(r))

@@ -1,8 +1,8 @@
-"""The formats that packed weights are stored in.
+"""The storage formats of packed weights.
 
-An entry of `FORMATS` is a type of values with a pattern, and says how a matrix
-(K, N), K the contraction, is stored and multiplied. A kernel, a stack of
-kernels, and a table that is looked up and multiplied as a head are all stored
+An entry of `FORMATS` is a type of values with a pattern. It says how a matrix
+(K, N), with the contraction K, is stored and multiplied. Kernels, stacks of
+kernels, and tables that are looked up and multiplied as a head are all stored
 as one such matrix.
 """
 
@@ -22,7 +22,7 @@ Specs = dict[str, tuple[tuple[int, ...], str]]
 
 
 class Format:
-    """How a matrix is stored.
+    """A storage format of a matrix.
 
     An instance of a subclass with `arrays`, `pack` and `unpack`, given to
     `register_format`, is all that a new format needs.
@@ -59,7 +59,8 @@ class Format:
         raise NotImplementedError
 
     def pack_integers(self, codes: Any, scale: Any) -> Any:
-        """Return `pack` of integers times their scales, the former as they are.
+        """Do what `pack` does for integers times their scales, and keep the
+        integers.
 
         Args:
             codes, scale: Float32 NumPy arrays (K, N).
@@ -85,7 +86,7 @@ class Format:
     def unpack(
         self, arrays: Mapping[str, Any], shape: tuple[int, int], xp: Any
     ) -> Any:
-        """Undo `pack`, but for rounding.
+        """Undo `pack`, except for rounding.
 
         Args:
             arrays: Dict of NumPy arrays or tensors.
@@ -142,7 +143,7 @@ class NativeFormat(Format):
         if self.dtype not in layout.INTEGERS:
             return None
         rows, most = len(codes), 2 ** (layout.bits_of(self.dtype) - 1) - 1
-        # What multiplies by int8 knows no -128.
+        # The int8 products do not know -128.
         is_int8 = self.dtype == "int8"
         least, group = (-most, rows) if is_int8 else (-most - 1, layout.GROUP)
         own = scale[::group]
@@ -175,7 +176,7 @@ class NativeFormat(Format):
 
     def packed(self, arrays, shape, activations="float32"):
         """Return the `Packed` of arrays, which `ops.sparse_matmul` takes."""
-        # Compiled kernels multiply by dense integers in int8 alone.
+        # Compiled kernels multiply dense integers only by int8 activations.
         return native_format.Packed(
             arrays["values"],
             arrays.get("meta"),
@@ -188,7 +189,7 @@ class NativeFormat(Format):
     def multiply(self, item, x, columns=None):
         packed = item.packed
         if columns is not None:
-            # Each kernel of a stack has blocks of its own.
+            # Each kernel of a stack has its own blocks.
             blocks = slice(
                 columns.start // self.columns,
                 -(-columns.stop // self.columns),
@@ -250,7 +251,7 @@ def register_format(form: Format) -> None:
 
 
 def formats_of(dtype: str | None) -> dict[str | None, Format]:
-    """Return {pattern: format} of those of a type of values."""
+    """Return {pattern: format} for a type of values."""
     return {f.pattern: f for f in FORMATS.values() if f.dtype == dtype}
 
 

@@ -13,8 +13,8 @@ class OnnxFormat(Format):
     """Unsigned integers of 2, 4 or 8 bits, for a model on its way to ONNX.
 
     `values` (N, ceil(K / 64), 8 * bits) are the integers of an output plus
-    2^(bits - 1), low bits first; `scale` (N, ceil(K / 64)) is that of 64
-    inputs. The products have no values: they become operators of a file.
+    2^(bits - 1), low bits first. `scale` (N, ceil(K / 64)) has one for 64
+    inputs. The products have no values: they become operators in a file.
 
     Args:
         dtype: String, the type of the integers. Those of 3, 5 and 6 bits are

@@ -1,4 +1,4 @@
-"""Packing of the 2:4 kernels of a finished model, and back."""
+"""Packing the weights of a finished model, and unpacking them."""
 
 import collections
 import itertools
@@ -305,7 +305,7 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
 
 
 def _make_float(model: Any) -> dict[Any, tuple[Any, Any]]:
-    """Make layers that Keras quantized float ones, without values.
+    """Turn layers that Keras quantized into float layers, without values.
 
     Returns:
         Dict by layer of a view of what it was, and the `Structure` that gives
@@ -328,9 +328,9 @@ def _item(
     activations: str,
     integers: Any,
 ) -> Any:
-    """Return the `PackedParameters` of a weight, or why it has none.
+    """Return the `PackedParameters` of a weight, or the reason why not.
 
-    None where rounding or pruning comes first.
+    None if rounding or pruning has to come first.
     """
     variable, size = target.variable, target.contraction_size
     weight = variable.value if integers is None else integers[0]
@@ -379,10 +379,10 @@ def _item(
 
 
 def _begins_on_grid(target: Any, form: Any) -> bool:
-    """Return whether packing does not round the first columns of a weight.
+    """Return whether packing keeps the first columns of a weight exact.
 
-    They decide for nearly all that are rounded, without packing them whole.
-    Zeros, ones and unit matrices lie on every grid, and nobody rounded them.
+    They decide nearly all cases without packing the whole. Zeros, ones and unit
+    matrices lie on every grid, and nobody rounded them.
     """
     axes = target.contraction_axes, target.stack_axes
     matrix = ops.convert_to_numpy(to_stack(target.variable.value, *axes)[0])
@@ -394,7 +394,7 @@ def _begins_on_grid(target: Any, form: Any) -> bool:
 
 
 def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
-    """Return the error for kernels that can be packed by rounding alone."""
+    """Return the error for kernels that only rounding could pack."""
     (target, integers), also = targets[0], "" if dtype else ", or rounded"
     if integers is not None:
         item = PackedParameters(target, formats_of("int8")[None], False, "int8")
@@ -452,7 +452,8 @@ def _check_weight(item: Any, has_products: Any) -> None:
 
 
 def _warn(items: Any) -> None:
-    """Warn of weights that were rounded, and that devices hold whole."""
+    """Warn about weights that were rounded, and that each device holds
+    whole."""
     errors = collections.defaultdict(list)
     for item in items:
         is_kept = item.integers == "kept" or not item.rounding_error

@@ -23,9 +23,9 @@ from keras_weightmods.packing.onnx_format import OnnxFormat
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, stack_shape, to_stack
 
-# What files tell of a packed weight.
+# The keys of a packed weight in files.
 _SETTINGS = "format", "trainable", "activations"
-# The models of which a warning said that a fit does not train all.
+# Models with a warning that `fit` does not train everything.
 _WARNED: Any = weakref.WeakSet()
 
 
@@ -47,11 +47,11 @@ def reason_to_skip(target):
 
 
 class PackedParameters(Reparameterization):
-    """A weight whose parameters stand for it: the arrays of a format.
+    """A weight that is replaced by parameters, the arrays of a format.
 
-    Where nothing can multiply by these, the parameter is the dense weight, and
-    the arrays wait in NumPy for a file. Under JAX on a GPU companions come
-    behind the arrays, the forms that it multiplies by; no file has them.
+    If nothing can multiply by these, the parameter is the dense weight, and
+    NumPy holds the arrays for a file. Under JAX on a GPU the companions that it
+    multiplies by follow the arrays. No file has these.
 
     Attributes:
         rounding_error: Float, what rounding changed: the norm of the difference
@@ -118,20 +118,21 @@ class PackedParameters(Reparameterization):
         if not isinstance(form, NativeFormat):
             return
         layout = keras_compat.layout_of(target.variable)
-        # Training changes the values in each step: nothing to prepare once.
+        # Training changes the values in each step, so preparing them is
+        # useless.
         if not trainable:
             self.plan = gpu_plan(
                 self.shape, target.layer.compute_dtype, activations
             )
-            # On a GPU nothing multiplies by stacks, by what is not 2:4, or by
-            # parts that are split over devices.
+            # A GPU multiplies by no stacks, nothing but 2:4, and no parts split
+            # over devices.
             is_dense = self.plan is not None and (
                 form.pattern != "2:4"
                 or target.stack_axes
                 or not self.plan.is_sparse
                 or layout is not None
             )
-            # Compiled kernels multiply by what is not 2:4 in integers alone.
+            # Compiled kernels multiply by other patterns only in integers.
             is_float = activations == "float32"
             self.is_held = bool(
                 reason_for_dense()
@@ -139,7 +140,7 @@ class PackedParameters(Reparameterization):
                 or (is_float and form.pattern != "2:4")
             )
             if self.is_held and is_float and not is_table:
-                # By the layer's own call.
+                # The layer's own call multiplies.
                 self.mixin = None
         if self.is_held:
             self.layouts["unpacked"] = layout
@@ -184,7 +185,7 @@ class PackedParameters(Reparameterization):
         self._measure(matrix)
 
     def pack_integers(self, codes, scale):
-        """Pack a weight that Keras has rounded; return whether this could.
+        """Pack a weight that Keras has rounded; return whether it worked.
 
         Args:
             codes, scale: Arrays whose product the weight is. The first are
@@ -217,7 +218,7 @@ class PackedParameters(Reparameterization):
                 dtype=spec[1],
                 initializer="zeros",
                 trainable=trainable,
-                # In half precision, what was packed would change.
+                # In half precision, the packed values would change.
                 autocast=autocast,
             )
 
@@ -275,7 +276,7 @@ class PackedParameters(Reparameterization):
         if self.is_held:
             dense = backend.whole(self.companions["unpacked"])
             same = ops.convert_to_numpy(self._from_arrays())
-            # Someone else may have set the weight.
+            # Other code may have set the weight.
             if not np.array_equal(same, dense, equal_nan=True):
                 self.named = dict(self.form.pack(self.matrix(dense)))
         return {self.key(name): array for name, array in self.named.items()}
@@ -294,7 +295,7 @@ class PackedParameters(Reparameterization):
         if not stacked:
             return self.form.multiply(self, x)
         if x.shape[-2] == 1:
-            # All have the same rows: one product, with the kernels side by
+            # All have the same rows: make one product with the kernels side by
             # side.
             y = self.form.multiply(self, x[..., 0, :])
             leading = ops.shape(y)[:-1]
@@ -365,7 +366,8 @@ class PackedParameters(Reparameterization):
         return pair
 
     def for_onnx(self, target, activations):
-        """Return what gives a copy of the model the same integers, for ONNX.
+        """Return parameters that give a copy of the model the same integers,
+        for ONNX.
 
         Args:
             target: The same target in the copy.
@@ -383,8 +385,8 @@ class PackedParameters(Reparameterization):
         return item
 
     def _from_arrays(self, dtype=None):
-        # Without a large tensor for each step of it, and in order in memory:
-        # on torch transposes give strides, by which sums differ.
+        # In NumPy there is no large tensor for each step. The result is
+        # contiguous: on torch the strides of a transpose change sums.
         arrays = {k: ops.convert_to_numpy(v) for k, v in self.named.items()}
         kernel = self._kernel(self.form.unpack(arrays, self.shape, np))
         kernel = np.ascontiguousarray(ops.convert_to_numpy(kernel))
@@ -415,10 +417,10 @@ class PackedParameters(Reparameterization):
             return
         sides: tuple[str, ...] = ("rows", "columns")
         if is_table:
-            # Rows are looked up in the columns, each in one place.
+            # The rows that are looked up are columns here, each in one place.
             sides = ("columns",)
         elif self.target.stack_axes:
-            # A kernel's own columns would be those of one device.
+            # Otherwise the columns of one kernel would be on one device.
             sides = ("rows",)
         axes = self.target.contraction_axes
         self.split, self.unused_axes = layouts.split_of(
@@ -440,7 +442,8 @@ class _PackedCall:
 
 
 class _PackedTableCall(_PackedCall):
-    """That of one with a packed table, which no LoRA is added to."""
+    """The `call` of a layer with a packed table, to which LoRA cannot be
+    added."""
 
     def enable_lora(self: Any, *args, **kwargs):
         raise ValueError(
@@ -450,7 +453,7 @@ class _PackedTableCall(_PackedCall):
 
 
 class _PackedProducts(Products):
-    """The products with packed weights, and with those that are not."""
+    """The products with packed weights, and with all others."""
 
     def __call__(self, attribute, rows, stacked=False):
         item = slots(self.layer).get(attribute)
@@ -479,8 +482,8 @@ class _PackedProducts(Products):
 def _low_rank_product(item, rows, stacked):
     """Return rows times what LoRA adds to a kernel.
 
-    One factor after the other: their product, a dense kernel, is what packing
-    has saved. Keras' factors share the last axis of the kernel.
+    Multiply by one factor after the other. Their product is a dense kernel,
+    which packing is to avoid. Keras' factors share the last axis of the kernel.
     """
     target, layer = item.target, item.target.layer
     contraction, stack = target.contraction_axes, target.stack_axes
@@ -506,7 +509,7 @@ def _low_rank_product(item, rows, stacked):
     sizes = [target.shape[axis] for axis in (*stack, *contraction)]
     rows = ops.reshape(rows, (*leading, *sizes))
     (first, a), (second, b) = factors
-    # All at once, torch cannot trace it with a free size.
+    # In one step, torch could not trace it with a free size.
     every = dict.fromkeys(inner + first)
     middle = "".join(letter for letter in every if letter in second + outer)
     rows = ops.einsum(f"...{inner},{first}->...{middle}", rows, a)

@@ -1,4 +1,4 @@
-"""What is put on the weights of a model, and taken off bit for bit."""
+"""Changes put on the weights of a model, and taken off bit for bit."""
 
 # All kinds of patches, so that `Patch.load` knows them.
 from keras_weightmods.patches.signature import (

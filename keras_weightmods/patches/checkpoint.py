@@ -1,4 +1,4 @@
-"""A model, or a list of its weights, read in one way."""
+"""One interface to a model, or a list of its weights."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +20,7 @@ from keras_weightmods.utils import checks
 _COPY_ON_WRITE = ("jax", "tensorflow")
 # The state of Normalization, which `adapt` fills. It is never touched.
 _ADAPTED = ("mean", "variance", "count")
-# What training changes, "recurrent_kernel" too, whatever is frozen now.
+# Training changes these, and "recurrent_kernel", whatever is frozen now.
 _TRAINED = ("kernel", "bias", "gamma", "beta", "embeddings")
 
 
@@ -87,11 +87,11 @@ class Checkpoint:
         return None if view is None or not view.flags.c_contiguous else view
 
     def snapshot(self, position, places=None):
-        """Return values, or those at some places, that nothing changes."""
+        """Return values, or those at some places, that nothing will change."""
         values = self.read(position)
         if places is not None:
             return values.reshape(-1)[places]
-        # The others have a new tensor for each change, and keep this one.
+        # Other backends make a new tensor for each change, and keep this one.
         is_shared = keras.backend.backend() not in _COPY_ON_WRITE
         return values.copy() if is_shared else values
 
@@ -144,10 +144,11 @@ class Checkpoint:
     def roles(self, frozen=False):
         """Return for each weight `"weight"`, `"statistic"` or `"other"`.
 
-        Statistics are those of batch normalization. Other is what is not
-        trained: no floats, the state of Normalization, and whatever is not
-        trainable in a layer that is; with `frozen` this leaves kernels and
-        the like out, which training changes when they are not frozen.
+        Statistics are those of batch normalization. Others are not trained:
+        values other than floats, the state of Normalization, and weights that a
+        trainable layer does not train. With `frozen`, kernels and the like are
+        never among the others, because training changes them when they are not
+        frozen.
         """
         layers = self._owners()
         found = []
@@ -165,11 +166,11 @@ class Checkpoint:
         return found
 
     def depths(self, roles):
-        """Return for each weight its depth: the place of its layer, from 0.
+        """Return the depth of each weight: the place of its layer, from 0.
 
-        What counts are the layers with a kernel, a weight of two axes or more,
-        in the order of execution. A layer without one, such as a
-        normalization, has the depth of the layer with a kernel before it.
+        This counts layers with a kernel, a weight of two or more axes, in the
+        order of execution. A layer without one, such as a normalization, has
+        the depth of the last layer with a kernel before it.
         """
         holders = self._owners()
         groups: dict[Any, list[int]] = {}
@@ -177,7 +178,7 @@ class Checkpoint:
             groups.setdefault(holders[id(variable)], []).append(position)
         order = execution_order(self.model, list(groups))
         found, depth = [0] * len(roles), -1
-        # Sorting is stable: what never runs comes last, as declared.
+        # Sorting is stable: layers that never run come last, as declared.
         for layer in sorted(groups, key=lambda x: order.get(id(x), len(order))):
             depth += any(
                 roles[i] == "weight" and len(self.infos[i].shape) > 1
@@ -191,7 +192,7 @@ class Checkpoint:
         """Return {id of variable: layer that holds it}, the first if shared."""
         found: dict[int, Any] = {}
         for layer in keras_compat.layers_of(self.model):
-            # Not `layer.weights`, which counts those of inner layers in.
+            # Avoid `layer.weights`, which includes those of inner layers.
             for variable in keras_compat.own_variables(layer):
                 found.setdefault(id(variable), layer)
         return found
@@ -204,10 +205,10 @@ def mismatches(
     changed: Collection[int] = (),
     dtypes: bool = False,
 ) -> list[str]:
-    """Return what keeps weights from being of an expected architecture.
+    """Return how weights differ from an expected architecture.
 
-    Compares count, order, names and numbers of axes. Sizes may differ, as
-    those of heads do, except for the weights that are changed.
+    It compares count, order, names and numbers of axes. Sizes may differ, for
+    example of heads, except in weights that are changed.
 
     Args:
         expected, infos: The weights.

@@ -1,16 +1,15 @@
 """Places and values in fewer bytes, by an entropy coder.
 
-A byte plane is coded with the Huffman codes of DEFLATE and without its search
-for what is repeated: that is fast, and what repeats here are single bytes.
+A byte plane is coded with the Huffman codes of DEFLATE, but without its search
+for repeated strings. This is fast, and only single bytes repeat here.
 
-- Rising places become the gaps between them, a byte each; a byte of 255 stands
-  for as many more without a place. A gap between random places with a density
-  of 5 % takes 5.8 bits, where 5.73 is the least possible, and less where their
-  density changes along the array. The array is gone through row by row or
-  column by column, as takes less: principal masks are denser in some columns of
-  a kernel than in others.
-- The exponents of values are coded, as most are alike. The signs and mantissas
-  are kept as they are.
+- Rising places become the gaps between them, a byte each. A byte of 255 adds
+  255 entries without a place. At a density of 5 % a gap between random places
+  takes 5.8 bits; the least possible is 5.73. It takes less if the density
+  varies along the array. Rows or columns come first, whichever takes less:
+  principal masks are denser in some columns than in others.
+- The exponents of values are coded, because most are similar. Signs and
+  mantissas are stored as they are.
 """
 
 import math
@@ -19,7 +18,7 @@ import zlib
 import numpy as np
 
 _LONG = 255
-# Bytes that are unpacked at a time, to as many as the caches hold.
+# Bytes unpacked at a time, so that the results fit into the caches.
 _PART = 1 << 15
 
 
@@ -56,14 +55,14 @@ def pack_places(places, shape):
         rows = math.prod(shape[:axis])
         if rows in (1, size):
             continue
-        # That is to exchange rows and columns, both ways.
+        # This exchanges rows and columns, both ways.
         found = rows, pack_gaps(to_rows(places, size // rows, size))
         best = min(best, found, key=lambda each: each[-1].size)
     return best
 
 
 def to_rows(places, rows, size):
-    """Return places of columns one after another as those of rows, rising.
+    """Convert places in column order to rising places in row order.
 
     Args:
         places: int array of shape `(n,)`, below `size`.
@@ -74,7 +73,7 @@ def to_rows(places, rows, size):
         int64 array of shape `(n,)`.
     """
     if rows > 1:
-        # In half the time of 8 bytes.
+        # Takes half the time of 8 bytes.
         exact = np.uint32 if size < 2**32 else np.uint64
         places = places.astype(exact, copy=False)
         column = places // exact(rows)
@@ -113,7 +112,7 @@ def pack_gaps(places):
 
 
 def unpack_gaps(packed, count, size):
-    """Undo `pack_gaps`; checks what it is given, as from a file.
+    """Undo `pack_gaps`, and check the input, which may come from a file.
 
     Args:
         packed: uint8 array.
@@ -131,7 +130,7 @@ def unpack_gaps(packed, count, size):
     found = before = last = 0
     # The most bytes that places below `size` can need.
     for piece in _unpacked(packed, count + size // _LONG):
-        # It does not overflow.
+        # This does not overflow.
         sums = np.cumsum(piece, dtype="uint32")
         here = sums[piece != _LONG]
         if found + here.size > count:
@@ -212,8 +211,8 @@ def _unpacked(packed, most):
         while is_sound and not decoder.eof and place < packed.size:
             part = packed[place : place + _PART]
             place += part.size
-            # Without the search no code is shorter than a bit: what unpacks to
-            # more was written to fill the memory. Some bits were held back.
+            # Without the search no code is shorter than a bit. Data that unpack
+            # to more were made to fill the memory. Some bits were held back.
             found = decoder.decompress(part.data, 8 * (part.size + 64))
             count += len(found)
             is_sound = count <= most and not decoder.unconsumed_tail

@@ -8,7 +8,7 @@ import numpy as np
 from keras_weightmods.patches.checkpoint import mismatches
 from keras_weightmods.utils import checks
 
-# The default shares of entries that methods keep, of the papers.
+# The default shares of entries that methods keep, from the papers.
 _DENSITY = {"ties": 0.2, "dare": 0.1}
 
 
@@ -77,12 +77,12 @@ def cosine_similarity(first: Any, second: Any) -> float:
 
 
 def elected_mean(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
-    """Return the mean of those entries that have the sign of their sum.
+    """Return the mean of the entries that have the sign of their sum.
 
-    TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
-    count in the mean; zero where the votes cancel out. The vote is that of
-    `weight * entry`, and the sum of those that agree is divided by the sum of
-    their weights.
+    This is TIES (arXiv 2306.01708), steps 2 and 3. Zeros have no vote and do
+    not count in the mean. The result is zero where the votes cancel out. The
+    vote is that of `weight * entry`, and the sum of those that agree is divided
+    by the sum of their weights.
 
     Args:
         arrays: List of arrays of one shape and floating dtype.
@@ -98,7 +98,7 @@ def elected_mean(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
         divisor += share
         share *= x
         total += share
-    # Where none agree, the total is 0 too.
+    # If none agree, the total is 0 too.
     divisor += divisor == 0
     total /= divisor
     return total
@@ -107,7 +107,7 @@ def elected_mean(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
 def dropped(
     x: np.ndarray, density: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Keep a share of the entries, drawn at random, divided by it.
+    """Keep a random share of the entries, divided by the share.
 
     DARE (arXiv 2311.03099), equation 1: the expectation stays.
 
@@ -130,10 +130,10 @@ def weighted_sum(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
 
 
 def trimmed(arrays, density):
-    """Return the `density` of the weights that are largest, else zeros.
+    """Keep the share `density` of the largest weights, and zero the others.
 
     TIES (arXiv 2306.01708), step 1, over all arrays of one signature together.
-    Weights that are as large as the smallest one kept are kept as well.
+    Weights as large as the smallest one kept are kept too.
 
     Args:
         arrays: List of arrays.
@@ -162,7 +162,7 @@ def _map_weights(signature, function):
 
 
 def _aligned(signatures):
-    """Return for each weight its entries, zero where a signature has none.
+    """Return the entries of each weight, zero if a signature has none.
 
     Raises:
         ValueError: If the signatures are not of one architecture.

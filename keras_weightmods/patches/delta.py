@@ -1,4 +1,4 @@
-"""Deltas: what a fine-tuning has changed in a model."""
+"""Deltas: the changes that a fine-tuning made to a model."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def differences(
     drawn = _drawn_masks(model)
     entries: list[PatchEntry] = []
     problems = []
-    # Each is compared, and read once more for the hash.
+    # Each weight is compared, and read again for the hash.
     with Progress(2 * len(new.infos), "weight", verbose) as progress:
         hash_of_base = old.fingerprint(without=replaced, see=progress.add)
         for info in progress.each(new.infos):
@@ -52,8 +52,9 @@ def differences(
                 places = np.arange(after.size)
             elif info.position in drawn:
                 drawn_from, mask = drawn[info.position]
-                # Those without a change cost more than places: few, or none
-                # where new values replace what other patches make of them.
+                # Entries without a change cost more than places. So only a few
+                # are allowed, and none if new values replace those of other
+                # patches.
                 most = 0 if dtype is None else mask.size // 32
                 unchanged = mask[~is_changed[mask]]
                 if (
@@ -78,7 +79,7 @@ def differences(
                 a, b = (x[places].astype(wide) for x in (after, before))
                 with np.errstate(over="ignore", invalid="ignore"):
                     change = (a - b).astype(numpy_dtype(dtype))
-                # Added to 0.0 and to -0.0 it leaves the sign.
+                # Adding it to 0.0 or -0.0 keeps the sign.
                 change[~is_changed[places]] = -0.0
                 tensor = Sparse(places, change)
             entries.append(PatchEntry(info, tensor, seed=seed))
@@ -98,11 +99,11 @@ def differences(
 
 
 def _drawn_masks(model: Any) -> dict[int, tuple[int, np.ndarray]]:
-    """Return seeds and places of the masks that a seed draws, by position."""
+    """Return the seeds and places of masks drawn from a seed, by position."""
     optimizer = getattr(model, "optimizer", None)
-    # Loss scaling has another in it.
+    # Loss scaling wraps another optimizer.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    # Optimizers are of a floor above this one.
+    # Optimizers are on a floor above this one.
     find = getattr(optimizer, "drawn_masks", list)
     positions = {id(v): p for p, v in enumerate(getattr(model, "weights", ()))}
     return {

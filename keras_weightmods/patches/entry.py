@@ -1,4 +1,4 @@
-"""What a patch does to one weight, and in which forms it is held."""
+"""The change that a patch makes to one weight, and its forms."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import numpy as np
 from keras_weightmods.core.weight_keys import weight_key
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Where the largest level may lie, as shares of the largest weight.
+# The candidates for the largest level, as shares of the largest weight.
 _CLIPS = np.arange(32, 0, -1) / 32
 
 
@@ -121,7 +121,7 @@ class Sparse:
         return self.values.nbytes
 
     def at(self, places):
-        """Return the same in an array of the entries at `places` alone."""
+        """Return the same for an array of only the entries at `places`."""
         return type(self)(np.searchsorted(places, self.places), self.values)
 
     def within(self, part):
@@ -131,16 +131,16 @@ class Sparse:
 
 
 class Replacing(Sparse):
-    """Numbers that take the place of those of an array.
+    """Numbers that replace those of an array.
 
-    At scale 1, and where nothing else changes an entry, exactly; otherwise
+    They replace exactly at scale 1 if nothing else changes an entry. Otherwise
     their difference from the array's numbers is added.
     """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchEntry:
-    """What a patch does to one weight.
+    """The change that a patch makes to one weight.
 
     At scale s the weight w becomes `w + s * (tensor - replaced * w)`; see
     `tensors.rebuilt_pieces` for shares of more than 1.
@@ -191,7 +191,7 @@ class PatchEntry:
     def with_tensor(self, tensor: Any, **fields: Any) -> "PatchEntry":
         """Return the same with another tensor, an array as float32."""
         if not isinstance(tensor, Quantized):
-            # What overflows is infinite, and is refused in a patch.
+            # An overflow becomes infinite, which a patch refuses.
             with np.errstate(over="ignore"):
                 tensor = np.array(tensor, "float32", order="C")
         return dataclasses.replace(self, tensor=tensor, **fields)
@@ -205,9 +205,9 @@ def code_bytes(size, bits):
 def quantize(x, bits):
     """Round an array to integers of `bits` bits.
 
-    The largest level lies at the largest weight with 8 bits, and where the
-    squared error is smallest, of 32 places, with 4 and 2: with few levels, one
-    outlier would otherwise round the rest to zero.
+    With 8 bits, the largest level is the largest weight. With 4 and 2, it is
+    the one of 32 candidates with the smallest squared error. With so few
+    levels, one outlier would otherwise round the rest to zero.
 
     Args:
         x: float32 array.

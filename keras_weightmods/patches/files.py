@@ -1,9 +1,9 @@
 """Patches in files, checked before anything in them is used.
 
 A file (see `saving.container`) holds for each weight of a signature an array of
-floats, or one of integers and their scale; for each weight of a delta
-the bytes of the places, of the exponents and of the rest of the numbers (see
-`coding`); and, as JSON, everything else.
+floats, or integers and their scale. For each weight of a delta it holds bytes:
+places, exponents, and the rest of the numbers (see `coding`). JSON holds the
+other fields.
 """
 
 import math
@@ -43,7 +43,7 @@ _ABOUT = {
 _FIELDS = {"kind": str, **_ABOUT, "architecture": list, "entries": list}
 _SPARSE = {"dtype": str, "rows": int, "seed": int | None}
 _PLANES = (".places", ".exponents", ".rest")
-# What the JSON has of an entry of each kind, and the endings of its arrays.
+# The JSON fields of each kind of entry, and the endings of its arrays.
 _KINDS: dict[Any, tuple[dict[str, Any], tuple[str, ...]]] = {
     "floats": ({"depth": int, "replaced": float}, ("",)),
     "integers": ({"depth": int, "bits": int}, ("", ".scale")),
@@ -120,7 +120,7 @@ def load(filepath):
 
 
 def _parse(config, reader):
-    """Return the kind and the fields; raise ValueError for what is wrong."""
+    """Return the kind and the fields; raise ValueError for an invalid file."""
     _check(_has_types(config, _FIELDS), "fields")
     for weight in config["architecture"]:
         _check(
@@ -176,7 +176,7 @@ def _parse(config, reader):
 
 
 def _dense(row, info, reader):
-    """Return the entry of a row of floats or integers; types are right."""
+    """Return the entry of a row of floats or integers with correct types."""
     name, replaced = f"{info.position}", row.get("replaced", 0.0)
     if row["kind"] == "floats":
         is_right = info.is_statistic or replaced == 0
@@ -196,7 +196,7 @@ def _dense(row, info, reader):
 
 
 def _sparse(row, info, reader):
-    """Return the entry of a row of sparse changes; types are right."""
+    """Return the entry of a row of sparse changes with correct types."""
     size, rows, seed = math.prod(info.shape), row["rows"], row["seed"]
     is_new = row["kind"] == "values"
     _check(
@@ -217,7 +217,7 @@ def _sparse(row, info, reader):
         places = coding.unpack_gaps(packed, count, size)
         places = coding.to_rows(places, rows, size)
     else:
-        # With a change for each, no more is drawn than the file is large.
+        # Each place has a change, so the file's size limits the draw.
         _check(
             seed >= 0 and size < 2**31 and (packed.size, rows) == (0, 1),
             f"places to draw for {info.key}",

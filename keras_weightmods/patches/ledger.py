@@ -1,4 +1,4 @@
-"""The changes on a model, and what its weights are without them."""
+"""The changes on a model, and its weights without them."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ class Applied(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """What a weight is, or is to be.
+    """The value of a weight, present or planned.
 
     Attributes:
         values: Array of what to add to.
@@ -48,7 +48,7 @@ class _Sum(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a ledger knows, replaced as one.
+    """The state of a ledger, replaced as a whole.
 
     Attributes:
         patches: Dict from names to `Applied`.
@@ -66,9 +66,9 @@ class _State(NamedTuple):
 class Ledger:
     """The patches on a model by name, and the clean values of its weights.
 
-    A changed weight is always computed anew, `clean + sum of scale * change`.
-    Clean values are kept of changed weights alone: of all entries, or, where
-    all that changes a weight is `Sparse`, of the entries at its places.
+    A changed weight is always computed from scratch, `clean + sum of scale *
+    change`. Only changed weights have clean values. These cover all entries, or
+    only the changed ones if all changes of the weight are `Sparse`.
 
     Attributes:
         lock: To be held from the look at `patches` to the end of a change.
@@ -101,7 +101,8 @@ class Ledger:
         return next(each for each in names if each not in self.patches)
 
     def check(self, patch: Any, model: Checkpoint, force: bool = True) -> None:
-        """Raise ValueError unless a patch fits a model; by force on any base.
+        """Raise ValueError unless a patch fits a model; with force, on any
+        base.
 
         Args:
             patch: `Patch`.
@@ -135,7 +136,7 @@ class Ledger:
             )
 
     def _changed(self, model, positions, force=False):
-        """Return the positions of weights that something else has changed.
+        """Return the positions of weights that other code has changed.
 
         Args:
             model: `Checkpoint` of the model.
@@ -170,7 +171,7 @@ class Ledger:
     def update(
         self, model, after, action, name=None, scale=None, force=False
     ) -> PatchReport:
-        """Bring a model from the present patches to those in `after`.
+        """Replace the present patches of a model by those in `after`.
 
         Args:
             model: `Checkpoint` of the model.
@@ -186,7 +187,7 @@ class Ledger:
         """
         for applied in {**self.patches, **after}.values():
             self.check(applied.patch, model)
-        # Those at the scale that they had count: what is there is checked.
+        # Patches with an unchanged scale count too: the result is checked.
         moved = {
             name: applied
             for name, applied in {**self.patches, **after}.items()
@@ -209,7 +210,7 @@ class Ledger:
         written = [p for p in touched if p not in left]
 
         def planned(position):
-            """Return the sums before and after."""
+            """Return the sums before and after the change."""
             before, then = old.get(position, []), new.get(position, [])
             places = _union(before + then)
             terms = _terms(then, places)
@@ -297,13 +298,13 @@ class Ledger:
                     row = entry, scale, patch
                     found.setdefault(entry.position, []).append(row)
         for rows in found.values():
-            # The sum of two does not depend on their order; that of more does.
+            # A sum of two does not depend on their order; a sum of more does.
             if len(rows) > 2:
                 rows.sort(key=lambda row: row[-1].digest)
         return found
 
     def _with_clean(self, position, present, places=None):
-        """Return values of a weight with the clean ones among them.
+        """Return the values of a weight with clean ones filled in.
 
         Args:
             position: Int, of the weight.
@@ -320,9 +321,9 @@ class Ledger:
         return whole
 
     def _write(self, model, sums, state):
-        """Bring weights to new sums, and the ledger to its state of then.
+        """Set weights to new sums, and the ledger to the matching state.
 
-        All of it or, on an error, none.
+        On an error nothing changes.
 
         Args:
             model: `Checkpoint` of a model.
@@ -335,7 +336,8 @@ class Ledger:
             position: model.memory(position) if new.places is None else None
             for position, (_, new) in sums.items()
         }
-        # This thread allocates: it uses freed memory again, workers would not.
+        # This thread allocates, because it can reuse freed memory and workers
+        # cannot.
         memories = {
             position: _memory(new) if own[position] is None else own[position]
             for position, (_, new) in sums.items()
@@ -362,8 +364,8 @@ class Ledger:
             self._state = state
         except BaseException:
             self._state = present
-            # No thread goes on when the weights are restored, nor does one
-            # that Ctrl-C has hidden from its pool, which waited for its start.
+            # No thread may run on when the weights are restored, not even one
+            # that Ctrl-C hid from its pool as it started.
             is_stopped.set()
             while len(ended) < len(started):
                 time.sleep(0.001)
@@ -375,8 +377,8 @@ class Ledger:
             raise
 
 
-# One for each model, so that two callers never take each other's changes for
-# the clean model. Not in the model, which would save and copy it.
+# One for each model, so that two callers never mistake each other's changes for
+# the clean model. The model itself would save and copy it.
 _LEDGERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -425,7 +427,8 @@ def _terms(rows, places=None):
 
 
 def _union(rows):
-    """Return the places of all entries, or None if one is not `Sparse`."""
+    """Return the places of all entries, or None if one of them is not
+    `Sparse`."""
     found = [entry.tensor for entry, *_ in rows]
     if not all(isinstance(tensor, Sparse) for tensor in found):
         return None
@@ -465,7 +468,7 @@ def _computed(each, key, memory=None):
 
 
 def _problem(key, clean, result):
-    """Return what is wrong with a part of the result for a weight, or None."""
+    """Return the error in a part of the result for a weight, or None."""
     if not tensors.is_finite(result):
         if not tensors.is_finite(clean):
             return f"{key}: values that are not finite"

@@ -37,15 +37,15 @@ from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped, skipped_text
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Kernels are filled up to it with zeros.
+# Zeros fill kernels up to this rank.
 _MOST_RANK = 2**14
 _FACTOR = re.compile(
     r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# What a config of peft may say where a change is alpha / rank * B A alone.
+# The config values of peft with which a change is just alpha / rank * B A.
 _PLAIN: dict[str, Any] = {
     "peft_type": ("LORA",),
-    # Those that leave the base as it is.
+    # Initializations that do not change the base.
     "use_rslora": (None, True, False),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
@@ -90,7 +90,7 @@ def write(
         progress.add()
         start = values.read(entry.position).astype("float32")
         if not isinstance(entry.tensor, Replacing):
-            # Exact, where a sum and a difference would round.
+            # Starting at zero is exact; a sum and a difference would round.
             start = np.zeros_like(start)
         change = np.empty_like(start)
         term = 1.0, entry.tensor, entry.replaced
@@ -131,7 +131,7 @@ def write(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        # (out, in) is that of a Linear, (in, out) GPT-2's own.
+        # A Linear has (out, in), GPT-2 has (in, out).
         "fan_in_fan_out": any(is_plain for *_, is_plain in kernels.values()),
         "inference_mode": True,
         "target_modules": modules,
@@ -172,7 +172,7 @@ def changes(
         alpha, power = _scale_of(config, path)
         pairs = _pairs(arrays, _kernels(values), path)
         _check_ranks(config, {x.shape[1] for _, x, _ in pairs.values()}, path)
-        # Each weight is read for the hash, and each of these once more.
+        # Each weight is read for the hash, and these again.
         progress.total = len(values.infos) + len(pairs)
         entries, problems = [], []
         for position, (target, left, right) in sorted(pairs.items()):
@@ -240,7 +240,7 @@ def _kernels(values: Checkpoint) -> dict[int, Any]:
             for name in file.keys():  # noqa: SIM118
                 array = file.get_tensor(name)
                 if array.ndim == 2:
-                    # Which of several equal ones is which, nothing tells.
+                    # Equal tensors cannot be told apart.
                     key = _key(array)
                     names[key] = None if key in names else name
     found = {}
@@ -270,7 +270,7 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
         with open(os.path.join(path, _CONFIG), "rb") as file:
             config = parse_json(file.read())
         arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
-    # For dtypes that NumPy lacks it has no errors of its own.
+    # It has no own errors for dtypes that NumPy lacks.
     except (
         *(AttributeError, KeyError, OSError, TypeError, ValueError),
         safetensors.SafetensorError,
@@ -303,7 +303,7 @@ def _scale_of(config: Any, path: str) -> tuple[float, float]:
 
 
 def _check_ranks(config: Any, ranks: set[int], path: str) -> None:
-    """Raise ValueError for factors of other ranks than the config's."""
+    """Raise ValueError for factors whose ranks differ from the config's."""
     pattern = config.get("rank_pattern") or {}
     named = [config.get("r"), *pattern.values()]
     if other := sorted(rank for rank in ranks if rank not in named):
@@ -323,7 +323,7 @@ def _pairs(
     unknown, problems = [], []
     for key, array in arrays.items():
         match = _FACTOR.fullmatch(key)
-        # An adapter may be of the model without its head.
+        # An adapter may be for the model without its head.
         fitting = [
             position
             for position, (_, module, _) in kernels.items()
@@ -369,8 +369,8 @@ def _factors(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
     left, right = map(
         ops.convert_to_numpy, low_rank_factors(matrix, inner, method)
     )
-    # One has orthonormal vectors, the other the singular values: both get
-    # their roots, zeros too.
+    # One factor has orthonormal vectors, the other the singular values. Move
+    # the roots of these, zeros too, into both.
     least = np.finfo("float32").tiny
     ratio = np.linalg.norm(right, axis=1) + least
     ratio = np.sqrt(ratio / (np.linalg.norm(left, axis=0) + least))

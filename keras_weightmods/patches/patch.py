@@ -1,6 +1,6 @@
-"""Patches: what is put on the weights of a model, and off bit for bit.
+"""Patches: changes put on the weights of a model, and off bit for bit.
 
-Longer than other files, as the docstrings of one public class are.
+The docstrings of a large public class make this file long.
 """
 
 import contextlib

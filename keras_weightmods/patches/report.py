@@ -1,4 +1,4 @@
-"""What patches hold, and what they changed on a model."""
+"""The contents of patches, and their changes of a model."""
 
 import dataclasses
 import math

@@ -151,7 +151,7 @@ class WeightSignature(Patch):
         """
         checks.check_choice("statistics", statistics, _REPLACED)
         checks.check_verbose(verbose)
-        # As it is in files.
+        # Files check it in the same way.
         checks.check_string("name", name, optional=True)
         if depth is not None and targets is not None:
             expected = (
@@ -162,7 +162,7 @@ class WeightSignature(Patch):
         if init is not None:
             sources["init"] = init
         checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
-        # Their kernels are held in several variables, which are not added.
+        # Several variables hold their kernels, which cannot be added.
         reasons = {
             "lora_enabled": "call `kwm.merge_lora(model)` first",
             "quantization_mode": "take it before Keras' `quantize`",
@@ -438,7 +438,7 @@ def residual(change: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Returns:
         A float64 array of that shape.
     """
-    # Against the overflow of squares, and their underflow.
+    # Avoids overflow and underflow of squares.
     largest = np.max(np.abs(reference), initial=0.0)
     if largest == 0.0:
         return change

@@ -6,8 +6,8 @@ import numpy as np
 
 from keras_weightmods.patches.entry import Quantized, Replacing, Sparse
 
-# Elements: small enough for the temporaries of one piece to stay in cache, and
-# large enough for threads not to wait for each other between NumPy's calls.
+# Elements of a piece. Its temporaries stay in the cache, and threads rarely
+# wait for each other between NumPy's calls.
 _PIECE = 1 << 18
 _ALIGNMENT = 64
 
@@ -15,12 +15,12 @@ _ALIGNMENT = 64
 def rebuilt_pieces(clean, terms, out=None):
     """Yield slices and `clean + sum(scale * (tensor - replaced * clean))`.
 
-    Where the shares that are replaced, `scale * replaced`, sum to more than 1,
-    the scales are divided by their sum: nothing is left of `clean`.
+    If the replaced shares, `scale * replaced`, sum to more than 1, the scales
+    are divided by their sum, and nothing is left of `clean`.
 
-    Computed in float64 if that is the dtype of `clean` and in float32 if not,
-    and rounded once. Each piece is computed in the same way whatever the
-    machine's state, so that equal arguments give equal bits.
+    Values are computed in float64 if `clean` has that dtype, else in float32,
+    and rounded once. The computation does not depend on the machine's state, so
+    equal arguments give equal bits.
 
     Args:
         clean: Array of a floating dtype.
@@ -47,7 +47,7 @@ def rebuilt_pieces(clean, terms, out=None):
     ]
     if not all(isinstance(x, Sparse) for x in tensors):
         exact = []
-    # What overflows the dtype is found by the caller, who checks the result.
+    # The caller checks the result for overflows.
     with np.errstate(over="ignore", invalid="ignore"):
         share = math.fsum(scale * replaced for scale, _, replaced in terms)
         scales = [
@@ -68,7 +68,7 @@ def rebuilt_pieces(clean, terms, out=None):
                 np.multiply(base, left_out, out=scratch)
                 delta = np.subtract(delta, scratch, out=sums)
             values = rounded[: base.size] if target is None else target[piece]
-            # Adds in the dtype of both, and then rounds.
+            # Adds in the wider dtype, and then rounds.
             np.add(base, delta, out=values, casting="same_kind")
         for tensor in exact:
             places, new = tensor.within(piece)
@@ -108,8 +108,9 @@ def is_finite(x):
     """Return whether all entries of a floating array are finite."""
     size = x.dtype.itemsize
     infinity = np.array([np.inf, -np.inf], x.dtype)
-    # Bits as integers are in the order of numbers, infinity, NaN: signed ones
-    # end with those of positive sign, unsigned ones with those of negative.
+    # Read as integers, the bits are ordered: numbers, infinity, NaN. Signed
+    # integers end with the positive ones, unsigned integers with the negative
+    # ones.
     return all(
         x.view(kind).max(initial=0) < infinity.view(kind)[sign]
         for sign, kind in enumerate((f"i{size}", f"u{size}"))
@@ -117,7 +118,7 @@ def is_finite(x):
 
 
 def is_rebuilt(array, clean, terms):
-    """Return whether `array` is what `rebuilt_pieces` gives, bit for bit."""
+    """Return whether `array` equals `rebuilt_pieces`, bit for bit."""
     unsigned = f"u{array.dtype.itemsize}"
     bits = array.reshape(-1).view(unsigned)
     return all(

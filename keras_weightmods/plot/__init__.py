@@ -1,4 +1,4 @@
-"""Pictures of weights, of runs and of what they cost; needs matplotlib."""
+"""Plots of weights, runs and tradeoffs; needs matplotlib."""
 
 from keras_weightmods.plot.runs import mask_overlap as mask_overlap
 from keras_weightmods.plot.runs import scaling as scaling

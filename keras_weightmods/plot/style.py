@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Told apart by those who see few colors (Okabe and Ito), and in this order.
+# Colors that color-blind readers can tell apart (Okabe and Ito), in order.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAY = "#777777"
 
@@ -46,7 +46,7 @@ def new_rows(ax: Any, names: list[str]) -> Any:
 
 
 def plain_numbers(axis: Any) -> None:
-    """Write 1, 2, 5, 10 on an axis of logarithms, and no powers."""
+    """Label a logarithmic axis with 1, 2, 5, 10, not with powers."""
     from matplotlib import ticker
 
     axis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
@@ -55,7 +55,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def legend(ax: Any, *args: Any, above: bool = False) -> Any:
-    """Name what is drawn, within the axes or above them."""
+    """Draw a legend, within the axes or above them."""
     place: dict[str, Any] = {"loc": "best"}
     if above:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}

@@ -1,4 +1,4 @@
-"""A picture of what a change costs, and what it brings."""
+"""A plot of the costs and gains of a change."""
 
 import math
 from typing import Any
@@ -63,8 +63,8 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
     ends = [rows[i]["perplexity"] for i in (order[0], order[-1])]
     for rank, i in enumerate(order):
         is_left = rows[i]["perplexity"] <= math.sqrt(math.prod(ends))
-        # Beside the dot, whose diameter is the root of its area; neighbors
-        # above and below.
+        # Beside the dot, whose diameter is the root of its area. Neighbors
+        # alternate above and below.
         away = 3 + math.sqrt(areas[i]) / 2
         ax.annotate(
             rows[i]["name"],

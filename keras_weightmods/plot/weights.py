@@ -243,5 +243,5 @@ def _all_weights(weights: Any) -> np.ndarray:
 
 def _numpy(tensor: Any) -> np.ndarray:
     array: np.ndarray = ops.convert_to_numpy(tensor)
-    # matplotlib knows none of the short floats.
+    # matplotlib does not know the short floats.
     return array if array.dtype == bool else array.astype("float32")

@@ -1,4 +1,4 @@
-"""Choosing the bits of each kernel, under a budget of bytes."""
+"""Choosing the bits of each kernel within a budget of bytes."""
 
 import math
 import re
@@ -30,9 +30,9 @@ from keras_weightmods.utils.dtypes import bytes_of, numpy_dtype
 from keras_weightmods.utils.matrix import stack_shape, to_stack
 
 WIDTHS = 2, 3, 4, 5, 6
-# Positions that the curvature is measured at, about.
+# About how many positions the curvature is measured at.
 _POSITIONS = 4096
-# Units of a kernel that are rounded to measure the loss of all.
+# Units of a kernel that are rounded, to estimate the loss of all.
 _UNITS = 512
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]i?)?B")
 
@@ -61,7 +61,7 @@ def choose_bits(
     bits: Any,
     size: int | None,
 ) -> tuple[list[int], int | None]:
-    """Choose the bits of each kernel, so that all of them lose least.
+    """Choose the bits of each kernel, for the least loss of all.
 
     Args:
         model, head, outputs, targets: As of `expected_losses`.
@@ -85,7 +85,7 @@ def choose_bits(
             or reason_dense(target.layer, target.attribute)
             or seam.reason_to_skip(target)
         ):
-            # Packing leaves it as it is, so that few bits would save nothing.
+            # Packing skips it, so fewer bits would save nothing.
             widths.append([WIDTHS[-1]])
             sizes.append([bytes_of([target.variable])])
             continue
@@ -146,15 +146,15 @@ def expected_losses(
     targets: Sequence[Target],
     grids: Sequence[Sequence[Grid]],
 ) -> list[list[float]]:
-    """Return what rounding a kernel would cost, by kernel and grid.
+    """Return the loss from rounding a kernel, by kernel and grid.
 
-    To second order: `1/2 sum F (w' - w)^2` for each position, w' being the
-    weights to nearest and F the diagonal of the curvature of the loss that
-    `train_scales` has. For a language model this is KL(given || rounded) in
-    nats, and F the Fisher information, the mean square of the gradients of
-    log p(y), with tokens y that the model itself draws; for others it is the
-    squared error over the energy of the outputs. That errors of different
-    weights do not depend on each other is taken as given.
+    To second order it is `1/2 sum F (w' - w)^2` for each position. w' are the
+    weights rounded to nearest, and F is the diagonal of the curvature of the
+    loss of `train_scales`. For a language model this loss is KL(given ||
+    rounded) in nats. F is then the Fisher information: the mean square of the
+    gradients of log p(y), for tokens y drawn by the model. For other models the
+    loss is the squared error over the energy of the outputs. Errors of
+    different weights are assumed independent.
 
     Args:
         model: A functional Keras model, not rounded.
@@ -180,7 +180,7 @@ def expected_losses(
     part = Part(whole, head.body if head else whole, loss, data)
     with undo, calibration.gradients():
         only_trained(whole, variables)
-        # It sums the squares of gradients, and changes nothing.
+        # Sums the squares of gradients, and changes nothing.
         adagrad = keras.optimizers.Adagrad(0.0, initial_accumulator_value=0.0)
         part.compile(adagrad)
         part.fit(data, verbose=0, shuffle=False)
@@ -188,7 +188,7 @@ def expected_losses(
         squares = adagrad.variables[-len(trained) :]
         undo.structure.restore()
     by_id = {id(v): square for v, square in zip(trained, squares)}
-    # On torch it keeps no gradients.
+    # On torch this keeps no gradients.
     with calibration.eager_forward(), calibration.compiled():
         return [
             _losses(target, by_id[id(target.variable)].value, own, positions)
@@ -203,9 +203,10 @@ def choose(
 ) -> list[int]:
     """Return the choice for each item that loses least within a budget.
 
-    A knapsack of many items: each begins with its smallest choice, and goes
-    along the lower convex hull of its losses over sizes, the step that gains
-    most for its size first, while it fits. It is within one step of the best.
+    This is a knapsack of many items. Each begins with its smallest choice and
+    follows the lower convex hull of its losses over sizes. The step that gains
+    most for its size comes first, while it fits. The result is within one step
+    of the best.
 
     Args:
         sizes: A list for each item, rising.
@@ -231,7 +232,7 @@ def choose(
     for _, item, place in sorted(steps):
         more = sizes[item][place] - sizes[item][chosen[item]]
         if item in closed or more > left:
-            # The next ones of this item are larger still.
+            # Later ones of this item are even larger.
             closed.add(item)
             continue
         chosen[item] = place
@@ -242,7 +243,7 @@ def choose(
 def _losses(
     target: Target, squares: Any, grids: Sequence[Grid], positions: float
 ) -> list[float]:
-    """Return half of what the squares of gradients give, by some units."""
+    """Return the second-order loss of each grid, estimated from some units."""
     axes = target.contraction_axes, target.stack_axes
     matrix, squares = (
         ops.cast(to_stack(x, *axes, 1)[0], "float32")
@@ -250,7 +251,7 @@ def _losses(
     )
     every = slice(None, None, -(-matrix.shape[1] // _UNITS))
     some = matrix[:, every], squares[:, every]
-    # The others have the same errors for their curvature.
+    # Assume the same error for the curvature in the other units.
     share = ops.sum(squares) / ops.maximum(ops.sum(some[1]), 1e-30)
     return [
         float(
@@ -263,7 +264,7 @@ def _losses(
 
 
 def _drawn(head: Head | None, states: Any, seed: int) -> Any:
-    """Return tokens drawn from the logits, or noise as the outputs.
+    """Return tokens drawn from the logits, or noise shaped like the outputs.
 
     The noise has the mean square 1 at each position for outputs of norm 1.
     """

@@ -1,4 +1,4 @@
-"""Training the scales of a rounded model, through all of it."""
+"""Training the scales of a rounded model, end to end."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ def train_scales(
     positions: int | None,
     verbose: Any,
 ) -> tuple[float, float]:
-    """Train the scales of a model to give the outputs that it had before.
+    """Train the scales of a model to reproduce its earlier outputs.
 
     The integers stay. This is the second phase of EfficientQAT (arXiv
-    2407.11062), with the model itself as the teacher: for a language model
-    the loss is KL(before || now) of the logits, for others that of a block.
+    2407.11062), with the model itself as the teacher. For a language model the
+    loss is KL(before || now) of the logits, for other models that of a block.
 
     Args:
         model: A functional Keras model, rounded.
@@ -51,7 +51,7 @@ def train_scales(
         Pair of floats, the mean loss of a position held out, before the
         training and after it. They are equal where the training was undone.
     """
-    # Without an optimizer, or compiled functions, of its own.
+    # It has no optimizer or compiled functions of its own.
     whole = keras.Model(input_of(model), output_of(model))
     calls: Any = [((x,), {}) for x, _ in outputs.batches]
     calls = keras.tree.map_structure(ops.convert_to_tensor, calls)
@@ -97,13 +97,13 @@ class _Divergence(keras.layers.Layer):
                 autocast=False,
                 initializer="zeros",
             )
-            # A copy: JAX would share the buffer, and donate it twice.
+            # Copy: JAX would share the buffer, and donate it twice.
             copy.assign(ops.copy(value))
             self.taught.append(copy)
         self.built = True
 
     def call(self, hidden: Any, taught: Any, weights: Any) -> Any:
-        # What the head multiplies by, once and not for each chunk.
+        # Compute the head's weights once, not for each chunk.
         now = [
             self.items[id(v)].effective(v.value)
             if id(v) in self.items

@@ -12,12 +12,12 @@ from keras_weightmods.utils.matrix import from_stack, to_stack
 
 
 class GridWeights(Reparameterization):
-    """A kernel that is computed with as it is rounded, and trained as it is.
+    """A kernel that is rounded for the computation, and trained unrounded.
 
-    Forward each weight is the nearest multiple of its scale, and each scale
-    has few bits. Backward the roundings pass gradients on as if they were not
-    there, and clipping stops them: straight through, with the gradient of the
-    scales of LSQ (arXiv 1902.08153). Zeros stay zero.
+    In the forward pass each weight is the nearest multiple of its scale, and
+    each scale has few bits. In the backward pass gradients go straight through
+    the roundings, and clipping stops them. The gradient of the scales is that
+    of LSQ (arXiv 1902.08153). Zeros stay zero.
 
     Args:
         target: The `Target`.
@@ -41,7 +41,7 @@ class GridWeights(Reparameterization):
         return ops.cast(values, self.dtype)
 
     def start(self, weight: Any) -> Any:
-        # Next to the weights, among all that are rounded to the values.
+        # The closest to the weights, of all that round to the values.
         reach = 0.45 * self.scales[:, :, None]
         weights, values = map(self._grouped, (self.weights, self.values))
         change = ops.clip(weights - values, -reach, reach)
@@ -66,11 +66,11 @@ class GridWeights(Reparameterization):
             clipped = ops.clip(ratio, low, high)
             integers = ops.round(clipped)
             inside = ops.equal(clipped, ratio)
-            # What a change of the scale changes.
+            # The derivative by the scale.
             by_scale = ops.where(inside, integers - ratio, integers)
 
             def pullback(*args: Any, upstream: Any = None) -> Any:
-                # torch passes the inputs, too.
+                # torch passes the inputs too.
                 slope = args[0] if upstream is None else upstream
                 by_scales = ops.sum(slope * by_scale, axis=2, keepdims=True)
                 return ops.where(inside, slope, 0.0), by_scales
@@ -81,7 +81,7 @@ class GridWeights(Reparameterization):
         return self._as_kernel(through_rounding(groups, self._trained_scales()))
 
     def folded(self) -> Any:
-        # Exactly on the grid, which a sum of what is trained may miss.
+        # Exactly on the grid, which the sum in training may miss.
         (factor,) = self.parameters
         scales = self.grid.rounded_scales(self.scales * factor.value)
         self.scales = ops.stop_gradient(scales)
@@ -121,7 +121,7 @@ class GridWeights(Reparameterization):
 
 
 class GridScales(GridWeights):
-    """Rounded weights of which the scales alone are trained.
+    """Rounded weights with trainable scales only.
 
     The variable holds the integers meanwhile.
 
@@ -134,7 +134,8 @@ class GridScales(GridWeights):
 
     def start(self, weight: Any) -> Any:
         groups = self._grouped(self._as_stack(weight))
-        # JAX divides by a product with the inverse, and misses the integers.
+        # JAX divides by multiplying with the inverse, which misses the
+        # integers.
         integers = ops.round(groups / self.scales[:, :, None])
         return ops.cast(self._as_kernel(integers), self.dtype)
 

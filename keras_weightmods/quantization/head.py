@@ -1,4 +1,4 @@
-"""Rounding the head of a language model, by the logits that it gives."""
+"""Rounding the head of a language model for the least change of logits."""
 
 import time
 from typing import Any
@@ -17,17 +17,18 @@ from keras_weightmods.utils.matrix import from_matrix, to_matrix
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
-# Units of the head that are rounded at a time.
+# Units of the head rounded at a time.
 UNITS = 4096
-# More damping where tokens are looked up in the table, too: whatever enters
-# the head, a row must stay near to itself.
+# More damping if the table is also used for lookups: a row must then stay close
+# to itself for any input of the head.
 _LOOKED_UP = 10
 
 
 def find_table(
     model: Any, head: Head | None, targets: Targets
 ) -> tuple[list[Target], list[Skipped]]:
-    """Return the table of a head, or why it is left; neither of none.
+    """Return the table of a head, or why it is left out; None for both if there
+    is no head.
 
     Args:
         model: A built Keras model or layer.
@@ -61,9 +62,9 @@ def round_table(
 ) -> tuple[Any, float, float]:
     """Round a head so that the logits change least.
 
-    GPTQ and a descent over integers and scales (`ops.rounding`), for the
-    hidden states that enter the head; a part that is worse on the rows held
-    out is rounded to nearest.
+    This is GPTQ and a descent over integers and scales (`ops.rounding`), for
+    the inputs of the head. A part that is worse on the rows held out is rounded
+    to nearest.
 
     Args:
         target: `Target` of the head, the table or the kernel.
@@ -111,7 +112,7 @@ def round_table(
 
 
 class Outputs:
-    """The outputs of a model now, or what enters a language model's head.
+    """The present outputs of a model, or inputs of a language model's head.
 
     Args:
         body: Keras model.

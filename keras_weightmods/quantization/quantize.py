@@ -52,16 +52,16 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.report import skipped_text
 
-# Significant bits of the floats that hold a product of scale and integer.
+# Significant bits of floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
 _REFINEMENTS = ("blocks", "scales")
-# Steps, and the peak rate of Adam, of training scales.
+# Steps, and the peak rate of Adam, for training scales.
 _SCALES = 32, 1e-3
-# Positions of texts that kernels and blocks are fitted to.
+# Positions of texts for fitting kernels and blocks.
 _POSITIONS = 2**14
 # Positions of texts in a step of training.
 _STEP = 256
-# What a model writes where no data are given.
+# Texts that a model writes if no data are given.
 _ROWS, _LENGTH = 128, 256
 
 
@@ -233,10 +233,11 @@ def quantize(
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
     targets = resolve_targets(model, targets)
     end = find_head(model)
-    # With texts many small steps gain more in the same time than few large.
+    # With texts, many small steps gain more in the same time than few large
+    # ones.
     epochs, step = epochs or (2 if end else 6), _STEP if end else None
     tables, left = find_table(model, end if head else None, targets)
-    # It is rounded or left by itself, whatever is found out elsewhere.
+    # The head is rounded or left on its own, whatever happens elsewhere.
     own = {*(t.path for t in tables), *(s.path for s in left)}
     kernels = [target for target in targets if target.path not in own]
     skipped = *(s for s in targets.skipped if s.path not in own), *left
@@ -363,7 +364,7 @@ def quantize(
             shown, measured = _first(batches, 7 * most), _first(held, most)
             change_kernels(
                 *(model, kernels, shown, quantizer.round, train, verbose),
-                # Its warnings are of the line that calls this.
+                # Warnings point to the line that calls this.
                 *(measured, record.recall, 3),
             )
         rows = [*record.rows.values()]
@@ -413,7 +414,7 @@ def _first(batches: list[Any], positions: float) -> list[Any]:
 
 @dataclasses.dataclass
 class _Quantizer:
-    """Rounds kernels, and trains the blocks that they are in.
+    """Round kernels, and train their blocks.
 
     Attributes:
         bits: Int, or float with a budget: those of a weight, on the mean.
@@ -455,7 +456,7 @@ class _Quantizer:
         for target in group:
             grid = self.grid_for(target)
             axes = target.contraction_axes, target.stack_axes
-            # A copy: on torch it would share the memory of the variable.
+            # Copy: on torch it would share the memory of the variable.
             before = ops.copy(to_stack(target.variable.value, *axes, len(fit)))
             rounded = [
                 round_kept(w, h, grid, self.damping)
@@ -508,7 +509,7 @@ class _Quantizer:
         self.record.keep(group, block)
 
     def grid_for(self, target: Target, bits: int | None = None) -> Grid:
-        """A grid whose weights the kernel's type holds without rounding."""
+        """A grid whose weights are exact in the kernel's type."""
         bits = bits or self.own_bits.get(target.key, self.bits)
         significant = _SIGNIFICANT.get(target.variable.dtype, 24)
         precision = min(Grid.precision, significant - (bits - 1))

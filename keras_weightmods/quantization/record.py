@@ -1,4 +1,4 @@
-"""What `quantize` has decided, in files that the same call goes on from."""
+"""The decisions of `quantize`, in files from which the same call continues."""
 
 import collections
 import contextlib
@@ -32,7 +32,7 @@ _JSON, _FILES = "step.json", "quantize-*.safetensors"
 
 
 class Record:
-    """What a call of `quantize` has decided, and the files of its steps.
+    """The decisions of a call of `quantize`, and the files of its steps.
 
     Args:
         folder: String or path, where each step is written and those of an
@@ -80,7 +80,7 @@ class Record:
         data = [ops.convert_to_numpy(x) for x in data]
         with Progress(len(model.weights), "weight", verbose) as progress:
             weights = Checkpoint("model", model).fingerprint(see=progress.add)
-        # The same weights may be computed with in another type.
+        # The same weights may be used in another compute type.
         layers = keras_compat.layers_of(model)
         kinds = [f"{type(x).__name__} {x.compute_dtype}" for x in layers]
         facts = {
@@ -104,7 +104,7 @@ class Record:
                     stacklevel=3,
                 )
                 continue
-            # By their text: 4 bits are not a mean of 4.0.
+            # Compare their text: 4 bits are not a mean of 4.0.
             other = [
                 name
                 for name, fact in self._facts.items()
@@ -120,7 +120,7 @@ class Record:
             self._steps.add(name)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns, of JSON, or did in a call before."""
+        """Return the JSON value of `make`, or its value in an earlier call."""
         if name in self._steps:
             with self._reader(name) as reader:
                 return reader.read_json(_JSON)["step"]
@@ -131,7 +131,7 @@ class Record:
     def keep(
         self, targets: Sequence[Target], block: ReconstructedBlock | None = None
     ) -> None:
-        """Write what was decided on kernels, and the block they are in."""
+        """Write the decisions on kernels, and on their block."""
         own = {target.key: target for target in targets}
         rows, tensors = {}, {}
         for key in filter(own.__contains__, self.rows):
@@ -144,7 +144,7 @@ class Record:
         self._write(_place(targets[0]), step, tensors)
 
     def recall(self, targets: Sequence[Target]) -> list[Any]:
-        """Change kernels as a call before did.
+        """Change kernels as an earlier call did.
 
         Returns:
             List of pairs, of those of `targets` that were changed, and their
@@ -185,7 +185,7 @@ class Record:
 
 
 def remove_record(folder: str) -> None:
-    """Remove the steps in a folder, and it if nothing else is in it."""
+    """Remove the steps in a folder, and the folder if it is then empty."""
     path = pathlib.Path(folder)
     for file in path.glob(_FILES):
         if metadata_of(file).get("format") == _FORMAT:
@@ -195,5 +195,6 @@ def remove_record(folder: str) -> None:
 
 
 def _place(target: Target) -> str:
-    """Return the place of a kernel in the model: paths may have numbers."""
+    """Return the place of a kernel in the model. Numbers in paths may
+    change."""
     return target.key.partition(":")[0]

@@ -18,14 +18,15 @@ from keras_weightmods.ops.compand import (
 )
 from keras_weightmods.utils import checks
 
-# The share of the range in which weights may start. In the rest the slope of
-# the arc tangent is below 1/4000 of that at zero: a weight there is stuck.
+# The share of the range in which weights may start. Beyond it, the slope of the
+# arc tangent is below 1/4000 of that at zero, and a weight is stuck.
 _USABLE = 0.99
 
-# Learnable a and b are `_LEAST + (raw + sqrt(raw**2 + 1)) / 2`: positive
-# whatever an optimizer or an average of weights makes of `raw`, and close to
-# `raw` where large. Its slope falls as the square near zero: with softplus,
-# where it falls exponentially, one large step can bring a to zero for good.
+# Learnable a and b are `_LEAST + (raw + sqrt(raw**2 + 1)) / 2`. This is
+# positive for any `raw` that an optimizer or an average of weights makes, and
+# close to a large `raw`. Near zero its slope falls as the square. With
+# softplus, whose slope falls exponentially, one large step can leave a at zero
+# for good.
 _LEAST = 1e-3
 
 
@@ -219,7 +220,7 @@ class Compander(Reparameterization):
             return
 
         def initializer(shape: Any, dtype: Any) -> Any:
-            # Not before: a fit that builds the layer raises `a` in between.
+            # Not earlier: a fit that builds the layer raises `a` in between.
             raw = np.sinh(np.log(2 * (np.array([self.a, self.b]) - _LEAST)))
             return ops.convert_to_tensor(raw, dtype)
 
@@ -241,8 +242,8 @@ class Compander(Reparameterization):
         return compand_derivative(stored, a, b, self.function)
 
     def constraint(self, constraint: Any) -> Any:
-        # An N:M pattern ranks magnitudes, which are in the same order, and is
-        # looked for in the variable when it is to be detached.
+        # An N:M pattern ranks magnitudes, whose order does not change. `detach`
+        # looks for it in the variable.
         if getattr(constraint, "keeps_pattern", False):
             return constraint
 
@@ -250,7 +251,7 @@ class Compander(Reparameterization):
             stored = ops.convert_to_tensor(stored)
             weight = self.effective(stored)
             new = constraint(weight)
-            # What has not changed is not to drift by rounding.
+            # Unchanged weights must not drift by rounding.
             return ops.where(new == weight, stored, self._inverse(new))
 
         return on_effective
@@ -291,7 +292,7 @@ class Compander(Reparameterization):
 
     @property
     def pair(self) -> tuple[float, float]:
-        """The present a and b, as floats."""
+        """Return the present a and b, as floats."""
         a, b = (float(ops.convert_to_numpy(each)) for each in self._pair())
         return a, b
 
@@ -313,12 +314,12 @@ class Compander(Reparameterization):
         return ops.cast(compand_inverse(weight, a, b, self.function), dtype)
 
     def _key(self) -> str:
-        # Says all that is not in the values, lest a checkpoint of another
-        # compander be taken for one of this.
+        # Names everything that is not in the values, so that the checkpoint of
+        # another compander does not fit.
         fixed = "" if self.learnable else "_fixed"
         return f"{self.target.attribute}_compander_{self.function}{fixed}"
 
 
 def _positive(raw: Any) -> Any:
-    # The sum of the comment above; as it stands there it would cancel.
+    # The sum in the comment above, in a form that does not cancel.
     return _LEAST + ops.exp(ops.arcsinh(raw)) / 2

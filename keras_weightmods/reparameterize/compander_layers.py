@@ -9,15 +9,14 @@ from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.reparameterize.compander import CompandedKernel, Compander
 
-# What a type checker is told of the class behind.
+# For type checkers: the layer class that follows.
 _Layer: Any = keras.layers.Layer if TYPE_CHECKING else object
 
 
 class CompanderLayer(_Layer):
-    """Puts a `Compander` on the kernel of the layer class behind it.
+    """Put a `Compander` on the kernel of the layer class that follows.
 
-    The arguments are those of the layer class, and those that
-    `CompanderDense` documents.
+    The arguments are those of the layer class and of `CompanderDense`.
     """
 
     kernel = reparameterized_layer.effective_weight("kernel")
@@ -55,7 +54,7 @@ class CompanderLayer(_Layer):
         seam.install(item)
 
     def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
-        # Here and not after the build, where the value may not be there yet.
+        # Not after the build, when the value may still be missing.
         if kwargs.get("name") == "kernel":
             item = self._compander_to_build
             draw = keras.initializers.get(
@@ -64,7 +63,8 @@ class CompanderLayer(_Layer):
 
             def start(shape: Any, dtype: Any) -> Any:
                 value = draw(shape, dtype=dtype)
-                # There it is asked for once more, as a mere placeholder.
+                # Only a placeholder is needed here; the value is requested
+                # later.
                 if keras_compat.in_stateless_scope():
                     return value
                 return item.start(value)
@@ -78,7 +78,7 @@ class CompanderLayer(_Layer):
             item = slots(self)["kernel"]
         config = {**super().get_config(), **item.settings()}
         if item.raised:
-            # The same `a` in a copy, whatever is drawn there.
+            # A copy gets the same `a`, whatever it draws.
             config["out_of_range"] = "clip"
         return config
 

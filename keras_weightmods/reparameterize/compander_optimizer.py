@@ -109,7 +109,7 @@ class CompanderOptimizer(WrappingOptimizer):
             for item in items.values()
             for parameter in item.parameters
         }
-        # Closures, because Keras would track the layers behind.
+        # Closures, because Keras would track the layers otherwise.
         self._get_item = items.get
         self._is_decayed = {
             key
@@ -122,7 +122,7 @@ class CompanderOptimizer(WrappingOptimizer):
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
-        """Has the wrapped optimizer step on w where v is, then puts v back."""
+        """Let the wrapped optimizer step on w in place of v, then restore v."""
         inner = self.optimizer
         decay = self._decay()
         grads, companded = list(grads), []
@@ -134,18 +134,18 @@ class CompanderOptimizer(WrappingOptimizer):
             w = item.effective(v)
             wide = _widened(v)
             slope = item.derivative(wide)
-            # Where the slope is zero the gradient is, too.
+            # If the slope is zero, so is the gradient.
             grads[i] = _widened(grads[i]) / ops.maximum(slope, 1e-30)
             companded.append((variable, w, wide, slope))
         if keras.backend.backend() == "tensorflow":
-            # The slopes are of a and b as they are before this step.
+            # The slopes use a and b from before this step.
             slopes = [t for _, *three in companded for t in three]
             grads = backend.current().after(grads, slopes)
         weight_decay = inner.weight_decay
         try:
             for variable, w, _, _ in companded:
                 variable.assign(w)
-            # On torch Keras fails to decay no variable at all.
+            # On torch Keras fails on an empty list of variables to decay.
             if not any(
                 keras_compat.decays(inner, v) for v in trainable_variables
             ):
@@ -160,7 +160,7 @@ class CompanderOptimizer(WrappingOptimizer):
                     new = new - decay * v
                 variable.assign(ops.cast(new, variable.dtype))
         except BaseException:
-            # Run op by op, it has put w where v is.
+            # In eager mode, it has already put w in place of v.
             inner.weight_decay = weight_decay
             for variable, _, v, _ in companded:
                 variable.assign(ops.cast(v, variable.dtype))

@@ -1,4 +1,4 @@
-"""`fold`: the end of every reparameterization."""
+"""`fold`: turn reparameterized weights into plain ones."""
 
 import keras
 

@@ -24,7 +24,7 @@ from keras_weightmods.utils.matrix import contraction_size
 _DECAYS = "published", "relative"
 _CRITERIA = "magnitude", "wanda"
 _MOST = 2**31 - 1
-# The share of the sum of all |w| below which a prune changes next to nothing.
+# A prune of less than this share of the sum of all |w| changes almost nothing.
 _NO_CUT = 1e-3
 _SETTINGS = (
     *("total_steps", "pattern", "l1", "l1_scale", "ramp", "decay", "criterion"),
@@ -164,7 +164,7 @@ class AdamS(keras.optimizers.Optimizer):
         self.n, self.m = nm.parse_pattern(pattern)
         self.pattern = f"{self.n}:{self.m}"
         targets = adam_s_build.check_targets(targets)
-        # A closure, because Keras would track a model held as an attribute.
+        # A closure, because Keras would track a model in an attribute.
         self._get_targets = lambda: targets
         is_auto = isinstance(l1, str) and l1 == "auto"
         self.l1 = l1 if is_auto else checks.check_float("l1", l1, above=0)
@@ -268,7 +268,7 @@ class AdamS(keras.optimizers.Optimizer):
 
         names = ["momentum", "velocity"]
         if dtypes.has_16_bits(variable):
-            # In 16 bits the steps and the moments would be rounded away.
+            # In 16 bits, rounding would cancel the steps and the moments.
             layout = keras_compat.layout_of(variable)
             for name in (*names, "master"):
                 add(name, variable.shape, "float32", "zeros", layout)
@@ -289,14 +289,14 @@ class AdamS(keras.optimizers.Optimizer):
 
     @property
     def measures_gradients(self) -> bool:
-        """Whether the pull is found from the gradients of the first steps."""
+        """Whether the pull is derived from the gradients of the first steps."""
         return self.decay == "published" and self.l1 == "auto"
 
     def _apply_weight_decay(self, variables: Any) -> None:
-        """Nothing: the decay is part of the update, in the same pass.
+        """Do nothing: the update includes the decay, in the same pass.
 
-        Keras would write every weight and read it again, as it decays them
-        before the update.
+        Keras decays weights before the update, so it would write each and read
+        it again.
         """
 
     def _decay_rate_of(self, variable: Any) -> Any:
@@ -450,8 +450,8 @@ class AdamS(keras.optimizers.Optimizer):
         """
         stored = {key: np.shape(store[key]) for key in list(store.keys())}
         own = {str(i): tuple(v.shape) for i, v in enumerate(self.variables)}
-        # Before it is built there are the count of steps and, if it is no
-        # schedule, the learning rate.
+        # Before it is built it holds the count of steps and the learning rate,
+        # unless that is a schedule.
         unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
         if self.built and stored != own and len(stored) != unbuilt:
             rows = zip(self.variables, own.items())
@@ -482,7 +482,7 @@ class AdamS(keras.optimizers.Optimizer):
 def kept_share(adam_s: AdamS) -> tuple[float, float]:
     """Return the share of the sum of |w| in the masks, and the largest rest.
 
-    The share is 1 where the sum is 0; the rest is |w| outside of the masks.
+    The share is 1 if the sum is 0. The rest is |w| outside the masks.
     """
     total = out = largest = 0.0
     for variable, _, bits in adam_s.sparsified_state:

@@ -1,4 +1,4 @@
-"""What `AdamS` does as it is built: it finds its targets, and warns."""
+"""The build of `AdamS`: it finds the targets, and warns."""
 
 import warnings
 from typing import Any
@@ -35,7 +35,7 @@ def check_targets(targets):
 
 
 def find_axes(targets, variables, m):
-    """Return the contraction axes of what is sparsified of `variables`.
+    """Return the contraction axes of those `variables` that are sparsified.
 
     Args:
         targets: As `check_targets` returns it.
@@ -77,7 +77,8 @@ def find_axes(targets, variables, m):
 
 
 def target_config(variable, axes, index=None):
-    """Return what restores a target; `index` is its place, None if unknown."""
+    """Return the record that restores a target; `index` is its place or
+    None."""
     return {
         "index": index,
         "path": variable.path,
@@ -135,8 +136,8 @@ def _restored(configs, variables):
     found = []
     for config in configs:
         index, shape = config["index"], tuple(config["shape"])
-        # A path can change when a model is rebuilt, by the name of what it was
-        # built in; its place and shape among the variables do not.
+        # A path can change when a model is rebuilt elsewhere. Its place and
+        # shape among the variables do not.
         places = matching_places(config["path"], shape, variables)
         if index is not None:
             fits = index < len(variables) and variables[index].shape == shape
@@ -156,8 +157,8 @@ def _restored(configs, variables):
     return axes
 
 
-# Travel that masked weights need, in units of their mean magnitude: below
-# about 3 the largest of them do not arrive.
+# The distance that masked weights need to travel, in units of their mean
+# magnitude. Below about 3 the largest do not arrive.
 _TRAVEL_NEEDED = 3.0
 
 

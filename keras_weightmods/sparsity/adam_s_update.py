@@ -1,6 +1,6 @@
 """The update of `AdamS`, as pure functions of tensors.
 
-`optimizer` is an `AdamS`, of which only the settings are read.
+`optimizer` is an `AdamS`. Only its settings are read.
 """
 
 import math
@@ -41,8 +41,8 @@ def updated(optimizer, state, gradient, rate, step, axes, decay_rate):
     mu = state["momentum"]
     mixed = mu = mu + (g - mu) * (1 - optimizer.beta_1)
     if axes is not None:
-        # Masks are ranked by the weight before its decay, which is in
-        # memory; only so does XLA fuse the decay into the update.
+        # Masks rank the weights before the decay, which are in memory.
+        # Otherwise XLA does not fuse the decay into the update.
         new["mask"] = new_bits(optimizer, state, step, axes)
         mask = nm.unpack_bits(new["mask"], tuple(w.shape))
         ramp = ops.cast(ramp_at(optimizer, step), w.dtype)
@@ -60,8 +60,8 @@ def updated(optimizer, state, gradient, rate, step, axes, decay_rate):
         ops.cast(_bias_correction(beta, step), w.dtype)
         for beta in (optimizer.beta_1, optimizer.beta_2)
     )
-    # CAST, equation 8, where sparsified. Elsewhere the second moment of
-    # Adam, and epsilon where Keras has it.
+    # Sparsified weights follow equation 8 of CAST. Others have Adam's second
+    # moment, with epsilon where Keras has it.
     epsilon, second = optimizer.epsilon, mixed
     if axes is None:
         epsilon, second = epsilon / ops.sqrt(correction_2), g
@@ -118,5 +118,5 @@ def shrink_at(optimizer, step):
 
 
 def _bias_correction(beta, step):
-    """1 - beta**(step + 1), exact in float32 also where beta is near 1."""
+    """Return 1 - beta**(step + 1), exact in float32 even if beta is near 1."""
     return -ops.expm1((step + 1) * math.log(beta)) if beta else 1.0

@@ -169,10 +169,10 @@ class CAST(LogitsDistiller):
         others = [teacher] if isinstance(teacher, keras.Model) else []
         with RestoredOnError(model, *others):
             if seam.has_built_optimizer(model):
-                # It would not know the scales, and `compile` brings another.
+                # It would not know the scales, and `compile` sets another one.
                 model.optimizer, model.compiled = None, False
-            # A teacher is frozen once it fits, so that the scales, which
-            # change nothing yet, have to come first.
+            # The teacher is frozen once it fits, so attach the scales first.
+            # They change nothing yet.
             if scaling_groups:
                 attach_scaling(
                     model,
@@ -198,9 +198,8 @@ class CAST(LogitsDistiller):
             self.report: SparsityReport | None = None
             self._recipe = recipe
             self._optimizer_is_default = False
-            # What a checkpoint holds beside variables: the length of the run,
-            # None where it is not planned here, and whether the one-shot start
-            # is made.
+            # Checkpoint state beside variables: the length of the run, None if
+            # it is not planned here, and whether the one-shot start is done.
             self._planned: int | None = None
             self.is_started = init == "dense"
             self._verbose: Any = 0
@@ -255,15 +254,15 @@ class CAST(LogitsDistiller):
             and inner is optimizer
             and any(layer.compute_dtype == "float16" for layer in layers)
         ):
-            # Keras goes by the policy of the outermost model, this wrapper.
+            # Keras uses the policy of the outermost model, this wrapper.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer, loss, **kwargs)
         self._optimizer_is_default = is_default
         self._planned = None
 
     def make_train_function(self, force: bool = False) -> None:
-        """Prepare the train step, on JAX one that keeps weights on an error."""
-        # `fit` has seen by now what the model makes of the data.
+        """Prepare the train step. On JAX it keeps the weights on an error."""
+        # By now `fit` has called the model on data.
         self._building.close()
         keras_compat.list_hidden_parameters(self)
         super().make_train_function(force)
@@ -315,12 +314,13 @@ class CAST(LogitsDistiller):
         split = kwargs.get("validation_split", 0.0)
         steps = kwargs.get("steps_per_epoch")
         steps = steps or data.batch_count(x, batch_size, split) or math.inf
-        # With these, `epochs` counts those of a fit that was interrupted.
+        # With these, `epochs` includes the epochs of an interrupted fit.
         is_resumed = False
         for callback in keras.tree.flatten(kwargs.get("callbacks")):
             is_resumed |= isinstance(callback, keras.callbacks.BackupAndRestore)
             if isinstance(callback, Checkpoint):
-                # Before the start of the run, which is not made again then.
+                # Load before the start of the run, so that it is not made
+                # again.
                 is_resumed |= callback.restore(self)
         optimizer, taken = self.adam_s, cast_run.steps_taken(self.adam_s)
         if optimizer.total_steps is None or (
@@ -364,7 +364,8 @@ class CAST(LogitsDistiller):
         optimizer = self.optimizer
         try:
             if self.compiled and self.adam_s.total_steps is None:
-                # Keras builds it here, before `fit` has told the run's length.
+                # Keras builds it here, before `fit` knows the length of the
+                # run.
                 self.optimizer = None
             return super().evaluate(*args, **kwargs)
         finally:
@@ -411,7 +412,7 @@ class CAST(LogitsDistiller):
             self.report = sparsity_report(
                 self.student, self.pattern, targets=self.targets, verbose=0
             )
-            # As TensorFlow traced them, they hold the scales of that time.
+            # Functions traced by TensorFlow still hold the old scales.
             for name in ("train", "test", "predict"):
                 setattr(self, f"{name}_function", None)
         return self.student
@@ -438,8 +439,8 @@ class CAST(LogitsDistiller):
             store["planned_batches"] = np.asarray(self._planned)
 
     def load_own_variables(self, store: Any) -> None:
-        # Comes before the optimizer's own state, which loads only into one
-        # that is built, and that takes the length of the run.
+        # Precedes the optimizer's state, which loads only into a built
+        # optimizer. Building takes the length of the run.
         saved = {key: np.asarray(store[key]) for key in list(store.keys())}
         self.is_started = bool(saved.get("is_started", self.is_started))
         for place, state in enumerate(self._random_states()):
@@ -457,12 +458,12 @@ class CAST(LogitsDistiller):
         return [v for v in self.student.variables if id(v) not in saved]
 
     def _build_optimizer(self) -> None:
-        # A `LossScaleOptimizer` that is built again adds its variables again.
+        # A rebuilt `LossScaleOptimizer` would add its variables again.
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
     def _plan(self, batches: int) -> None:
-        """Set the length of the run, and the default's schedule by it."""
+        """Set the length of the run, and the default schedule."""
         optimizer = self.adam_s
         optimizer.total_steps = max(1, self._updates(batches))
         if self._optimizer_is_default:
@@ -471,7 +472,7 @@ class CAST(LogitsDistiller):
             schedule = WarmupLinearDecay(rate, warmup, batches)
             optimizer.learning_rate = schedule
         self._planned = batches
-        # Compiled, it holds the length of an earlier plan.
+        # The compiled step holds the length of an earlier plan.
         self.train_function = None
 
     def _updates(self, batches: int) -> int:

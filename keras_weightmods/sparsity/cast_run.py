@@ -1,4 +1,4 @@
-"""A run of `CAST`: how it starts, and its end."""
+"""The start and the end of a run of `CAST`."""
 
 import warnings
 from typing import Any
@@ -15,17 +15,17 @@ from keras_weightmods.sparsity.criteria import CRITERIA
 from keras_weightmods.utils import checks
 
 # The learning rate, ramp and criterion for a dense start, a one-shot start and
-# one of whole blocks. benchmarks/quality.py chose the first. The second has a
-# quarter of Adam's best rate under a fixed mask, and was not searched for. For
-# 25,600 tokens the third is as good with 4e-5 and 1e-4.
+# one of whole blocks. benchmarks/quality.py chose the first. The second was not
+# tuned: it is a quarter of Adam's best rate under a fixed mask. With 25,600
+# tokens, 4e-5 and 1e-4 are equally good for the third.
 _RECIPES = {
     "dense": (1.5e-4, 0.4, "wanda"),
     "sparse": (2.5e-4, 0.0, "magnitude"),
     "blocks": (7e-5, 0.0, "magnitude"),
 }
-# The share of the run in which the default learning rate rises.
+# The default learning rate rises during this share of the run.
 WARMUP = 0.1
-# The importance of inputs is measured on so many batches.
+# The number of batches that measure the importance of inputs.
 _MEASURED_BATCHES = 8
 
 
@@ -62,7 +62,7 @@ def start(
     verbose: Any,
     began: float,
 ) -> Any:
-    """Do what is done on the first batches; return `x` with all of them."""
+    """Make the start on the first batches; return `x` with all batches."""
     is_ranked_by_inputs = cast.adam_s.criterion == "wanda"
     if cast.is_started and not is_ranked_by_inputs:
         return x
@@ -90,7 +90,7 @@ def start(
 
 
 def check_sparsified(adam_s: AdamS, targets: Targets) -> None:
-    """Raise ValueError for a target that the optimizer does not sparsify."""
+    """Raise ValueError if the optimizer does not sparsify a target."""
     known = set(map(id, adam_s.sparsified))
     left = [t.path for t in targets if id(t.variable) not in known]
     if left:

@@ -1,7 +1,7 @@
-"""Pruning criteria: what decides which weights of a group are kept.
+"""Pruning criteria, which decide the weights of a group to keep.
 
-`CRITERIA` is the table that `sparsify`, and the one-shot start of `CAST`,
-read. To add a criterion, add an entry:
+`sparsify` and the one-shot start of `CAST` read the table `CRITERIA`. To add a
+criterion, add an entry:
 
 ```python
 import keras_weightmods as kwm
@@ -30,7 +30,7 @@ from keras_weightmods.ops.sparsegpt import inverse_factor, sparsegpt, wanda
 
 
 class Inputs:
-    """What the inputs of a matrix are like, over the calibration data.
+    """Statistics of the inputs of a matrix, over the calibration data.
 
     Attributes:
         second_moment: Tensor of shape `(K, K)`, the mean of `x x^T`.

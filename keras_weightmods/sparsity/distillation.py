@@ -1,7 +1,7 @@
 """Distillation of logits, with sample weights and masks, by a frozen twin.
 
-Where a model can be split at its head, the losses are taken from what enters
-it, with the logits of few positions at a time.
+If a model can be split at its head, the losses are computed from the head's
+inputs, with the logits of a few positions at a time.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ class LogitsDistiller(keras.distillation.Distiller):
     Keras' own `Distiller` leaves out sample weights, masks and the losses of
     the student's layers, and has no frozen twin as a teacher.
 
-    Where the models end in a head that is known, and the loss is the plain
-    cross-entropy from logits, the losses of a step are taken from the last
-    hidden states, with the logits of a few positions at a time.
+    Some models end in a known head, and have plain cross-entropy from logits as
+    the loss. A step then computes the losses from the last hidden states, with
+    the logits of a few positions at a time.
 
     Args:
         model: The student, a built `keras.Model`.
@@ -49,12 +49,12 @@ class LogitsDistiller(keras.distillation.Distiller):
         self, model, teacher, weight, temperature, teacher_dtype, name
     ):
         is_self = isinstance(teacher, str) and teacher == "self"
-        # One that is not built would be in training, by random weights.
+        # A teacher that is not built would have random weights.
         is_other = isinstance(teacher, keras.Model) and teacher.built
         if teacher is model or not (is_self or is_other or teacher is None):
             expected = '"self" for a frozen copy, another built `keras.Model`'
             raise checks.error("teacher", f"{expected} or None", teacher)
-        # Only a copy is cast; another model has its own.
+        # Only a copy is cast; another model has its own dtype.
         dtypes = ("float32", "bfloat16", "float16") if is_self else ()
         checks.check_choice("teacher_dtype", teacher_dtype, (None, *dtypes))
         weight = checks.check_float("distillation_weight", weight, 0, 1)
@@ -78,15 +78,15 @@ class LogitsDistiller(keras.distillation.Distiller):
             )
             _warn_about_outputs(model)
         self._temperature = temperature
-        # The heads of student and teacher, where their losses are taken in
-        # chunks; in a step, the model then ends before its head.
+        # The heads of student and teacher, if losses are computed in chunks.
+        # The model then ends before its head in a step.
         self._heads: Any = None
         self._is_split = False
         self.built = True
 
     @property
     def output_names(self) -> Any:
-        """The names of the model's outputs, by which Keras takes losses."""
+        """The names of the model's outputs, which Keras' losses use."""
         return self.student.output_names
 
     @property
@@ -97,8 +97,8 @@ class LogitsDistiller(keras.distillation.Distiller):
 
     def compile(self, optimizer=None, loss=None, **kwargs):
         """Configure the training, as `keras.Model.compile` does."""
-        # Past Distiller.compile and its compute_loss, which leave out sample
-        # weights, masks and the layers' own losses.
+        # Bypasses Distiller.compile and its compute_loss, which leave out
+        # sample weights, masks and the layers' own losses.
         keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
         self._heads = None
         names = ("metrics", "weighted_metrics", "loss_weights")
@@ -107,7 +107,8 @@ class LogitsDistiller(keras.distillation.Distiller):
             and _is_plain_entropy(loss)
             and keras.distribution.distribution() is None
         ):
-            # A frozen twin has the student's; without a teacher it is not used.
+            # A frozen twin has that of the student. Without a teacher it is
+            # unused.
             is_other = not isinstance(self.teacher, FrozenTwin | None)
             models = self.student, self.teacher if is_other else self.student
             heads = list(map(splittable_head, models))
@@ -132,7 +133,7 @@ class LogitsDistiller(keras.distillation.Distiller):
             self._is_split = False
 
     def call(self, inputs, training=None, **kwargs):
-        """Return the logits; within a split step, what enters the head."""
+        """Return the logits; in a split step, the inputs of the head."""
         if self._is_split:
             return self._heads[0].body(inputs, training=training)
         return super().call(inputs, training=training, **kwargs)
@@ -169,7 +170,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         return total
 
     def _divergence(self, x, y_pred, sample_weight):
-        """Return the loss by the teacher, over all outputs in their order."""
+        """Return the teacher's loss, over all outputs in their order."""
         if self.teacher is None:
             return 0.0
         taught = keras.tree.flatten(self.teacher(x, training=False))
@@ -207,7 +208,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         return losses[0], *map(ops.stop_gradient, (losses[1], losses[2]))
 
     def _taught(self, x):
-        """Return the teacher's head as a function, and what enters it."""
+        """Return the teacher's head as a function, and its inputs."""
         model, head = self.teacher, self._heads[-1]
         if model is None:
             return None, None
@@ -250,7 +251,7 @@ class LogitsKL(keras.losses.Loss):
 
 
 def _warn_about_outputs(model):
-    """Warn where the last layer shows that outputs are no logits."""
+    """Warn if the last layer shows that outputs are no logits."""
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
         operation, _ = keras_compat.producer(output)
         activation = getattr(operation, "activation", operation)
@@ -284,7 +285,7 @@ def _are_of_tokens(y, sample_weight):
 
 
 def _weights(head, hidden, sample_weight):
-    """Return by what Keras multiplies the loss of each position."""
+    """Return the factor of Keras for the loss of each position."""
     mask = head.compute_mask(keras_compat.get_keras_mask(hidden))
     mean_of = _Values(name="values", dtype="float32")
     sample_weight = _copied(sample_weight)
@@ -300,7 +301,7 @@ def _weights(head, hidden, sample_weight):
 
 
 class _Values(keras.losses.Loss):
-    """The mean of values; linear, so that its gradient are the weights."""
+    """Return the mean of values. It is linear: its gradient is the weights."""
 
     def call(self, y_true, y_pred):
         return y_pred
@@ -319,13 +320,13 @@ def _is_plain_entropy(loss):
     return loss.get_config() == plain.get_config()
 
 
-# For the wrappers around the model: its own layers cast what they are given,
-# and a global mixed-precision policy must not cast it before.
+# For wrappers around the model. Its own layers cast their inputs, and a global
+# mixed-precision policy must not cast them earlier.
 _TRANSPARENT = {"dtype": "float32", "autocast": False}
 
 
 class FrozenTwin(keras.Model):
-    """The model as it was: its own graph, run on a frozen copy of weights.
+    """The former model: its own graph, run on a frozen copy of the weights.
 
     Rebuilding a model from its config can change it (some backbones drop
     tied embeddings from theirs), so the graph is shared.
@@ -347,13 +348,13 @@ class FrozenTwin(keras.Model):
 
     def run(self, part, inputs):
         """Run the model, or another one of its layers, on the copy."""
-        # Which are trainable, and whether there still are scales, can change
-        # after the copy was taken.
+        # Trainability, and the existence of scales, can change after the copy.
         values = map(
             self.values_of,
             (part.trainable_variables, part.non_trainable_variables),
         )
-        # Unlike a call of the model, this passes on what `call` cannot take.
+        # Unlike a call of the model, this passes on arguments that `call`
+        # refuses.
         takes = keras_compat.takes_training(part)
         options = {"training": False} if takes else {}
         outputs, _ = part.stateless_call(*values, inputs, **options)
@@ -378,6 +379,6 @@ class FrozenTwin(keras.Model):
             autocast=False,
             name=variable.name,
         )
-        # A copy indeed: JAX would share the buffer, then donate it in training.
+        # A true copy: JAX would share the buffer, then donate it in training.
         copy.assign(ops.copy(ops.cast(variable.value, dtype)))
         return copy

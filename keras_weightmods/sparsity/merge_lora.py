@@ -109,8 +109,8 @@ def merge_lora(
 def _merge(
     layer: Any, base: Any, names: tuple[str, str], has_pattern: bool
 ) -> None:
-    """Add LoRA's product to one kernel, and take LoRA off its layer."""
-    # Not `layer.kernel`, which is rounded to the compute dtype.
+    """Add LoRA's product to one kernel, and remove LoRA from its layer."""
+    # Avoid `layer.kernel`, which is rounded to the compute dtype.
     value, a, b = (
         ops.cast(each.value, "float32")
         for each in (base, *(getattr(layer, name) for name in names))
@@ -131,7 +131,7 @@ def _merge(
 
 
 def _adapter(layer: Any) -> tuple[Any, tuple[str, str]]:
-    """Return what LoRA adapts in a layer, and the names of its factors."""
+    """Return the variable that LoRA adapts, and the names of its factors."""
     name = "kernel" if hasattr(layer, "lora_kernel_a") else "embeddings"
     base = keras_compat.stored_variable(layer, name)
     if layer.quantization_mode is not None:

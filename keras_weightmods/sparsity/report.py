@@ -1,4 +1,4 @@
-"""How sparse a model is, kernel by kernel, and what calls changed of it."""
+"""The sparsity of a model, kernel by kernel, and how calls changed it."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ class ChangeReport(Report):
     def of(
         cls, title: str, weights: Any, changed: Any, skipped: Any = ()
     ) -> "ChangeReport":
-        """Report that of `weights`, all of a model, those `changed` were."""
+        """Report that `changed` were changed, of all `weights` of a model."""
         ids = set(map(id, changed))
         kernels = tuple(
             Row(weight_key(place, v.path), v.path, tuple(v.shape))
@@ -83,7 +83,7 @@ class KernelSparsity(Row):
 
     @property
     def bad_groups(self) -> str:
-        """The violations among the groups, in words."""
+        """The share of groups with violations, in words."""
         if not self.groups:
             return "does not fit"
         return f"{self.violations:,} of {self.groups:,}"
@@ -191,7 +191,7 @@ def sparsity_report(
             _sparsity(target, value, n, m)
             for target, value in progress.each(values)
         )
-    # Counted as if none were packed.
+    # Counts are those of an unpacked model.
     arrays = {id(v) for item in packed for v in item.parameters}
     shapes = [item.target.shape for item in packed]
     shapes += [v.shape for v in model.weights if id(v) not in arrays]

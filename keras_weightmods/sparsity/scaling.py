@@ -143,7 +143,7 @@ def compute_scaled(kernel: Any, scale: Any, axes: tuple[int, ...]) -> Any:
     shape, groups, first = tuple(kernel.shape), scale.shape[0], axes[0]
     size = contraction_size(shape, axes) // groups
     if axes == tuple(range(first, first + len(axes))):
-        # Adjacent axes: only the small scale is transposed, not the kernel.
+        # For adjacent axes only the small scale is transposed, not the kernel.
         before = math.prod(shape[:first])
         scale = ops.reshape(scale, (groups, before, -1))
         scale = ops.transpose(scale, (1, 0, 2))[:, :, None, :]

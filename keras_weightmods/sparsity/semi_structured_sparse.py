@@ -85,7 +85,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     ```
     """
 
-    # What else acts on weights asks for this, without knowing the class.
+    # Other code that acts on weights reads this, without knowing the class.
     keeps_pattern = True
 
     def __init__(
@@ -116,8 +116,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             return nm.nm_project(w, self.pattern, self.axes_of(shape))
         bits, masked = self._mask or (None, None)
         if shape != masked:
-            # Keras calls a constraint after the update only, when the zeros
-            # that would give the mask away are overwritten.
+            # Keras calls a constraint only after the update, when the zeros
+            # that show the mask are overwritten.
             raise ValueError(
                 "A frozen `SemiStructuredSparse` needs the mask of its kernel "
                 "before the first step. Call `SemiStructuredSparse.attach("
@@ -306,7 +306,7 @@ def _is_ours(variable: Any) -> bool:
 
 
 def _forget_train_step(model: keras.Model) -> None:
-    # A train step that JAX or TensorFlow traced earlier holds the constraints
-    # of that time.
+    # A train step traced earlier by JAX or TensorFlow holds the old
+    # constraints.
     if getattr(model, "train_function", None) is not None:
         model.train_function = None

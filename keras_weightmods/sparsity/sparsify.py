@@ -257,7 +257,7 @@ def prune(
     """
     check_finite([t.variable for t in targets])
     blocks: list[ReconstructedBlock] = []
-    # For each kernel its error, and that by magnitude.
+    # The error of each kernel, and that by magnitude.
     errors: list[Any] = []
     held = None
     if batches and (CRITERIA[criterion].needs_data or refinements):
@@ -316,7 +316,7 @@ def prune(
         if held is not None:
             check_reached(kernels, "`criterion='magnitude'` takes no data.")
     error, plain = np.mean(errors, axis=0) if errors else (0.0, 0.0)
-    # By more than what differs from one choice of rows to another.
+    # By more than the difference between choices of rows.
     if error > 1.1 * plain:
         warnings.warn(
             "The outputs of the kernels have a mean error of "
@@ -335,7 +335,7 @@ def fitting_targets(
     pattern: Pattern,
     reason: Callable[[Target], str | None] = lambda target: None,
 ) -> Targets:
-    """Return those of `targets` that fit a pattern; the others are skipped.
+    """Return the `targets` that fit a pattern; the others are skipped.
 
     Args:
         caller: String, for the error message.

@@ -1,4 +1,4 @@
-"""Shows how far the training is on its way to the pattern."""
+"""A callback that shows the progress of training into the pattern."""
 
 import math
 from typing import Any
@@ -78,7 +78,7 @@ class SparsityMonitor(keras.callbacks.Callback):
 
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
-        # On JAX the property brings the model up to date.
+        # On JAX the property updates the model.
         optimizer = inner_optimizer(self.model.optimizer)
         share, largest = kept_share(optimizer)
         masks = [bits for _, _, bits in optimizer.sparsified_state]

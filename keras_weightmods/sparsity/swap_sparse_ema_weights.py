@@ -56,7 +56,7 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
     def __init__(self, swap_on_epoch: bool = False) -> None:
         checks.check_bool("swap_on_epoch", swap_on_epoch)
         super().__init__(swap_on_epoch=swap_on_epoch)
-        # Variables, their average and the projection of it in the model.
+        # Variables, their averages, and the projections of these in the model.
         self._shown: list[tuple[Any, Any, Any]] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -82,16 +82,16 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
         self._around(super().on_train_end, shows=True)
 
     def _around(self, hook: Any, *args: Any, shows: bool = False) -> None:
-        """Run a hook of Keras on true averages; project what it shows."""
-        # The property brings the state back into the variables on JAX.
+        """Run a hook of Keras on true averages, then project them."""
+        # On JAX the property brings the state back into the variables.
         model = self.model
         shown, self._shown = self._shown, []
         for variable, average, projected in shown:
-            # Weights that were assigned since then stay.
+            # Weights assigned since then stay.
             if np.array_equal(ops.convert_to_numpy(variable), projected):
                 variable.assign(average)
         hook(*args)
-        # Before its first step a model may be dense, and stays so.
+        # A model that is dense before its first step stays dense.
         if not (shows or shown):
             return
         for variable in model.trainable_variables:

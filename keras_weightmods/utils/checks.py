@@ -1,7 +1,7 @@
-"""Checks of arguments, with one notion of what an int is and one wording.
+"""Checks of arguments, with one notion of an int and one wording.
 
-Each takes the name of the argument, for the message, and its value, and
-returns the value. NumPy's ints and floats count as ints and floats, bools as
+Each takes the name of the argument, for the message, and its value, and returns
+the value. NumPy's ints and floats count as ints and floats. Bools count as
 neither.
 """
 
@@ -69,7 +69,7 @@ def check_bool(name: str, value: Any) -> bool:
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Return one of `choices`; raise ValueError for anything else."""
-    # Not by `in`: an array compares elementwise.
+    # Avoid `in`: an array compares elementwise.
     if not any(type(value) is type(each) and value == each for each in choices):
         raise error(name, f"one of {', '.join(map(repr, choices))}", value)
     return value
@@ -125,7 +125,7 @@ def check_array(name: str, value: Any, dtype: Any = None) -> Any:
         array = np.asarray(ops.convert_to_numpy(value) if is_tensor else value)
         if array.dtype.kind in "biuf" or "float" in array.dtype.name:
             return array.astype(dtype or array.dtype, copy=False)
-    # What is no array fails in many ways.
+    # Values that are no arrays fail in many ways.
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         pass
     raise error(name, "an array of numbers", value)
@@ -146,7 +146,7 @@ def check_tensor(name: str, value: Any) -> Any:
 
 def check_shape(name: str, value: Any) -> tuple[int, ...]:
     """Return a tuple of ints, none of them negative; else raise ValueError."""
-    # The shape of a tensor of TensorFlow is no tuple.
+    # The shape of a TensorFlow tensor is no tuple.
     found = value.as_list() if hasattr(value, "as_list") else value
     if not isinstance(found, (tuple, list)):
         raise error(name, "a tuple of ints", value)
@@ -200,27 +200,27 @@ def error(name: str, expected: str, value: Any) -> ValueError:
 
 
 def shown(value: Any) -> str:
-    """Return the `repr` of a value of the user, cut where it is long.
+    """Return the `repr` of a user's value, cut if it is long.
 
-    Python's own is as long as the value, or longer where parts of it are in it
-    many times, and fails for an int of 5,000 digits.
+    Python's own is as long as the value, or longer if parts of it recur, and
+    fails for an int of 5,000 digits.
     """
     try:
         return cut(_REPR.repr(value), _MOST_SHOWN)
-    # What the user's own class raises is not known.
+    # A user's class may raise anything.
     except Exception:
         return object.__repr__(value)
 
 
 def cut(text: Any, most: int = _MOST_SHOWN) -> str:
-    """Return a text of at most some characters, its end in place of more."""
+    """Return a text of limited length, with a mark in place of its end."""
     text = str(text)
     return text if len(text) <= most else f"{text[: most - 60]}...{text[-57:]}"
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes for what a terminal would obey."""
-    # The lines of a list of problems stay.
+    """Return a text with escapes for control characters."""
+    # Line breaks in a list of problems stay.
     return "".join(
         c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text
     )
@@ -229,7 +229,7 @@ def printable(text: str) -> str:
 def raise_all(summary: str, problems: Iterable[str]) -> None:
     """Raise a ValueError that lists the first of `problems`, if there are any.
 
-    And how many there are.
+    The error also says how many there are.
     """
     if problems := list(problems):
         plural = "s" if len(problems) > 1 else ""
@@ -240,7 +240,7 @@ def raise_all(summary: str, problems: Iterable[str]) -> None:
 
 
 def listed(problems: list[str]) -> str:
-    """Return the first of `problems`, a line each, and how many more."""
+    """Return the first of `problems`, a line each, and the number of others."""
     lines: list[str] = []
     for problem in problems:
         line = f"\n  {cut(problem)}"

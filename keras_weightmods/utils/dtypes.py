@@ -1,4 +1,4 @@
-"""Types of arrays by the names that Keras has for them."""
+"""Array dtypes by their names in Keras."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# How far rounding takes a number, as a share of it.
+# The largest rounding error of a number, as a share of it.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
@@ -16,7 +16,7 @@ def numpy_dtype(name: str) -> Any:
 
 
 def has_16_bits(variable: Any) -> bool:
-    """Return whether steps of a usual size are rounded away in a variable."""
+    """Return whether rounding cancels steps of the usual size in a variable."""
     return variable.dtype in _ROUNDING
 
 
@@ -29,7 +29,7 @@ def restored(weight: Any, master: Any) -> Any:
             `weight` was changed since, it is not used. `weight` is not compared
             with a rounded `master`: XLA leaves out such a rounding.
     """
-    # The command line reads files without Keras.
+    # Imported here: the command line reads files without Keras.
     import keras
     from keras import ops
 
@@ -41,7 +41,7 @@ def restored(weight: Any, master: Any) -> Any:
 
 
 def bytes_of(arrays: Any) -> int:
-    """Return the size of all that has a `shape` and a `dtype`, in bytes."""
+    """Return the size of a value with `shape` and `dtype`, in bytes."""
     return sum(
         math.prod(array.shape) * int(numpy_dtype(array.dtype).itemsize)
         for array in arrays

@@ -69,7 +69,7 @@ def along(vector, shape, axis):
 
 
 def _regrouped(stack, stacks):
-    """Matrices with the same columns, as another number of them."""
+    """Regroup matrices with the same columns into another number of them."""
     if stacks is None or stacks == stack.shape[0]:
         return stack
     rows = ops.transpose(stack, (1, 0, 2))
@@ -78,7 +78,7 @@ def _regrouped(stack, stacks):
 
 
 def _transposed(x, axes):
-    """The tensor with `axes` first."""
+    """Return the tensor with `axes` first."""
     x = ops.convert_to_tensor(x)
     order = _order(len(x.shape), axes)
     return x if order == sorted(order) else ops.transpose(x, order)

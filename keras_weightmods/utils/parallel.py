@@ -1,4 +1,4 @@
-"""Work for all cores: NumPy, zlib and checksums let other threads run."""
+"""Work on all cores: NumPy, zlib and checksums let other threads run."""
 
 import collections
 import concurrent.futures
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-# More would wait for memory, and each holds some.
+# More threads would wait for memory, and each holds some.
 _MOST_THREADS = 8
 
 
@@ -22,10 +22,10 @@ def threads() -> int:
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any]
 ) -> Iterator[Any]:
-    """Yield what a function returns for each item, in the order of the items.
+    """Yield the result of a function for each item, in order.
 
-    On all cores, and while the caller works with what was yielded before; a
-    few items ahead of it, so that the results need little memory.
+    The function runs on all cores while the caller uses earlier results. It is
+    only a few items ahead, so that results need little memory.
 
     Args:
         function: Callable of an item, which other threads call.

@@ -1,4 +1,4 @@
-"""Signs of progress for work that may take long, and may not."""
+"""Progress of work that may or may not take long."""
 
 import sys
 import threading
@@ -7,15 +7,14 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
-# Seconds in which nothing is shown.
+# Nothing is shown for so many seconds.
 DELAY = 2.0
-# Seconds between two drawings, of what replaces the last one and of lines that
-# stay.
+# Seconds between drawings that replace each other, and between lines that stay.
 _EVERY = {True: 1.0, False: 10.0}
 
 
 class _Late:
-    """Draws from a thread, once the work has taken two seconds.
+    """Draw from a thread, once the work has taken two seconds.
 
     In a terminal or a notebook it draws again each second, in a file each ten.
     """
@@ -31,8 +30,8 @@ class _Late:
         is_terminal = getattr(sys.stdout, "isatty", bool)()
         self._is_rewritten = is_terminal or "ipykernel" in sys.modules
         self._is_over = threading.Event()
-        # The thread keeps this object no longer than a drawing takes: where
-        # Ctrl-C comes before `__exit__` has begun, it ends with the object.
+        # The thread holds this object only while it draws. So it ends with the
+        # object if Ctrl-C comes before `__exit__`.
         weakref.finalize(self, self._is_over.set)
         self._thread = threading.Thread(
             target=_draw_until,
@@ -67,9 +66,9 @@ def _draw_until(
 class Progress(_Late):
     """Keras' progress bar, shown once the work has taken two seconds.
 
-    A context manager. A step that takes long shows it too, not only the end of
-    one. Work that is done before shows nothing. In a terminal or a notebook the
-    bar is drawn again each second, in a file each ten.
+    A context manager. The bar appears even within a long step. Shorter work
+    shows nothing. In a terminal or a notebook the bar is redrawn every second,
+    in a file every ten.
 
     Args:
         total: Int, the steps of the work. It may be set later.
@@ -99,11 +98,11 @@ class Progress(_Late):
         return super().__enter__()
 
     def add(self, *_: Any) -> None:
-        """Count one step more. Arguments are passed over."""
+        """Count one more step. Arguments are ignored."""
         self._done += 1
 
     def each(self, steps: Iterable[Any]) -> Iterator[Any]:
-        """Yield the steps, each of which is counted when it is done."""
+        """Yield the steps, and count each when it is done."""
         for step in steps:
             yield step
             self.add()
@@ -119,11 +118,11 @@ class Progress(_Late):
 
 
 class Waiting(_Late):
-    """A line that says what is waited for, and the seconds that it has taken.
+    """A line that names the work in progress, and the seconds it has taken.
 
-    A context manager, for work whose steps cannot be counted. As `Progress` it
-    shows nothing for two seconds. In a terminal or a notebook the line is
-    written again each second; in a file each ten, as a line of its own.
+    A context manager for work whose steps cannot be counted. Like `Progress`,
+    it shows nothing for two seconds. In a terminal or a notebook the line is
+    rewritten every second. In a file, a new line appears every ten.
 
     Args:
         label: String, what is waited for.

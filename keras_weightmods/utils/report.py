@@ -1,4 +1,4 @@
-"""Reports: what a call found or changed, as a table, a dict or HTML."""
+"""Reports on what a call found or changed, as a table, a dict or HTML."""
 
 import dataclasses
 import html
@@ -10,14 +10,14 @@ from typing import Any
 
 from keras_weightmods.utils.checks import cut, printable
 
-# Lines that `str(report)` takes at most, and characters that they have.
+# The most lines of `str(report)`, and their width.
 _LINES, _WIDTH = 30, 100
 _LEFT = "Left as they are"
 
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A weight that a call left as it is.
+    """A weight that a call did not change.
 
     Attributes:
         path: String, the path of the variable.
@@ -65,7 +65,7 @@ class Table:
 
 
 class Report:
-    """The result of a call, as a table and as plain values.
+    """The result of a call, as a table and plain values.
 
     Subclasses are frozen dataclasses and implement `tables`. A field `skipped`
     holds the `Skipped`, and a property `totals` a dict of sums. A report prints
@@ -103,7 +103,7 @@ class Report:
 
 
 def skipped_text(skipped: Iterable[Skipped]) -> str:
-    """Return what is skipped for an error: the first weight of each reason."""
+    """Return the skipped weights for an error: the first of each reason."""
     rows = _grouped(skipped)
     listed = [
         f"{f'{count} weights, the first ' * (count > 1)}"
@@ -130,7 +130,7 @@ def size_text(nbytes: float) -> str:
 
 
 def _shortened(tables: list[Table]) -> Iterator[Table]:
-    """Yield the tables with as many rows as fit, alike for each."""
+    """Yield the tables with as many rows as fit, shared equally."""
     shown = [len(table.rows) for table in tables]
     left = _LINES
     for table in tables:

@@ -1,8 +1,8 @@
 """The kernel of `backend.attention` on JAX: a custom call.
 
-A function of a model is traced, and in its equations those of a call of
-`keras.ops.dot_product_attention` are looked for: as they come where that call
-alone is traced, with whatever versions of Keras and JAX are there.
+A model's function is traced. So is a call of `keras.ops.dot_product_attention`
+alone, with the installed Keras and JAX. Where the equations of that call occur
+in the model's trace, the kernel takes their place.
 """
 
 import functools
@@ -17,7 +17,7 @@ from keras import ops
 from keras_weightmods.backend import attention
 from keras_weightmods.backend.jax import xla_calls
 
-# Stands for the scale of an attention; as good as any other number.
+# Stands for the scale of an attention. Any other number would do.
 _SCALE = 0.0123456789
 
 
@@ -72,7 +72,7 @@ def _templates(query_shape, key_shape, dtype):
     query = jax.ShapeDtypeStruct(query_shape, dtype)
     key = jax.ShapeDtypeStruct((batch, *key_shape), dtype)
     mask = jax.ShapeDtypeStruct((batch, 1, queries, places), bool)
-    # None for what the kernel is not made for.
+    # None where the kernel does not apply.
     is_possible = jax.eval_shape(
         lambda *inputs: attention.attend(kernel, *inputs), query, key, key
     )

@@ -1,7 +1,7 @@
 """`generate` of KerasHub's language models on JAX, with a cache in parts.
 
-KerasHub compiles `generate_step` as a whole. It reads prompts as long as the
-text is to become, and stacks the caches of the layers anew for each token.
+KerasHub compiles `generate_step` as a whole. It reads each prompt at the length
+of the finished text, and stacks the caches of the layers anew for each token.
 """
 
 import jax
@@ -11,12 +11,13 @@ import keras
 from keras_weightmods.backend.generation import Steps
 from keras_weightmods.backend.jax import traced_call
 
-# XLA takes long: `max_length` is rounded up to multiples of this.
+# XLA compiles slowly: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
 
 
 class CompiledGenerate(Steps):
-    """See that of torch; by one program of XLA, with a cache in parts."""
+    """See the one of torch. This one is a single XLA program, with a cache in
+    parts."""
 
     def __init__(self, model, rounds_inputs):
         super().__init__(model, rounds_inputs)
@@ -50,7 +51,7 @@ class CompiledGenerate(Steps):
     def first(self, token_ids, cache):
         logits, hidden_states, cache = _traced(super().first, token_ids, cache)
         cache = traced_call.whole(cache)
-        # A step says in which parts it makes the next cache.
+        # A step determines the parts of the next cache.
         inputs = token_ids[:, :1], cache, jnp.int32(0)
         stack = jax.eval_shape(self.step, *inputs)[2]
         return logits, hidden_states, traced_call.split_like(cache, stack)

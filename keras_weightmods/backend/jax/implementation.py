@@ -18,15 +18,15 @@ class _JAX(Backend):
         program = jax.jit(function, static_argnums=static)
 
         def call(*args):
-            # Also where a forward pass is run op by op.
+            # Even where a forward pass runs op by op.
             with jax.disable_jit(False):
                 return program(*args)
 
         return call
 
     def compiled_call(self, layer):
-        # `Model.predict_on_batch` hands all weights out and takes them back,
-        # which for a language model takes as long as a row of tokens does.
+        # `Model.predict_on_batch` passes all weights out and back in, which
+        # takes as long as a row of tokens takes a language model.
         @jax.jit
         def stateless(values, inputs):
             return layer.stateless_call(*values, inputs, training=False)[0]
@@ -41,9 +41,9 @@ class _JAX(Backend):
         if not tensors:
             return tensors
         numbers = [jnp.reshape(x, (-1,))[0].astype("float32") for x in first]
-        # Sorted, since XLA computes a sum anew in all that need it.
+        # Sorted, because XLA computes a sum anew for each of its users.
         number = jnp.sort(jnp.stack(numbers))[0]
-        # Always, also where it is NaN; but XLA does not know.
+        # Always true, also for NaN, but XLA does not know.
         is_there = jnp.logical_not(number > jnp.abs(number))
         return [jnp.where(is_there, x, -x) for x in tensors]
 
@@ -53,8 +53,8 @@ class _JAX(Backend):
         return None
 
     def tensor_of(self, array):
-        # In the memory of the array where it is aligned. Without the dtype JAX
-        # makes a copy.
+        # Shares the memory of an aligned array. Without the dtype JAX copies
+        # it.
         return jnp.asarray(array, dtype=array.dtype)
 
     def processes(self):

@@ -1,8 +1,8 @@
 """Train steps of Keras whose weights an error or Ctrl-C does not lose.
 
-Keras takes the values out of a model's variables and hands them to the step,
-which overwrites them in place: until it has returned, and Keras has noted what
-it returned, nobody holds the weights.
+Keras takes the values out of a model's variables and passes them to the step,
+which overwrites them in place. Nobody holds the weights until the step has
+returned and Keras has stored the result.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from typing import Any
 def kept(step, hold, state, iterator):
     """Run a training step, and keep the weights if it ends with an error.
 
-    An error in the data, or in what is compiled, leaves the values of before
-    the step. Ctrl-C waits for the end of the step, unless it waits for data,
-    or comes again.
+    After an error in the data or the compiled step, the model has the values
+    from before the step. Ctrl-C waits for the end of the step, unless the step
+    waits for data or Ctrl-C is pressed again.
 
     Args:
         step: The `train_function` of a model.
@@ -39,14 +39,14 @@ def kept(step, hold, state, iterator):
         if not any(array.is_deleted() for array in arrays):
             hold(left)
             for array in arrays:
-                # Nothing runs on when the program ends.
+                # Let nothing run when the program ends.
                 array.block_until_ready()
         raise
     return logs, new
 
 
 def _data(iterator, waiting):
-    """Yield batches, on which an interrupt need not wait."""
+    """Yield batches. An interrupt need not wait for them."""
     while True:
         with waiting():
             batch = next(iterator, None)
@@ -57,7 +57,8 @@ def _data(iterator, waiting):
 
 @contextlib.contextmanager
 def _interrupts_wait():
-    """Handle Ctrl-C at the end of a scope; yield one where it need not."""
+    """Handle Ctrl-C at the end of a scope; yield a scope in which it acts at
+    once."""
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not callable(handler):

@@ -1,7 +1,7 @@
-"""How what stands for a weight is split over devices: as the weight is.
+"""Split what stands for a weight over devices as the weight itself is.
 
-A layout is what a Keras variable has under `keras.distribution`: a
-`TensorLayout`, or a sharding of JAX.
+A layout is that of a Keras variable under `keras.distribution`: a
+`TensorLayout`, or a JAX sharding.
 """
 
 import dataclasses
@@ -30,14 +30,15 @@ class Split:
     columns: tuple[str, ...]
 
     def parts(self, side):
-        """Return into how many parts `"rows"` or `"columns"` are split."""
+        """Return the number of parts that `"rows"` or `"columns"` are split
+        into."""
         return math.prod(self.mesh.shape[a] for a in getattr(self, side))
 
     def specs(self, arrays):
         """Return the `PartitionSpec` of each array of `packed_arrays`.
 
-        Columns are the first axis of all of them, rows the second but where
-        there is one scale for a column.
+        Columns are the first axis of each, rows the second, except where each
+        column has one scale.
         """
         whole = (self.columns or None, self.rows or None)
         return {
@@ -67,9 +68,9 @@ class SplitPacked(Packed):
 def split_of(layout, contraction_axes, matrix_shape, dtype, sides):
     """Return how to split the packed matrix of a kernel.
 
-    The axes of the mesh that split the kernel split the matrix: those of the
-    contraction its rows, the others its columns. One that does not divide the
-    blocks of the format there is taken for the other side.
+    The mesh axes that split the kernel split the matrix. Axes of the
+    contraction split its rows, the others its columns. An axis that does not
+    divide the format's blocks on its side moves to the other side.
 
     Args:
         layout: Layout of the kernel, or None.
@@ -109,7 +110,7 @@ def split_of(layout, contraction_axes, matrix_shape, dtype, sides):
 
 
 def split_vector(layout):
-    """Return how to split a vector of entries of a weight.
+    """Return how to split a vector that holds entries of a weight.
 
     Args:
         layout: Layout of the weight, or None.
@@ -130,8 +131,8 @@ def split_vector(layout):
 def batch_axis(x, split):
     """Return the axis of the mesh that splits the rows of `x`, or None.
 
-    It is that of the data of the distribution that is set, unless it splits
-    the weights: these are never gathered.
+    It is the data axis of the current distribution. It is None where that axis
+    splits the weights, which are never gathered.
     """
     distribution = keras.distribution.distribution()
     name = getattr(distribution, "batch_dim_name", None)
@@ -143,10 +144,10 @@ def batch_axis(x, split):
 
 
 def taken(x, indices):
-    """Return entries of a weight that is split, a vector.
+    """Return entries of a split weight as a vector.
 
-    By their coordinates: a flattened weight would be gathered first. Each
-    device takes what it holds, and what is exchanged are the entries.
+    They are taken by their coordinates, because flattening would gather the
+    weight. Each device takes what it holds, and only entries are exchanged.
 
     Args:
         x: Array.
@@ -158,7 +159,8 @@ def taken(x, indices):
 
 
 def put(x, indices, values):
-    """Return the array with other entries at these places, none beyond it."""
+    """Return the array with new entries at these places, and ignore places
+    beyond it."""
     places = _coordinates(x.shape, indices)
     return jnp.asarray(x).at[places].set(values, mode="drop")
 

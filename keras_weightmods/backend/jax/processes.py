@@ -1,6 +1,6 @@
 """The processes that run one training together.
 
-Each calls these functions in the same order, or all wait for ever.
+All must call these functions in the same order, or they wait forever.
 """
 
 import json
@@ -16,7 +16,7 @@ def index():
 
 
 def wait(name):
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this call."""
     multihost_utils.sync_global_devices(name)
 
 
@@ -33,15 +33,15 @@ def gathered(value):
 
 
 def rows_of_all(array):
-    """Return the rows of all processes, one behind the other, in NumPy."""
+    """Return the rows of all processes, concatenated, in NumPy."""
     array = np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def whole(array):
-    """Return an array of JAX in NumPy, also one split over the processes."""
+    """Return a JAX array, even one split over the processes, in NumPy."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    # Within `jax.disable_jit` it would return the part of this process alone.
+    # Under `jax.disable_jit` it would return only the part of this process.
     with jax.disable_jit(False):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

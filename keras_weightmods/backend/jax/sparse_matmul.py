@@ -1,4 +1,4 @@
-"""`sparse_matmul` on JAX: custom calls, on a CPU by the kernels of C++.
+"""`sparse_matmul` on JAX: custom calls, on a CPU to the C++ kernels.
 
 Eager, under `jit`, `grad` and `vmap`. XLA's thread pool shares the work. XLA
 cannot split a custom call over devices by itself: `split_matmul` does.
@@ -33,7 +33,7 @@ def sparse_matmul(x, packed):
     if platform == "gpu" and not isinstance(packed, layouts.SplitPacked):
         return sparse_matmul_gpu.matmul(x, packed)
     if platform != "cpu":
-        # What XLA can split itself.
+        # XLA can split this itself.
         return dense_matmul(x, packed)
     if isinstance(packed, layouts.SplitPacked):
         return split_matmul(x, packed)
@@ -41,11 +41,10 @@ def sparse_matmul(x, packed):
 
 
 def split_matmul(x, packed):
-    """`sparse_matmul` by a kernel that is split over devices.
+    """`sparse_matmul` with a kernel that is split over devices.
 
-    Each device multiplies by its own part of the kernel; no device receives
-    another's weights. With the rows split, what is exchanged is a sum of
-    outputs.
+    Each device multiplies by its own part of the kernel and receives no other
+    weights. If the rows are split, the devices exchange a sum of outputs.
 
     Args:
         x: Float array of shape (..., K).
@@ -84,7 +83,7 @@ def _split_call(split, batch, rank, shape, dtype, pattern, activations):
         mesh=split.mesh,
         in_specs=(spec(*leading, split.rows or None), specs),
         out_specs=spec(*leading, split.columns or None),
-        # Then gradients of what is whole are summed over the devices.
+        # Gradients of unsplit tensors are then summed over the devices.
         check_vma=False,
     )
     return jax.jit(mapped)

@@ -1,9 +1,9 @@
 """`sparse_matmul` on NVIDIA GPUs under JAX. Not yet run on a GPU.
 
-By cuSPARSELt, or dense: whichever a trial on the card found faster for the
-number of rows (`native.gpu.trial`). Both need the kernel in a form of their
-own, a companion of the packed arrays, which is made at load and never stored.
-Without companions the kernel is unpacked in each call. int8 activations are
+Products use cuSPARSELt or are dense, whichever a trial on the card found faster
+for the number of rows (`native.gpu.trial`). Both need the kernel in a form of
+their own, a companion of the packed arrays. It is made at load and never
+stored. Without companions each call unpacks the kernel. int8 activations are
 rounded as on a CPU, and multiplied dense.
 """
 
@@ -46,7 +46,7 @@ class PreparedPacked(Packed):
 
 @functools.cache
 def plan(shape, kind):
-    """Return the `trial.Plan` for a kernel on the GPU that is there.
+    """Return the `trial.Plan` for a kernel on the GPU in use.
 
     The first call for a shape and a type of activations tries both products.
     """
@@ -56,7 +56,7 @@ def plan(shape, kind):
 
 def _reason_not_to_try():
     if jax.process_count() > 1:
-        # They run one program, and their trials may differ.
+        # All run one program, but their trials may differ.
         return "several processes share the program"
     return reason_unavailable()
 

@@ -1,15 +1,15 @@
-"""A function of arrays, traced, and run in another way with the same result.
+"""A traced function of arrays, rewritten to run faster with the same result.
 
-- A language model's step takes its cache of keys and values apart by layers,
-  and stacks what the layers give into the next one: a copy of the cache a
-  token, though only one place of it is new. Here a stack stays a `Stack` of its
-  parts for as long as the function does no more with it.
-- What depends on no argument, such as the cosines and sines of a prompt's
-  places, is computed once, as the function is traced. XLA would compute it anew
-  in each layer, for each head.
+- A language model's step splits its cache of keys and values by layers, and
+  stacks the results into the next cache. This copies the whole cache for each
+  token, although only one place is new. Here a stack stays a `Stack` of its
+  parts while the function does nothing else with it.
+- Values that depend on no argument, such as the cosines and sines of positions,
+  are computed once, during the trace. XLA would compute them anew in each
+  layer, for each head.
 - An attention is computed by the kernel of `backend.jax.attention`.
-- Products of one input by several packed kernels, with int8 activations, are
-  one call, which rounds the input once and wakes the threads once.
+- Products of one input with several packed kernels and int8 activations become
+  one call. It rounds the input once and wakes the threads once.
 """
 
 import collections
@@ -23,14 +23,14 @@ from jax.extend import core
 from keras_weightmods.backend import xla_products
 from keras_weightmods.backend.jax import attention
 
-# Entries of a constant; a larger one is computed as the function runs.
+# The most entries of a constant; larger ones are computed at run time.
 _LARGEST_CONSTANT = 2**20
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Arrays or stacks, all of one shape, along a new axis.
+    """Arrays or stacks of one shape, stacked along a new axis.
 
     Args:
         axis: Int.
@@ -47,7 +47,7 @@ class Stack:
 
 
 def whole(x):
-    """Return the array that a stack stands for; any other as it is."""
+    """Return the array that a stack stands for; return arrays as they are."""
     if isinstance(x, Stack):
         return jnp.stack(list(map(whole, x.parts)), x.axis)
     return x
@@ -89,7 +89,7 @@ class _Run:
 
     def __init__(self, key_shape):
         self.key_shape = key_shape
-        # Equal constants are one, as those of most layers are.
+        # Keep equal constants once: most layers have the same ones.
         self.constants: dict[Any, Any] = {}
 
     def __call__(self, jaxpr, consts, args):
@@ -141,7 +141,7 @@ class _Run:
         key = equation.primitive, str(equation.params), *names
         if key not in self.constants:
             with jax.ensure_compile_time_eval():
-                # The values too, so that no others get their ids.
+                # Hold the values too, so that no others get their ids.
                 self.constants[key] = values, _evaluated(equation, values)
         return self.constants[key][1]
 
@@ -167,9 +167,9 @@ def _needed(jaxpr, attentions):
 
 
 def _shared_products(jaxpr, equations):
-    """Return {result: equations of products by the same input}, of the first.
+    """Return {result of the first: equations of products with the same input}.
 
-    They are those of `xla_products` with int8 activations.
+    These are products of `xla_products` with int8 activations.
     """
     known = {*jaxpr.constvars, *jaxpr.invars}
     found = collections.defaultdict(list)
@@ -178,9 +178,9 @@ def _shared_products(jaxpr, equations):
         calls = inner.jaxpr.eqns if isinstance(inner, core.ClosedJaxpr) else ()
         if any(e.params.get("target_name") == xla_products.INT8 for e in calls):
             x, *arrays = equation.invars
-            # They are needed at the first product.
+            # The first product needs them.
             if all(isinstance(a, core.Literal) or a in known for a in arrays):
-                # One call takes matrices of one type.
+                # All matrices of one call have one type.
                 values, meta = (a.aval for a in arrays[:2])
                 kind = values.dtype, values.shape[2], meta.ndim
                 found[x, *kind].append(equation)
@@ -207,7 +207,7 @@ def _evaluated(equation, values):
 
 
 def _stack_of(equation, values):
-    """The result of an equation if it is a stack, or in one; else None."""
+    """Return the result of an equation if it is a stack or a part of one."""
     name, params = equation.primitive.name, equation.params
     x: Any = values[0] if values else None
     if name == "stack":

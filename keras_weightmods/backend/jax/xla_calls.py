@@ -1,4 +1,4 @@
-"""The compiled kernels as XLA custom calls on the CPU."""
+"""Compiled kernels as XLA custom calls on the CPU."""
 
 import functools
 
@@ -8,14 +8,15 @@ from keras_weightmods import native
 
 
 def reason_unavailable():
-    """Return why there are none on the CPU; empty if there are."""
+    """Return why the CPU has none; empty if it has."""
     if reason := native.reason_without_xla():
         return reason
     return "" if _register() else "JAX_PLATFORMS leaves out the CPU."
 
 
 def cpu_devices():
-    """List of JAX's devices on the CPU, none where JAX_PLATFORMS has none."""
+    """Return JAX's CPU devices; an empty list if JAX_PLATFORMS excludes
+    them."""
     try:
         return jax.devices("cpu")
     except RuntimeError:
@@ -25,8 +26,8 @@ def cpu_devices():
 @functools.cache
 def _register():
     """Register the handlers; False if that cannot be."""
-    # Registered before the backend is there, a handler that XLA refuses would
-    # end the process.
+    # Start the backend first: without it, a handler that XLA refuses would end
+    # the process.
     if not cpu_devices():
         return False
     for name in native.XLA_TARGETS:

@@ -1,19 +1,18 @@
 """`generate` of KerasHub's language models on TensorFlow, all of it by XLA.
 
-Keras compiles with XLA only where it is told to, so that KerasHub's `generate`
-runs op by op on a CPU.
+Keras uses XLA only on request, so KerasHub's `generate` runs op by op on a CPU.
 """
 
 import tensorflow as tf
 
 from keras_weightmods.backend.generation import Steps
 
-# XLA takes long: `max_length` is rounded up to multiples of this.
+# XLA compiles slowly: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
 
 
 class CompiledGenerate(Steps):
-    """See that of torch; by one program of XLA."""
+    """See the one of torch. This one is a single XLA program."""
 
     errors = (*Steps.errors, tf.errors.OpError)
 

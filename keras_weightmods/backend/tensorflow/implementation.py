@@ -32,8 +32,8 @@ class _TensorFlow(Backend):
             config.enable_tensor_float_32_execution(before)
 
     def fused(self, function):
-        # One each, or TensorFlow warns of retracing where there are many
-        # shapes.
+        # A function for each: with one for all, TensorFlow warns of retracing
+        # where there are many shapes.
         functions = {}
 
         def call(*args):
@@ -73,7 +73,8 @@ class _TensorFlow(Backend):
 
 
 def _dense(x):
-    """A tensor for a variable, of TensorFlow or Keras, or sparse gradient."""
+    """Return the tensor of a TensorFlow or Keras variable, or sparse
+    gradient."""
     return tf.convert_to_tensor(x) if hasattr(x, "dtype") else x
 
 

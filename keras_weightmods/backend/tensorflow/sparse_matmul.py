@@ -31,7 +31,7 @@ def reason_unavailable():
 
 @functools.cache
 def _refusal():
-    """What TensorFlow has against the handlers, found by a first product.
+    """Return why TensorFlow refuses the handlers, found by a first product.
 
     The ways into XLA are not in its public interface.
     """
@@ -41,7 +41,7 @@ def _refusal():
             kernel = pack_kernel(np.ones((2, 1), np.float32))
             correct = float(sparse_matmul(tf.ones((1, 2)), kernel)[0, 0]) == 2
     except Exception as error:
-        # Whatever it is: the dense product is there.
+        # Any error will do: the dense product is there.
         return (
             f"TensorFlow {tf.__version__} does not take the compiled kernels: "
             f"{error}. They are tested with TensorFlow 2.21."

@@ -55,7 +55,7 @@ class CompiledGenerate(Steps):
     def sampler(self, length):
         sampler = self.model.sampler
 
-        # As the sampler's own loop, without Keras' work for each operation.
+        # The sampler's own loop, without Keras' work for each operation.
         def sample(
             next, prompt, cache, index, mask, stop_token_ids=None, **kwargs
         ):
@@ -94,7 +94,7 @@ class CompiledGenerate(Steps):
         if key not in recorded:
             while len(recorded) >= _RECORDINGS:
                 recorded.pop(next(iter(recorded)))
-            # By other numbers: these must not become a part of it.
+            # Record with other numbers, so that these do not become constants.
             others = [torch.zeros_like(x) for x in (token_ids, cache)]
             others = [x.contiguous() for x in others]
             others += [i - 1 if i > 0 else i + 1 for i in index]

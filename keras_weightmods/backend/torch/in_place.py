@@ -1,8 +1,7 @@
-"""Steps of optimizers and of distillation on torch, in the memory they change.
+"""In-place steps of optimizers and of distillation on torch.
 
-Run eagerly and op by op, an update would read and write whole kernels through
-memory a dozen times, and each new tensor costs a copy. The numbers are the
-same.
+An eager update, op by op, would read and write whole kernels a dozen times, and
+each new tensor costs a copy. The results are the same.
 """
 
 import math
@@ -34,7 +33,7 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
     steps = ops.cast(step, "float32")
     ramp = float(rules.ramp_at(optimizer, steps))
     shrink = float(rules.shrink_at(optimizer, steps))
-    # 1 - beta**(step + 1), exact also where beta is near 1.
+    # 1 - beta**(step + 1), exact even if beta is near 1.
     first, second = (
         -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
         for beta in (optimizer.beta_1, optimizer.beta_2)
@@ -51,7 +50,8 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
         if master is not None:
             state["weight"] = master.copy_(restored(stored, master))
         gradient = gradient.to(state["weight"].dtype)
-        # A layout that is not contiguous is worked on as a copy, then written.
+        # A weight that is not contiguous is updated in a copy, which is then
+        # written back.
         updated = [state[name] for name in ("weight", "momentum", "velocity")]
         flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
         if axes is None:
@@ -72,16 +72,17 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
             for part, mask in _pieces(flat[0], bits):
                 g, w, momentum, v = (t[part] for t in flat)
                 momentum.lerp_(g, 1 - optimizer.beta_1)
-                # On a CPU `torch.where` takes some 20 times as long as a
-                # product, so the mask acts through a factor, which is exactly 1
-                # where kept.
+                # On a CPU `torch.where` takes about 20 times as long as a
+                # product, so the mask is applied as a factor. It is exactly 1
+                # for kept weights.
                 mask = mask.to(w.dtype)
                 mixed = mask.clamp(1 - ramp, 1).mul_(momentum)
                 if is_published:
                     dropped = (1 - mask).clamp_(min=0)
                     mixed.addcmul_(torch.sign(w), dropped, value=ramp * pull)
-                # The first moment is given as it is, with beta1 = 0; the rate
-                # carries its correction, which the weight decay undoes.
+                # The first moment is passed as the gradient, with beta1 = 0.
+                # Its bias correction is in the rate, and the weight decay
+                # undoes it.
                 options = {"lr": rate / first, "weight_decay": decay * first}
                 options |= {"eps": optimizer.epsilon, "beta1": 0.0}
                 _fused_adamw((w, mixed, mixed, v), **shared, **options)
@@ -112,8 +113,8 @@ def _pieces(flat, bits):
 def _fused_adamw(tensors, count, **options):
     """Update a weight, by its gradient, and its two moments.
 
-    By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
-    count the steps by itself.
+    Uses the kernel of `torch.optim.AdamW(fused=True)`. The public form would
+    count the steps itself.
     """
     weight, gradient, momentum, velocity = ([x] for x in tensors)
     torch._fused_adamw_(
@@ -142,7 +143,7 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
     places = None if indices is None else indices.value.data.long()
     entries = flat if places is None else flat.index_select(0, places)
     momentum, velocity, *master = (own.value.data.view(-1) for own in state)
-    # The update of a weight in 16 bits is that of its master.
+    # A weight in 16 bits gets the update of its master.
     wide = entries
     for own in master:
         wide = own.copy_(restored(entries, own))
@@ -166,7 +167,7 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
 
 
 def distillation_gradient(log_p, soft, q, labels, by_label, by_teacher):
-    """Return the gradient; as `_gradient` in `ops.distillation`."""
+    """Return the gradient, like `_gradient` in `ops.distillation`."""
     is_same = soft is log_p
     slope = log_p.exp_().mul_(by_label + by_teacher if is_same else by_label)
     if is_same:

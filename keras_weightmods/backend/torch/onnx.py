@@ -11,7 +11,7 @@ from keras import ops, tree
 def operator(name, inputs, attributes, shape):
     """Return the float32 output of an operator `com.microsoft::name`.
 
-    It has no values: the operator is for the trace of `write` alone.
+    It has no values: the operator exists only for the trace of `write`.
     """
     return torch.onnx.ops.symbolic(
         f"com.microsoft::{name}",
@@ -48,7 +48,7 @@ def write(model, signature, path, **kwargs):
         {axis: free for axis, size in enumerate(spec.shape) if size is None}
         for spec in specs
     ]
-    # torch takes a size of 1, or that of another axis, for one that is fixed.
+    # torch treats a size of 1, or one equal to another axis, as fixed.
     samples = [
         ops.ones([n or 101 + axis for axis, n in enumerate(s.shape)], s.dtype)
         for s in specs
@@ -69,8 +69,8 @@ def write(model, signature, path, **kwargs):
             "`input_signature` of fixed shapes. Received: shapes "
             f"{[tuple(spec.shape) for spec in specs]}"
         ) from error
-    # OpenVINO takes constants alone. torch computes small ones at once, and has
-    # one for each use of a variable of Keras.
+    # OpenVINO takes only constants. torch computes small ones right away, and
+    # has one for each use of a Keras variable.
     optimizer = importlib.import_module("onnxscript.optimizer")
     optimizer.fold_constants(
         program.model,

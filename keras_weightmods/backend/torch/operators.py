@@ -1,7 +1,7 @@
 """The operators of `sparse_matmul` and attention on torch, by `torch.library`.
 
-An exported program calls those of products by name. So this file imports no
-Keras, which would load a backend, unless it must.
+An exported program calls the product operators by name. So this file imports
+Keras, which loads a backend, only if it must.
 """
 
 import ctypes
@@ -25,14 +25,13 @@ _TYPES = {
     torch.int8: "int8",
     torch.uint8: "uint8",
 }
-# Multiply-adds below which one thread is used: to wake others that sleep or
-# that the machine has given other work takes longer.
+# Below so many multiply-adds one thread is used: waking others takes longer.
 _ALONE = 2**22
 
 _library = torch.library.Library("keras_weightmods", "DEF")
-# By the kernel or its transpose, of so many columns. Without `meta` it is a
-# dense matrix, in four axes that is a mask; `rounded` rounds activations to
-# int8.
+# Multiply by the kernel or its transpose, with `size` columns. Without `meta`
+# it is a dense matrix. A `meta` of four axes is a mask. `rounded` rounds
+# activations to int8.
 _library.define(
     "sparse_matmul(Tensor x, Tensor values, Tensor? meta, Tensor? scale, "
     "SymInt size, bool rounded=False, bool transposed=False) -> Tensor"
@@ -40,7 +39,7 @@ _library.define(
 _library.define(
     "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
 )
-# Without gradients: for recordings, which call `attend` past the operator.
+# Without gradients: recordings call `attend` and bypass the operator.
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 )
@@ -123,7 +122,7 @@ def _values_gradient(x, dy, meta):
 
 @torch.library.impl(_library, "attend", "CPU")
 def attend(q, k, v, mask, scale):
-    """The operator itself, without what torch does for one."""
+    """Call the operator itself, without torch's dispatch."""
     batch, places, key_heads, size = k.shape
     inner = (key_heads * size, size, 1)
     if k.stride() != v.stride() or k.stride()[1:] != inner:
@@ -215,7 +214,7 @@ def _dtype(values, meta):
     kind = _TYPES.get(values.dtype)
     if kind is None:
         raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    # Without their five axes the check of the arrays refuses them.
+    # Without these five axes the check of the arrays would refuse them.
     pattern = pattern_of(meta) if values.dim() == 5 else "2:4"
     return dtype_of(values, kind, pattern)
 
@@ -231,7 +230,7 @@ def _arrays(k, n, dtype, pattern="2:4"):
 
 
 def _check(name, tensor, shape, dtype):
-    # The library reads this much memory, whatever is there.
+    # The library reads this much memory without a check.
     if (
         tensor is None
         or tensor.shape != shape

@@ -1,13 +1,12 @@
-"""A function of tensors as the flat graph of torch's operations that it runs.
+"""A function of tensors as a flat graph of the torch operations that it runs.
 
-The function runs once while a mode of torch writes down its operations. The
-graph has nothing of Keras left: no layers, no checks, no conversions. What does
-not depend on the inputs is computed once, what is asked for twice is computed
-once, and chains of views become one view. The numbers are those of the
-function, as the same kernels run on the same numbers.
+The function runs once while a torch mode records its operations. The graph has
+no layers, checks or conversions of Keras. Values that do not depend on the
+inputs are computed once, and so are repeated ones. Chains of views become one
+view. The same kernels run on the same numbers, so the results are the same.
 
-Weights are not copied: a view of them is held, so that a later `assign` is
-seen. Another tensor in their place is not.
+Weights are not copied. The graph holds views of them, so it sees a later
+`assign`, but not a new tensor in their place.
 """
 
 import collections
@@ -30,9 +29,9 @@ _COPIES = (
     _aten._to_copy.default,
     _aten.lift_fresh_copy.default,
 )
-# Entries of a constant that is compared with others.
+# The most entries of a constant that is compared with others.
 _SMALL = 2**14
-# Where torch keeps the functions of its operators.
+# The modules in which torch keeps its operators.
 _PLACES = torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase
 _RANDOM = torch.Tag.nondeterministic_seeded
 _REFUSED = {
@@ -43,7 +42,7 @@ _REFUSED = {
 
 
 class NotRecordable(Exception):
-    """The function does what a list of operations cannot repeat."""
+    """Raised for a function that a list of operations cannot repeat."""
 
 
 class Recorded:
@@ -114,9 +113,9 @@ def _is_equal(x, y):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes a graph of the operations that run in its scope.
+    """Record a graph of the operations that run in its scope.
 
-    It notes in `meta` of a node what is known of its result.
+    The `meta` of a node says what is known about its result.
 
     - geometry: Sizes, strides, offset and dtype of a tensor; None for others.
     - owners: Dict from the memory of results to the nodes whose memory it is.
@@ -136,7 +135,7 @@ class _Recorder(TorchDispatchMode):
             self._add("placeholder", f"given_{i}", x)
 
     def node(self, x):
-        """Return the node of a tensor; one from outside is a constant."""
+        """Return the node of a tensor. A tensor from outside is a constant."""
         if not isinstance(x, torch.Tensor):
             return x
         return self.nodes.get(x) or self._add("get_attr", "constant", x)
@@ -189,7 +188,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def memory(tensor):
-    """Return what names the memory of a tensor."""
+    """Return the key of a tensor's memory."""
     return tensor.untyped_storage()._cdata
 
 
@@ -234,7 +233,7 @@ def _changed(node):
 
 
 def _simplify(graph):
-    """Have one node for equal ones, and one view for a chain of them."""
+    """Merge equal nodes into one, and chains of views into one view."""
     known: dict[Any, Any] = {}
     for node in list(graph.nodes):
         meta, owner = node.meta, _owner(node)
@@ -282,7 +281,7 @@ def _is_known(node):
 
 
 def _hold(graph, weights):
-    """Have tensors that are known come as arguments; return them."""
+    """Turn known tensors into arguments, and return them."""
     nodes = list(graph.nodes)
     held: list[Any] = []
     for node in nodes:
@@ -300,7 +299,7 @@ def _hold(graph, weights):
 
 
 def _prepare_products(graph):
-    """Have products call the library, int8 ones with one input in one call."""
+    """Make products call the library; int8 ones with one input share a call."""
     found: Any = collections.defaultdict(list)
     for node in graph.nodes:
         if node.target is not _PRODUCT or not native.is_available():
@@ -335,7 +334,7 @@ def _prepare_products(graph):
 
 
 def _take_fast_functions(graph):
-    """Call what the operators lead to; it takes half of their time."""
+    """Call torch's own functions for the operators, in half of the time."""
     for node in graph.nodes:
         if node.target is torch.ops.keras_weightmods.attend.default:
             node.target = operators.attend

@@ -1,9 +1,9 @@
-"""What Keras asks of torch, in a form that a recording repeats fast.
+"""Keras' calls of torch, rewritten so that a recording repeats them fast.
 
-Keras writes into a slice by an index for each entry of it, into a copy; it
-reads the start of a slice out of a tensor; and keys and values are repeated for
-each group of heads that shares them. A mode of torch sees these calls in one
-thread, and in a scope.
+Keras writes into a slice through an index for each entry, and into a copy. It
+reads the start of a slice from a tensor. KerasHub repeats keys and values for
+each group of heads that shares them. A torch mode sees these calls, in one
+thread and one scope.
 """
 
 import torch
@@ -14,7 +14,7 @@ from keras_weightmods.backend import attention
 from keras_weightmods.backend.torch.recorded_call import memory, tensors
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-# What is remembered of a tensor: the function that made it, and its arguments.
+# Functions whose results are remembered with the arguments that made them.
 _SEEN = {
     torch.Tensor.contiguous,
     torch.Tensor.flatten,
@@ -27,7 +27,7 @@ _SEEN = {
 
 
 class Rewrites(TorchFunctionMode):
-    """Runs other functions of torch that give the same numbers.
+    """Replace functions of torch by others that give the same numbers.
 
     Args:
         inputs: List of tensors of the function; parts of them may be written
@@ -39,7 +39,7 @@ class Rewrites(TorchFunctionMode):
         super().__init__()
         self.inputs = {memory(x) for x in inputs}
         self.made = WeakIdKeyDictionary()
-        # What depends on them.
+        # Tensors that depend on these.
         self.varying = WeakIdKeyDictionary(
             dict.fromkeys([*inputs, *weights], True)
         )
@@ -72,7 +72,7 @@ class Rewrites(TorchFunctionMode):
         return result
 
     def _source(self, x, *functions):
-        """Return `x`, or what these functions were given to make it."""
+        """Return `x`, or the tensor that these functions made it from."""
         while self._made_by(x, *functions):
             x = self.made[x][1][0]
         return x
@@ -81,7 +81,7 @@ class Rewrites(TorchFunctionMode):
         return self.made.get(x, (None,))[0] in functions
 
     def _narrow(self, x, axis, start, size):
-        """A slice whose start is known only as it runs."""
+        """Return a slice whose start is known only at run time."""
         if not isinstance(start, torch.Tensor) or start not in self.varying:
             return None
         places = start.to(torch.int64).reshape(1)
@@ -98,11 +98,12 @@ class Rewrites(TorchFunctionMode):
         return None if part.ndim else part
 
     def _clone(self, x):
-        """A part of the cache itself: what is copied is about to be updated."""
+        """Return the part of the cache itself: Keras copies it only to update
+        it."""
         return x.view(x.shape) if memory(x) in self.inputs else None
 
     def _put(self, x, indices, values):
-        """Write a block, where the indices are the grid of its places."""
+        """Write a block whose indices are the grid of its places."""
         grids = [self._source(i, torch.Tensor.flatten) for i in indices]
         if not all(self._made_by(grid, torch.meshgrid) for grid in grids):
             return None
@@ -144,7 +145,7 @@ class Rewrites(TorchFunctionMode):
         return None if result is None else result.transpose(1, 2)
 
     def _bool_mask(self, mask):
-        """Return the mask out of which Keras made one to be added, or None."""
+        """Return the boolean mask behind an additive mask of Keras, or None."""
         if mask is None:
             return None
         mask = self._source(mask, torch.Tensor.contiguous)
@@ -155,11 +156,11 @@ class Rewrites(TorchFunctionMode):
         return condition if is_mask else None
 
     def _shared(self, x):
-        """Return keys of shape (batch, heads, places, size) not repeated."""
+        """Return keys of shape (batch, heads, places, size), not repeated."""
         before = self._source(x, torch.transpose)
         if not self._made_by(before, torch.Tensor.reshape):
             return x
-        # (batch, places, heads, repeats, size), of one memory.
+        # (batch, places, heads, repeats, size), all repeats in one memory.
         wide = self.made[before][1][0]
         if wide.ndim != 5 or wide.stride(3) or wide.shape[3:4] == (1,):
             return x

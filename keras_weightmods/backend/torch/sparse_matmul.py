@@ -33,7 +33,7 @@ def sparse_matmul(x, packed):
             device == "cpu" and native.is_available()
         )
     if is_dense:
-        # Keras' functions would move all to its default device.
+        # Keras' functions would move everything to its default device.
         with keras.device(str(x.device)):
             return dense_matmul(x, packed)
     weights = values, meta, scale, packed.shape[1], rounded
@@ -45,7 +45,7 @@ def sparse_matmul(x, packed):
 
 
 def prepared(dtype, k, values, meta, scale, n):
-    """The product with one kernel, without what torch does for an operator.
+    """Return the product with one kernel, without torch's dispatch.
 
     Args:
         dtype: The type of the activations, one that the operator takes.
@@ -62,9 +62,9 @@ def prepared(dtype, k, values, meta, scale, n):
 
 
 def prepared_int8(k, kernels):
-    """The products of one input with several kernels, in one call.
+    """Return the products of one input with several kernels, in one call.
 
-    With int8 activations: the input is rounded once.
+    With int8 activations, the input is rounded once.
 
     Args:
         k: Int, the last axis of the activations.
@@ -103,7 +103,7 @@ def prepared_int8(k, kernels):
 def _tensor(array):
     if array is None or isinstance(array, torch.Tensor):
         return array
-    # A fraction of the time that `convert_to_tensor` takes.
+    # Takes a fraction of the time of `convert_to_tensor`.
     if isinstance(array, keras.Variable):
         return array.value
     return keras.ops.convert_to_tensor(array)

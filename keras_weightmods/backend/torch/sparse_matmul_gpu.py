@@ -1,12 +1,12 @@
 """`sparse_matmul` on NVIDIA GPUs under torch. Not yet run on a GPU.
 
-By cuSPARSELt, as torch has it, or dense: whichever a trial on the card found
-faster for the number of rows (`native.gpu.trial`). Both need the kernel in a
-form of their own, a companion of the packed arrays. It is made at the first
-product and kept for as long as the packed values live unchanged; it is never
-stored. int8 activations are rounded as on a CPU, and multiplied dense.
+Products use torch's cuSPARSELt or are dense, whichever a trial on the card
+found faster for the number of rows (`native.gpu.trial`). Both need the kernel
+in a form of their own, a companion of the packed arrays. It is made at the
+first product, kept while the packed values live unchanged, and never stored.
+int8 activations are rounded as on a CPU, and multiplied dense.
 
-All of a product stays on the device of its arrays, which need not be Keras'.
+A product stays on the device of its arrays, which need not be Keras'.
 """
 
 import functools
@@ -20,10 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
-# Not cached functions: a CUDA graph that is being captured must not try, and
-# what it makes is not to be kept.
+# No cached functions: a CUDA graph in capture must not run a trial, and its
+# results must not be kept.
 _plans: dict[tuple, trials.Plan] = {}
-# By the packed values; {type and product: kernel, what it was made from}.
+# {packed values: {type and product: kernel, what it was made from}}.
 _companions = WeakIdKeyDictionary()
 
 
@@ -110,7 +110,7 @@ def _cusparselt(x, compressed):
 
 @torch.no_grad()
 def _companion(weights, k, n, dtype, method):
-    """Return the kernel for `matrix @ kernel`, or compressed by cuSPARSELt."""
+    """Return the kernel for `matrix @ kernel`, dense or compressed."""
     values, meta, scale = weights
     arrays = [array for array in weights if array is not None]
     # An inference tensor counts no changes.
@@ -130,7 +130,8 @@ def _companion(weights, k, n, dtype, method):
     if method == "cusparselt":
         kernel = torch._cslt_compress(kernel.T.contiguous())
     if _is_capturing():
-        # In the graph's own memory, and empty until the graph is replayed.
+        # It is in the graph's own memory, and empty until the graph is
+        # replayed.
         warnings.warn(
             "A CUDA graph is captured that prepares a packed kernel anew in "
             "each replay, which is correct but slow. Call the model once "
@@ -143,7 +144,7 @@ def _companion(weights, k, n, dtype, method):
 
 def _is_capturing():
     """Return whether work is recorded into a CUDA graph."""
-    # Asking makes a context, where there is none yet.
+    # Asking would make a context if there is none yet.
     return torch.cuda.is_initialized() and (
         torch.cuda.is_current_stream_capturing()
     )

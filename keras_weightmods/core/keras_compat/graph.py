@@ -38,7 +38,7 @@ def nodes_of(graph: Any) -> list[Any]:
 
 
 def constants_of(graph: Any) -> list[Any]:
-    """Return the tensors of values that the calls of a graph are given."""
+    """Return the constant tensors that a graph passes to its calls."""
     given = [
         (node.arguments.args, node.arguments.kwargs) for node in nodes_of(graph)
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras.src.backend.common import global_state
 
-# The cell of ConvLSTM1D to ConvLSTM3D, which Keras does not export.
+# The cell of ConvLSTM1D to ConvLSTM3D. Keras does not export it.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
 # How Keras finds and names the parts of a model for its own files.
@@ -53,7 +53,7 @@ def own_variables(layer: Any) -> list[keras.Variable]:
 def attributes(obj: Any) -> dict[str, Any]:
     """Return the attributes of an instance, to be read and written.
 
-    Past properties, which may compute an effective weight, and past Keras'
+    This bypasses properties, which may compute an effective weight, and Keras'
     attribute tracking, which is locked on a built layer.
     """
     return vars(obj)
@@ -77,10 +77,10 @@ def stored_name(layer: Any, attribute: str) -> Any:
 
 
 def view(obj: Any, cls: Any = None, /, **attributes: Any) -> Any:
-    """Return what is `obj` but for its class, if given, and some attributes.
+    """Return a view of `obj` with another class, if given, and attributes.
 
-    `obj` is not changed. The view shares all else with it, variables too. To
-    be read and dropped.
+    `obj` does not change. The view shares everything else with it, variables
+    too, and is only to be read.
     """
     other = object.__new__(cls or type(obj))
     vars(other).update(vars(obj), **attributes)
@@ -101,12 +101,12 @@ def without_traces() -> Iterator[None]:
 
 
 def track_torch_parameters(model: Any) -> None:
-    """List the variables of a changed model as torch parameters anew.
+    """List the variables of a changed model as torch parameters again.
 
-    A container lists those of its layers when built. `zero_grad` would miss a
-    later one, so that its gradients add up over the steps, and one taken out
-    would live on. Keras does the same after `quantize`, but not for the
-    functional model inside of a Sequential.
+    A container lists those of its layers when it is built. `zero_grad` would
+    miss a later one, whose gradients would add up over the steps, and a removed
+    one would stay alive. Keras does the same after `quantize`, but not for the
+    functional model inside a Sequential.
     """
     if keras.backend.backend() != "torch":
         return
@@ -121,9 +121,9 @@ def track_torch_parameters(model: Any) -> None:
 def list_hidden_parameters(model: Any) -> None:
     """List the variables of a model that Keras hides from torch.
 
-    It lists them by path, so that of two with one path, as KerasHub's SmolLM3
-    and T5 have, the first is not there: no `zero_grad` reaches it, and its
-    gradients add up over all steps of a `fit`. Here it gets a key of its own.
+    Keras lists them by path. If two have one path, as in KerasHub's SmolLM3 and
+    T5, it loses the first. No `zero_grad` reaches it then, and its gradients
+    add up over all steps of a `fit`. Here it gets a key of its own.
     """
     if keras.backend.backend() != "torch":
         return
@@ -137,8 +137,8 @@ def list_hidden_parameters(model: Any) -> None:
 def list_torch_parameters(model: Any) -> None:
     """List the variables of a model built in `without_values`, on torch.
 
-    A layer lists them when it is built, but not in a stateless scope: what
-    traces the module would find none, and its `state_dict` would be empty.
+    A layer built in a stateless scope does not list them. A trace of the module
+    would find none, and its `state_dict` would be empty.
     """
     if keras.backend.backend() == "torch":
         for layer in layers_of(model):
@@ -157,7 +157,8 @@ def is_training() -> bool:
 def takes_training(layer: Any) -> bool:
     """Return whether a layer's `call` has an argument `training`.
 
-    A call of the layer drops one that it has not; `stateless_call` does not.
+    A call of the layer drops the argument if it has none; `stateless_call` does
+    not.
     """
     return bool(layer._call_has_training_arg)
 
@@ -167,12 +168,12 @@ def split_text(
 ) -> None:
     """Let a byte-pair tokenizer of KerasHub split text by a regex.
 
-    With `keep_tokens` a part that is a token stays whole, as for Llama 3, some
-    of whose tokens no merges make.
+    With `keep_tokens` a part that is a token stays whole. Llama 3 needs this,
+    because no merges make some of its tokens.
 
-    KerasHub 0.32 means to, but gives its pattern to `tokenizers` as a string,
-    which is searched for as it stands: no text is split, and tokens cross the
-    ends of words. Needless if `BytePairTokenizer` took a pattern.
+    KerasHub 0.32 means to do so, but passes its pattern to `tokenizers` as a
+    literal string. So no text is split, and tokens cross the ends of words.
+    Needless if `BytePairTokenizer` took a pattern.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -190,7 +191,7 @@ def split_text(
 
 
 def text_split(part: Any) -> bytes | None:
-    """Return how a part splits text by `split_text`; None for all others."""
+    """Return the split that `split_text` gave a part; None if it has none."""
     inner: Any = getattr(part, "_tokenizer", None)
     if not hasattr(inner, "pre_tokenizer"):
         return None
@@ -202,7 +203,8 @@ def text_split(part: Any) -> bytes | None:
 
 
 def restore_text_split(tokenizer: Any, state: bytes) -> None:
-    """Let a tokenizer split text as the one that `text_split` was read of."""
+    """Let a tokenizer split text like the one that `text_split` was read
+    from."""
     from tokenizers import pre_tokenizers
 
     split, tokenizer._tokenizer.model.ignore_merges = json.loads(state)

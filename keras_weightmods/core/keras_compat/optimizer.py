@@ -9,8 +9,8 @@ import keras
 def strategy_scope(model: Any) -> Any:
     """Return the scope of the strategy that a model was made in.
 
-    On TensorFlow, where `fit` of Keras runs in it by itself. Variables made
-    outside of it are one for each replica, and drift apart.
+    This is for TensorFlow, where `fit` enters it by itself. Variables made
+    outside of it exist once for each replica, and drift apart.
     """
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
@@ -27,8 +27,8 @@ def optimizer_variables(optimizer: Any) -> list[Any]:
 def check_known(optimizer: Any, variables: list[Any]) -> None:
     """Raise ValueError unless a built optimizer updates all `variables`.
 
-    Keras asks so in its first step, when the model has been changed. Hook: as
-    of `optimizer_variables`.
+    Keras checks this only in its first step, when the model has been changed.
+    Hook: as in `optimizer_variables`.
     """
     optimizer._check_variables_are_known(variables)
 
@@ -58,10 +58,10 @@ def decays(optimizer: Any, variable: Any) -> bool:
 
 
 def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
-    """Leave more variables, by `_var_key`, out of weight decay.
+    """Exclude more variables, by `_var_key`, from weight decay.
 
-    The public `exclude_from_weight_decay` forgets what the user has said.
-    Hook: one that adds.
+    The public `exclude_from_weight_decay` overwrites the user's choice. Hook:
+    one that adds.
     """
     optimizer._exclude_from_weight_decay = keys.union(
         getattr(optimizer, "_exclude_from_weight_decay", ())
@@ -70,9 +70,9 @@ def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
 
 
 def drop_averages(optimizer: Any) -> None:
-    """Take the moving averages out of a built optimizer, if it has any.
+    """Remove the moving averages from a built optimizer, if it has any.
 
-    An optimizer around it takes them then. Hook: a setter of `use_ema`.
+    The optimizer that wraps it takes them. Hook: a setter of `use_ema`.
     """
     averages = getattr(optimizer, "_model_variables_moving_average", None)
     if averages is not None:
@@ -85,7 +85,7 @@ def drop_averages(optimizer: Any) -> None:
 def set_optimizer(model: Any, optimizer: Any) -> None:
     """Give a compiled model another optimizer, also in what it saves.
 
-    `compile` would drop the model's state of metrics. Hook: a setter of
+    `compile` would reset the model's metrics. Hook: a setter of
     `Model.optimizer` that also sets what is saved.
     """
     model.optimizer = optimizer
@@ -96,18 +96,18 @@ def set_optimizer(model: Any, optimizer: Any) -> None:
 
 
 def begin_with_epoch(model: Any, epoch: int | None) -> None:
-    """Have the `fit` that is starting begin with an epoch, counted from 0.
+    """Let the `fit` that is starting begin with an epoch, counted from 0.
 
-    As Keras' own `BackupAndRestore` does: no public way leads from a callback
-    to `initial_epoch`.
+    Keras' `BackupAndRestore` does the same: a callback has no public way to set
+    `initial_epoch`.
     """
     model._initial_epoch = epoch
 
 
 def hold_state(model: Any, state: Any) -> None:
-    """Have `fit` on JAX put a state into the variables when it ends.
+    """Let `fit` on JAX put a state into the variables when it ends.
 
-    Hook: `fit` itself keeps the last state where a step raises.
+    Hook: `fit` itself keeps the last state if a step raises.
     """
     names = "trainable", "non_trainable", "optimizer", "metrics"
     model._jax_state = {

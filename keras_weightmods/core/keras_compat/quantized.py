@@ -25,10 +25,10 @@ from keras_weightmods.core.keras_compat.variables import (
 
 
 def quantized_weights(layer: Any) -> dict[str, tuple[int, ...]]:
-    """Return {attribute: shape} of the weights of a layer that are integers.
+    """Return {attribute: shape} of the integer weights of a layer.
 
-    Of a layer in int8, int4, gptq or awq that multiplies by them. Until gptq
-    and awq are calibrated, the weights are floats.
+    These are the weights in int8, int4, gptq and awq that the layer multiplies
+    by. Until gptq and awq are calibrated, the weights are floats.
     """
     mode = layer.quantization_mode
     if not getattr(layer, f"is_{mode}_calibrated", mode in ("int8", "int4")):
@@ -49,7 +49,7 @@ def quantized_weights(layer: Any) -> dict[str, tuple[int, ...]]:
 
 
 def integers_of(layer: Any, attribute: str) -> tuple[Any, Any]:
-    """Return what Keras rounded a weight to.
+    """Return the integers that Keras rounded a weight to, and their scales.
 
     Args:
         layer: A layer, or what `view` made of it.
@@ -77,7 +77,7 @@ def integers_of(layer: Any, attribute: str) -> tuple[Any, Any]:
     scale = array(scale)
     columns = scale.shape[0 if is_fitted or is_table else -1]
     if mode != "gptq" or codes.shape[0] != columns:
-        # Two lie in a byte, side by side along the first or the last axis.
+        # A byte holds two, neighbors along the first or the last axis.
         axis = 0 if is_fitted or attribute == "reverse_embeddings" else -1
         is_kernel = attribute == "kernel"
         size = columns if is_kernel else np.prod(shape) // columns
@@ -100,10 +100,10 @@ def integers_of(layer: Any, attribute: str) -> tuple[Any, Any]:
 
 
 def make_float(layer: Any) -> None:
-    """Make a quantized layer one of floats again.
+    """Turn a quantized layer into a float layer again.
 
-    Weights that are integers become float variables that have no value yet.
-    `Structure` gives the layer back as it was.
+    Integer weights become float variables without a value. `Structure` can
+    restore the layer.
     """
     mode, shapes = layer.quantization_mode, quantized_weights(layer)
     for name in {*layer.variable_serialization_spec[mode]} - {"bias"}:
@@ -120,7 +120,7 @@ def make_float(layer: Any) -> None:
     if policy.variable_dtype != name:
         name = f"mixed_{name}"
     vars(layer).update(
-        # Past the setter, which changes a map that other layers share.
+        # Bypasses the setter, which changes a map that other layers share.
         _dtype_policy=keras.dtype_policies.get(name),
         _is_quantized=False,
         inputs_quantizer=None,
@@ -145,7 +145,7 @@ def make_float(layer: Any) -> None:
 
 
 def drop_policies(model: Any, layers: Any) -> None:
-    """Take layers out of the maps of dtype policies that a model has.
+    """Remove layers from the dtype policy maps of a model.
 
     KerasHub loads a quantized preset by such a map, and saves it.
     """

@@ -1,4 +1,4 @@
-"""How objects of Keras are made up, to be given back after an error."""
+"""The structure of Keras objects, to be restored after an error."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,17 +10,17 @@ from keras.src.utils.tracking import Tracker
 from keras_weightmods.core.keras_compat.graph import graph_of
 from keras_weightmods.core.keras_compat.layers import layers_of, own_variables
 
-# Classes of torch, for the parameters of a layer, of TensorFlow, and of what a
-# model was compiled with.
+# Classes of torch, for the parameters of a layer, of TensorFlow, and of the
+# things that a model was compiled with.
 _HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
 
 
 class Structure:
-    """What layers, optimizers and variables are made of, at one moment.
+    """The structure of layers, optimizers and variables at one moment.
 
-    Classes, attributes, what Keras and torch list in them, and flags; no
-    values. And the scopes of Keras that are open. Needless if a layer had a
-    public copy of its state.
+    It holds classes, attributes, the lists of Keras and torch in them, and
+    flags, but no values. It also holds the open scopes of Keras. Needless if a
+    layer had a public copy of its state.
 
     Args:
         objects: Iterable of layers, each with all that is in it and with its
@@ -38,14 +38,14 @@ class Structure:
                 layers_of(each) if isinstance(each, keras.layers.Layer) else ()
             )
             for layer in layers:
-                # The one inside of a Sequential is not among its layers.
+                # The one inside a Sequential is not among its layers.
                 own = [layer, graph_of(layer), *own_variables(layer)]
                 parts.update({id(x): x for x in own if x is not None})
             parts.setdefault(id(each), each)
         self._classes = [(part, type(part)) for part in parts.values()]
         self._found: dict[int, tuple[Any, Any]] = {}
-        # What Keras' scopes set for this thread. Ctrl-C as one of them ends
-        # leaves it as it was within.
+        # The settings of Keras' scopes in this thread. Ctrl-C at the end of a
+        # scope would leave its setting in place.
         self._scopes: dict[int, tuple[Any, Any]] = {}
         _find(vars(global_state.GLOBAL_STATE_TRACKER), self._scopes)
         self._attributes, self._flags = [], []
@@ -53,7 +53,7 @@ class Structure:
         for part in parts.values():
             before = dict(vars(part))
             if isinstance(part, keras.Variable):
-                # Not to hold the values that a training replaces.
+                # Do not hold the values that a training replaces.
                 if before.get("_value") is not None and id(part) not in kept:
                     del before["_value"]
                 flag = getattr(part._value, "requires_grad", None)
@@ -63,9 +63,9 @@ class Structure:
             self._attributes.append((part, before))
 
     def restore_attributes(self) -> None:
-        """Give the attributes and the scopes back.
+        """Restore the attributes and the scopes.
 
-        Another thread may be using the former: none is gone meanwhile.
+        Another thread may be using the attributes: none is ever missing.
         """
         _give_back(self._scopes)
         for part, before in self._attributes:
@@ -75,9 +75,9 @@ class Structure:
                 del own[name]
 
     def restore(self) -> None:
-        """Give all back."""
+        """Restore everything."""
         for part, cls in self._classes:
-            # Past Keras' attribute tracking.
+            # Bypasses Keras' attribute tracking.
             object.__setattr__(part, "__class__", cls)
         self.restore_attributes()
         _give_back(self._found)
@@ -87,7 +87,7 @@ class Structure:
 
 
 def _find(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Note the lists, dicts and sets in a value, and what is in them."""
+    """Record the lists, dicts and sets in a value, with their contents."""
     if type(value).__name__ == "_DictWrapper":  # of TensorFlow
         value = value.__wrapped__
     if isinstance(value, tuple):
@@ -105,7 +105,7 @@ def _find(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _give_back(found: dict[int, tuple[Any, Any]]) -> None:
-    # Past methods of Keras' lists and dicts, which track what comes in.
+    # Bypasses the methods of Keras' lists and dicts, which track new items.
     for holder, contents in found.values():
         kind = type(contents)
         kind.clear(holder)

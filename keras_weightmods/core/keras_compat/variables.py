@@ -8,16 +8,15 @@ from typing import Any
 
 import keras
 
-# The module of the backend that `keras.ops` calls.
-# The autocast scope of a mixed-precision layer; `autocast=False` of a variable
-# is the public way, but for one variable alone.
+# The autocast scope of a mixed-precision layer. The public `autocast=False` is
+# for a single variable.
 from keras.src.backend import AutocastScope as AutocastScope
 from keras.src.backend import get_autocast_scope as get_autocast_scope
 
-# The mask of predictions, where the losses of Keras find it.
+# The mask of predictions, where Keras' losses look for it.
 from keras.src.backend import get_keras_mask as get_keras_mask
 
-# Whether Keras is in a stateless scope decides how it initializes variables.
+# Keras initializes variables differently in a stateless scope.
 from keras.src.backend import in_stateless_scope as in_stateless_scope
 from keras.src.backend import set_keras_mask as set_keras_mask
 from keras.src.backend.common import global_state
@@ -73,9 +72,9 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
 
 
 def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
-    """Undo `remove_variable`: the order of the weights is the former one.
+    """Undo `remove_variable`, and restore the order of the weights.
 
-    Also where others have been removed since, or put back.
+    This works even if others were removed or put back since.
     """
     name, store, followers = place
     with unlocked(layer):
@@ -99,7 +98,7 @@ def release_value(variable: Any, message: str) -> None:
         raise ValueError(message)
 
     variable._value = None
-    # What Keras calls to read a variable that has no value yet.
+    # Keras calls this to read a variable that has no value yet.
     variable._initializer = absent
 
 
@@ -110,15 +109,15 @@ def restore_value(variable: Any, value: Any) -> None:
 
 
 def has_value(variable: Any) -> bool:
-    """Return whether a variable has got a value; Keras does not say."""
+    """Return whether a variable has a value; Keras does not say."""
     return variable._value is not None
 
 
 def held_value(variable: Any) -> Any:
     """Return the value of a variable as an array, inside of a trace too.
 
-    None within `fit` on JAX, which has taken it out. Needless with a public
-    `Variable.is_initialized`.
+    It is None within `fit` on JAX, which has taken the value out. Needless with
+    a public `Variable.is_initialized`.
     """
     if variable._value is None:
         return None
@@ -135,7 +134,7 @@ def initialize(variable: Any, initializer: Any = None) -> None:
 
 @contextlib.contextmanager
 def without_values() -> Iterator[list[Any]]:
-    """Give new variables no value in a scope; yield the list of them.
+    """Leave new variables without a value in a scope; yield their list.
 
     The public `StatelessScope` keeps the list to itself, and gives them values
     at the end of the next such scope. Needless if the scope had the list.
@@ -152,10 +151,11 @@ def without_values() -> Iterator[list[Any]]:
 
 
 def is_for_want_of_values(error: BaseException | None) -> bool:
-    """Return whether code in `without_values` made a variable of a value.
+    """Return whether code in `without_values` made a variable from a value.
 
-    Keras has no class for that error: one that is made here has its arguments,
-    however the code or Keras has wrapped it. Needless if it had a class.
+    Keras has no class for that error. So one is provoked here, and its
+    arguments are compared, however the error was wrapped. Needless if it had a
+    class.
     """
     expected = None
     try:
@@ -171,7 +171,7 @@ def is_for_want_of_values(error: BaseException | None) -> bool:
 def layout_of(variable: Any) -> Any:
     """Return the layout of a variable over devices; None where it has none.
 
-    Keras keeps it to itself, and finds that of a variable by its path: what
+    Keras keeps it private, and looks it up by the path of a variable. What
     stands for a weight has another path.
     """
     distribution = keras.distribution.distribution()
@@ -183,8 +183,8 @@ def layout_of(variable: Any) -> Any:
 def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
     """Return the new variable of `add`, a layer's `add_weight` or alike.
 
-    It has a layout of our choice, unless that is None. Set before there is a
-    value, it is never whole on a device. Needless if `add_weight` took a
+    It gets the given layout, unless that is None. The layout is set before the
+    value, so no device ever holds the whole. Needless if `add_weight` took a
     layout, as `Variable` does.
     """
     if layout is None:
@@ -196,16 +196,16 @@ def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
         variable = add(**arguments)
     finally:
         keras.distribution.set_distribution(before)
-    # One without a value yet has not asked for it.
+    # A variable without a value has not asked for it yet.
     variable._layout = layout
     return variable
 
 
 def global_seed(create: bool = False) -> Any:
-    """Return the state of Keras' seed generator for where none is given.
+    """Return the state of Keras' default seed generator.
 
-    Needless if `keras.random` had it in public. Where there is none yet,
-    `create` makes one; without it, `None` is returned.
+    Needless if `keras.random` made it public. If there is none yet, `create`
+    makes one; otherwise `None` is returned.
     """
     found = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     return global_seed_generator().state if found or create else None

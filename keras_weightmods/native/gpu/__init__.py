@@ -1,6 +1,6 @@
-"""cuSPARSELt for JAX: finds it, and calls what the library has for it.
+"""cuSPARSELt for JAX: find it, and call the library's functions for it.
 
-torch has cuSPARSELt itself. Nothing here has been run on a GPU yet.
+torch has its own cuSPARSELt. Nothing here has been run on a GPU yet.
 """
 
 import ctypes
@@ -38,11 +38,11 @@ def load_cusparselt():
 
 def cusparselt_path(cuda):
     """Return the path of cuSPARSELt in NVIDIA's wheels, else its plain name."""
-    # It counts its own versions.
+    # It has version numbers of its own.
     file = "libcusparseLt.so.0"
     spec = importlib.util.find_spec("nvidia")
     for place in (spec and spec.submodule_search_locations) or ():
-        # Wheels for CUDA 13 share a folder, but not those before 0.9.
+        # Wheels for CUDA 13 share a folder, except those before 0.9.
         for folder in (f"cu{cuda}", "cusparselt"):
             path = pathlib.Path(place, folder, "lib", file)
             if path.exists():
@@ -51,7 +51,7 @@ def cusparselt_path(cuda):
 
 
 def compressed_size(device, shape, dtype):
-    """Return the bytes of a kernel that cuSPARSELt has compressed.
+    """Return the bytes of a kernel compressed by cuSPARSELt.
 
     Args:
         device: Int, ordinal of the GPU.

@@ -1,8 +1,8 @@
-"""Which product is faster on this GPU, cuSPARSELt's or the dense one.
+"""Find whether cuSPARSELt's product or the dense one is faster on this GPU.
 
-Both are timed on the card, for a few numbers of rows, once in a process for
-each shape and type. The environment variable KERAS_WEIGHTMODS_GPU=dense makes
-every product dense: a card on which cuSPARSELt ends the process needs it.
+Each process times both on the card once for each shape and type, at a few
+numbers of rows. The environment variable KERAS_WEIGHTMODS_GPU=dense makes every
+product dense, for cards on which cuSPARSELt ends the process.
 
 Nothing here has been run on a GPU yet.
 """
@@ -20,7 +20,7 @@ from keras_weightmods import native
 
 VARIABLE = "KERAS_WEIGHTMODS_GPU"
 ROWS = (1, 16, 64, 256, 1024, 4096)
-# What sizes must be a multiple of, and rows are padded to.
+# Sizes must be multiples of this, and rows are padded to one.
 MULTIPLE = 16
 _MARGIN = 0.95  # a smaller gain may be noise
 _CACHE_BYTES = 200 * 2**20  # more than a GPU's cache
@@ -43,7 +43,7 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which product a kernel takes, for any number of rows.
+    """The product that a kernel takes, for any number of rows.
 
     Args:
         tried: Tuple of `Tried`, in rising order of rows. The times stand for
@@ -57,7 +57,8 @@ class Plan:
 
     @functools.cached_property
     def companions(self):
-        """What to make of the kernel: `"dense"`, `"cusparselt"` or both."""
+        """The forms of the kernel to make: `"dense"`, `"cusparselt"` or
+        both."""
         used = {tried.method for tried in self.tried} or {"dense"}
         return tuple(sorted(used, reverse=True))
 
@@ -117,9 +118,9 @@ def reason_for_dense(shape, kind):
 def trial(x, dense, sparse, wait):
     """Time both products for a few numbers of rows, and compare the results.
 
-    cuSPARSELt's result may differ from the dense one, y, by 1/2 + |y| / 64:
-    more than rounding to 16 bits does, and less than one wrong product of the
-    sum. Where it differs by more, or anything is raised, a warning says so,
+    cuSPARSELt's result may differ from the dense one, y, by 1/2 + |y| / 64.
+    This is more than rounding to 16 bits, and less than one wrong product in
+    the sum. If it differs by more, or anything is raised, a warning says so,
     and the kernel is multiplied dense.
 
     Args:
@@ -134,7 +135,7 @@ def trial(x, dense, sparse, wait):
     tried: list[Tried] = []
     count = 0
     try:
-        # A model's weights are not in the cache when a product begins.
+        # In a model, the weights are not in the cache when a product begins.
         copies = [
             [weight, *(copy.deepcopy(weight) for _ in range(_copies(weight)))]
             for _, weight in (dense, sparse)
@@ -154,7 +155,7 @@ def trial(x, dense, sparse, wait):
             )
             tried.append(Tried(count, *times))
     except Exception as error:
-        # Whatever it is: the dense product is there.
+        # Any error will do: the dense product is there.
         reason = f"cuSPARSELt failed: {type(error).__name__}: {error}"
         warnings.warn(
             f"cuSPARSELt was tried on this GPU with {count} rows. {reason}. "
@@ -167,7 +168,7 @@ def trial(x, dense, sparse, wait):
 
 
 def _copies(weight):
-    """Return how many more of a weight do not fit into the cache."""
+    """Return how many copies of a weight exceed the cache."""
     return min(max(1, -(-_CACHE_BYTES // max(weight.nbytes, 1)) - 1), 23)
 
 
@@ -201,7 +202,7 @@ def sample(rows, shape):
     x[:, 0] = 1
     # Columns repeat: random numbers for all would take seconds.
     kernel = rng.integers(1, 8, (k // 4, 4, 256)) * rng.choice([-1, 1], 256)
-    # Of each four entries the two of the largest random numbers.
+    # Keep two entries of each four, chosen by random numbers.
     kernel *= rng.random(kernel.shape).argsort(axis=1) >= 2
     columns = rng.integers(0, 256, n)
     kernel = kernel.reshape(k, 256).astype("float32")[:, columns]
