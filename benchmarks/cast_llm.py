@@ -108,7 +108,7 @@ def run(args):
     measured = {}
 
     def record(name):
-        # Of the `model` of the moment.
+        # Measures the current `model`.
         measure = kwm.Perplexity(model)
         measured[name] = {
             "held_out": measure(held_out, "held-out"),

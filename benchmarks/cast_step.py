@@ -3,12 +3,12 @@
     python -m benchmarks.cast_step
     python -m benchmarks.cast_step --backends torch --steps 4 --json FILE
 
-Steps: forward, backward and update of a Llama with the shapes of SmolLM2-135M,
-through `train_on_batch`: `CAST` as it is, which takes its losses from chunks
-of logits; `CAST` with the logits of all positions in memory ("whole"), as for
-a loss that cannot be taken in chunks; and Keras' own step of the same model,
-with AdamW. Each is a process of its own, for its peak of memory. The ratios
-are of the medians, without the first step, which compiles.
+A step is the forward pass, backward pass and update of a Llama with the shapes
+of SmolLM2-135M, through `train_on_batch`. `CAST` computes its losses from
+chunks of logits. "whole" is `CAST` with the logits of all positions in memory,
+which other losses need. Keras' own step of the same model has AdamW. Each runs
+in a process of its own, for its peak of memory. The ratios are of medians,
+without the first step, which compiles.
 
 Times and peaks are only good on a machine that does nothing else.
 """
@@ -88,7 +88,7 @@ def make(name, dtype):
     cast = kwm.CAST(model)
     cast.compile(kwm.AdamS(1e-4, total_steps=1000), loss)
     if name == "whole":
-        # As for a loss that cannot be taken in chunks.
+        # Losses that cannot be computed in chunks do this.
         cast._heads = None
     return cast
 

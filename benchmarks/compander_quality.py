@@ -3,15 +3,15 @@
     python -m benchmarks.compander_quality
     python -m benchmarks.compander_quality --settings small --nets plain
 
-Conv nets with dropout, with and without BatchNormalization, on Fashion-MNIST
-(`apt-get install dataset-fashion-mnist`): from 1,000 images, from all 60,000,
-and fine-tuned on 1,000 images of five classes after training on the other
-five. Each method gets the same search of its learning rate and of its own
-parameters, on 5,000 training images held out: from the best point so far one
-step to either side in each direction, until no neighbour is better. So none
-of the rates is at an end of what was tried. Then it is trained anew from each
-seed; all methods start from the same weights, and see the same images in the
-same order. Differences are paired by seed.
+Conv nets with dropout, with and without BatchNormalization, learn Fashion-MNIST
+(`apt-get install dataset-fashion-mnist`). They train on 1,000 images, on all
+60,000, or on 1,000 images of five classes after training on the other five.
+Each method gets the same search of its learning rate and its parameters, on
+5,000 training images held out. From the best point so far the search goes one
+step to either side in each direction, until no neighbor is better. So no rate
+is at an end of the range. Then each method trains from each seed. All methods
+start from the same weights, and see the same images in the same order.
+Differences are paired by seed.
 
 The trained nets are also tested with their kernels rounded to 4 bits, and
 pruned to 2:4 by magnitude, without training after it.
@@ -43,7 +43,7 @@ SETTINGS = {
     "fine-tuned": Setting(1_000, 10, 50, 2, 10, fine_tuned=True),
     "full": Setting(60_000, 2, 100, 1, 10),
 }
-# Of each parameter where the search begins, and the factor of a step.
+# The start of the search for each parameter, and the factor of a step.
 RATE, DECAY, A = ("rate", 0.05, 2), ("decay", 0.016, 4), ("a", 0.5, 2)
 METHODS = {
     "plain": (RATE,),

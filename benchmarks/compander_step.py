@@ -3,15 +3,15 @@
     python -m benchmarks.compander_step
     python -m benchmarks.compander_step --backends torch --steps 60
 
-Forward, backward and the update by Adam through `train_on_batch`, one process
-for each backend. The contenders take turns, step by step and in a rotating
-order, so that a machine that gets slower or faster on the way does so for all
-of them. "folded" is a companded model after `fold`, and should cost what the
-plain one does. The ratios are of CPU time, that of all threads of the process,
-which other processes on the machine disturb less than the time of the wall;
-the results hold both. The workers keep freed memory: by default glibc gives
-blocks of 32 MB and more back to the system at each step, and a model that is
-just above that pays for page faults that one just below does not.
+A step is the forward pass, backward pass and Adam's update through
+`train_on_batch`, in one process for each backend. The contenders take turns,
+step by step and in a rotating order, so that changes of the machine's speed
+affect all of them. The one named "folded" is a companded model after `fold`,
+and should cost as much as the plain one. The ratios are of CPU time over all
+threads, which other processes disturb less than wall time. The results have
+both. The workers keep freed memory. By default glibc gives blocks of 32 MB and
+more back to the system at each step, and then only larger models pay for page
+faults.
 """
 
 import functools

@@ -3,11 +3,11 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --frameworks torch --dry-run
 
-`make gpu` runs it. Under JAX and torch: tests/gpu/test_on_gpu.py, then for
-each shape and type the trial that `pack` runs on the card, at 1 to 4096 rows.
-float16 comes last, as cuSPARSELt has ended the process with it on some cards.
-Each part is a process of its own with a limit of time. What is measured is
-written at once, and not measured again: the same command continues.
+`make gpu` runs it. Under JAX and torch it runs tests/gpu/test_on_gpu.py. Then
+it runs the trial of `pack` on the card for each shape and type, at 1 to 4096
+rows. The type float16 comes last, because cuSPARSELt has ended the process with
+it on some cards. Each part is a process with a time limit. Results are written
+at once: the same command continues.
 
 Not yet run on a GPU. `--dry-run` goes all the way without one, with tiny
 products of NumPy in the place of both.

@@ -106,7 +106,7 @@ def run_worker(backend, *arguments, environment=None):
     Returns:
         What it writes to `--json`.
     """
-    # As `python -m` has started it.
+    # Start it as `python -m` did.
     module = sys.modules["__main__"].__spec__.name
     command = [sys.executable, "-m", module, *sys.argv[1:], *arguments]
     with tempfile.TemporaryDirectory() as folder:

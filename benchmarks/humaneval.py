@@ -205,7 +205,7 @@ def write_file(path, args):
     """Write the file of a row, in this process."""
     import keras_weightmods as kwm
 
-    # That to nearest is not the best way, and those of keras_hub.
+    # Warnings about rounding to nearest, and those of keras_hub.
     warnings.simplefilter("ignore")
     path, row = pathlib.Path(path), pathlib.Path(path).stem
     part = path.with_stem(f"part of {row}")
@@ -281,7 +281,7 @@ def work(args):
         tokens = runtime(prompts, args.new_tokens, task["stop_token_ids"])
         found = {
             "tokens": tokens,
-            # Of a problem.
+            # For one problem.
             "seconds": (time.perf_counter() - began) / len(prompts),
             "cpu_seconds": (time.process_time() - processor) / len(prompts),
             "peak_bytes": harness.peak_bytes(),
@@ -366,15 +366,15 @@ def program_of(problem, answer):
 
 
 def code_of(answer):
-    """Return the code in an answer: what it defines, not what it runs.
+    """Return the definitions in the code of an answer, not what it runs.
 
-    That is the first block in a fence, or all, up to the last line with which
-    it can be parsed.
+    The code is the first fenced block, or else everything, up to the last line
+    with which it can be parsed.
     """
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|$)", answer, re.DOTALL)
     lines = (fenced[1] if fenced else answer).splitlines()
     with warnings.catch_warnings():
-        # Of escapes in strings.
+        # Warnings about escapes in strings.
         warnings.simplefilter("ignore")
         for end in range(len(lines), 0, -1):
             with contextlib.suppress(SyntaxError, ValueError):

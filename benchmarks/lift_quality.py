@@ -5,19 +5,19 @@
 
 SmolLM2-135M-Instruct learns word problems from half of the templates of
 `reasoning-gym` (examples/data/gsm_symbolic.py), worked answers of several
-lines. *Solved* is the share of new problems from these templates whose result,
-as the model writes it by greedy decoding, gets all points of the package's own
-scorer; *unseen* is that of the other half of the templates, on which a
-training as short as this is not enough: in a first run the loss went from 1.50
-to 0.15 on new problems of the first half, and from 1.34 to 1.40 on the other.
-So solved and loss are what has power here. Problems of more than `--length`
-tokens with their answers are left out, to save time. *Forgotten* is the rise
-of the loss on two unrelated texts, in nats a token, mean of the two.
+lines. *Solved* is the share of new problems from these templates that the model
+solves by greedy decoding, with all points from the package's own scorer.
+*Unseen* is the same for the other half of the templates, for which this
+training is too short. In a first run the loss on new problems went from 1.50 to
+0.15 in the first half, and from 1.34 to 1.40 in the other. So solved and loss
+have the power here. Problems of more than `--length` tokens with their answers
+are left out, to save time. *Forgotten* is the rise of the loss on two unrelated
+texts, in nats a token, mean of the two.
 
 - full: AdamW on all weights;
-- LoRA, rsLoRA: KerasHub's, on all seven projections, at the rank whose count
-  of numbers is nearest to 5 % of them, the product scaled by alpha / rank and
-  by alpha / sqrt(rank), with alpha = rank;
+- LoRA, rsLoRA: KerasHub's, on all seven projections, at the rank whose count of
+  numbers is nearest to 5 % of them. The product is scaled by alpha / rank or
+  alpha / sqrt(rank), with alpha = rank;
 - random, largest (Super-Tuning, arXiv 2607.09287), smallest, gradient (the
   largest of the loss on the first 16 problems): `SparseAdamW` on a share of
   each projection, chosen once;
@@ -25,17 +25,17 @@ of the loss on two unrelated texts, in nats a token, mean of the two.
   alone, as many in all. LIFT + LoRA: both, of half as many numbers each.
 
 The learning rate of each method is searched on a grid of factor 2, by the loss
-on validation problems after runs of full length, from a start to where both
-neighbors are worse. (Runs of a third of the steps chose twice the rates, at
-which all weights solved 17 % and not 26.) Then each is trained from every seed,
-for as many steps on the same problems in the same order; each seed has its own
-problems, for training and for the test. Where two rates have about the same
-loss, the lower one solves more: so half of the rate is tried too, on the first
-seed, and on all if it solves more there, and so on. The rate of a method is the
-one that solved most, of those with all seeds. Every run has a process of its
-own and is in the JSON file when it is done: started again, the benchmark goes
-on where it was stopped. All takes about ten hours of one core with bfloat16
-instructions. Times are of the processor, so that other processes do not count.
+on validation problems after full runs, until both neighbors are worse. (Runs of
+a third of the steps chose twice the rates, at which all weights solved 17 % and
+not 26.) Then each method trains from every seed, for the same number of steps
+on the same problems in the same order. Each seed has its own problems, for
+training and for the test. If two rates have about the same loss, the lower one
+solves more. So half of the rate is tried too, on the first seed, and on all if
+it solves more there, and so on. The rate of a method is the one that solved
+most, of those with all seeds. Every run has a process of its own and goes into
+the JSON file when it is done: a restarted benchmark continues. All takes about
+ten hours of one core with bfloat16 instructions. Times are processor times, so
+that other processes do not count.
 """
 
 import argparse
@@ -70,7 +70,7 @@ SETTING = (
     *("backend", "dtype", "steps", "search_steps", "batch", "length"),
     *("valid", "test", "unseen", "text_rows"),
 )
-# Of the search, which no other run draws problems with.
+# The seed of the search. No other run draws problems with it.
 SEARCH_SEED = 100
 PLOT = harness.ROOT / "docs" / "lift_quality.png"
 
@@ -269,10 +269,9 @@ def tried_once(report, found):
 def effects(found, base, measure):
     """Return the differences to a base, paired by seed, with 95 % intervals.
 
-    Where the noise is about the same for all methods (`POOLED`) it is taken
-    from all of them: what a linear model of methods and seeds leaves, which
-    need not have all seeds of each method. Elsewhere from the seeds of the
-    pair alone, of which there must be two.
+    If the noise is about the same for all methods (`POOLED`), it is the
+    residual of a linear model of methods and seeds, which may lack seeds of a
+    method. Otherwise it comes from the seeds of the pair alone, at least two.
 
     Returns:
         Dict from names of methods to triples: mean, low, high.
@@ -296,7 +295,8 @@ def effects(found, base, measure):
 
 
 def pooled_effects(values, base):
-    """As `effects`, by least squares, of dicts from seeds to values."""
+    """Do the same as `effects` by least squares, for dicts from seeds to
+    values."""
     import numpy as np
     from scipy import stats
 

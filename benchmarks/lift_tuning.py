@@ -95,7 +95,7 @@ class Worker:
         args, model = self.args, self.model
         steps = args.search_steps if is_search else args.steps
         rows = self.rows(self.problems("train", steps * args.batch))
-        # As LIFT's authors have them, for all.
+        # The values of LIFT's authors, for all methods.
         adam = {
             "learning_rate": learning_rate_schedule(rate, steps),
             "weight_decay": 0.0,
@@ -267,7 +267,7 @@ def make_masks(model, method, steps, seed, data=None):
     density = method.density
     if method.targets:
         targets = kwm.find_targets(model, include=method.targets)
-        # As many in all as in all kernels.
+        # The same total as for all kernels.
         density *= entries(all_targets) / entries(targets)
     smallest = method.criterion == "smallest"
     masks = kwm.PrincipalMaskCallback(

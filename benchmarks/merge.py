@@ -7,13 +7,13 @@ Each method in a process of its own: the files are written by another one. The
 peak is that of the process after one merge, and what it is above that of a
 process that has imported Keras and this library, and merged nothing. The other
 backends, and the SciPy and pandas that Keras imports where it finds them, are
-hidden, as in an environment of one backend. In turn with merging, two copies of
-one file, written through to the disk as the merged one is, and as that to where
-no file is yet; medians of each. The first copy does not count: a virtual
-machine may have given unused memory back, and has to ask for it, which takes a
-copy two to four times as long. The measure of time is the bytes that are read
-and written over the seconds: the share that merging has of the copy's. One
-process for each backend; on each, the same NumPy.
+hidden, as in an environment of one backend. Two copies of one file take turns
+with merging. Like the merged file, they are written through to the disk, to a
+new place. Medians are shown. The first copy does not count: a virtual machine
+may have to request memory again, and the copy then takes two to four times as
+long. Speeds are the bytes read and written over the seconds, and the measure is
+the ratio of merging to the copy. Each backend has one process, with the same
+NumPy.
 """
 
 import os

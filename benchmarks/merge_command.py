@@ -2,9 +2,9 @@
 
     python -m benchmarks.merge_command --mergekit FOLDER/bin/mergekit-pytorch
 
-The same arrays in files of 500 MB, the same method, weights and densities, in
-float32, from whole commands to a file: what they import is in their seconds and
-in their peak of memory. mergekit is in an environment of its own, as it needs
+Both get the same arrays in files of 500 MB, and the same method, weights and
+densities, in float32. Whole commands are measured, so their seconds and peaks
+of memory include imports. mergekit has its own environment, because it needs
 other versions of packages. The commands take turns, and the medians are shown.
 """
 
@@ -21,7 +21,7 @@ import time
 
 from benchmarks import harness, merge
 
-# As both name them; mergekit has no Iso-C.
+# Both use these names; mergekit has no Iso-C.
 METHODS = tuple(method for method in merge.METHODS if method != "iso_c")
 _MERGEKIT_NAMES = {"dare": "dare_linear"}
 OPTIONS = {

@@ -9,7 +9,7 @@ by step and in a rotating order, so that a machine that gets slower or faster
 on the way does so for all of them. All decay their weights as AdamW does.
 
 Every 10th step of AdamS sets new masks. The ratio held against the bar counts
-it at its share: it is (9 x median of the plain steps + median of the mask
+it at its share. It is (9 x median of the plain steps + median of the mask
 steps) / 10 over the median of AdamW. The first 10 steps are reported apart: the
 first compiles, and in all of them l1="auto" measures the gradients.
 

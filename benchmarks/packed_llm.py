@@ -3,17 +3,17 @@
     python -m benchmarks.packed_llm
     python -m benchmarks.packed_llm --backends torch --rounds 3 --json FILE
 
-SmolLM2-135M, made 2:4 by magnitude (which ruins what it says and changes
-nothing of the speed), writes text with `generate`, greedy, batch 1: the prompt
-is read and tokens are written one by one. One process for each backend, in
-which the models take turns, in a rotating order, so that a machine that gets
-slower or faster on the way does so for all of them. A ratio is the median over
-the rounds of the ratio to the dense model in the same round.
+SmolLM2-135M is made 2:4 by magnitude, which ruins its text but does not change
+the speed. It writes text with `generate`, greedy, batch 1: it reads a prompt
+and writes tokens one by one. Each backend has one process, in which the models
+take turns in a rotating order, so that changes of the machine's speed affect
+all of them. A ratio is the median, over the rounds, of the ratio to the dense
+model in the same round.
 
-The peers are what one would take instead, on the same weights stored dense:
-bfloat16 weights, the int8 quantization of Keras, and on torch its
-dynamic int8 quantization, by the operator behind `torch.ao`'s dynamic Linear
-put into the layers, as Keras layers are no `torch.nn.Linear`.
+The peers are the usual alternatives, on the same weights stored dense: bfloat16
+weights, Keras' int8 quantization, and torch's dynamic int8 quantization. The
+last uses the operator behind `torch.ao`'s dynamic Linear in the layers, because
+Keras layers are no `torch.nn.Linear`.
 
 Memory is that of the weights alone. The times are only good on a machine that
 does nothing else.

@@ -3,16 +3,16 @@
     python -m benchmarks.principal_mask
     python -m benchmarks.principal_mask --backends torch --part agreement
 
-Agreement: for every matrix of SmolLM2-135M and filter ranks 32 and 128, the
-share of the exact rule's entries (the whole SVD, 5 % of the matrix) that the
-default selection of `principal_mask` finds. Beside it what the usual randomized
-SVD (2 power iterations, 10 more vectors than the rank) and plain magnitudes
-find.
+Agreement is the share of the exact rule's entries (the whole SVD, 5 % of the
+matrix) that the default of `principal_mask` finds. It is measured on every
+matrix of SmolLM2-135M, at filter ranks 32 and 128. Beside it are the shares of
+the usual randomized SVD (2 power iterations, 10 more vectors than the rank) and
+of plain magnitudes.
 
-Time: one selection in a 4096 x 4096 matrix at filter rank 128, of independent
-normal entries, whose spectrum is flatter than that of any trained matrix; the
-default against the same with the exact SVD, taking turns after a first fast one
-that compiles.
+Time is that of one selection in a 4096 x 4096 matrix at filter rank 128. Its
+entries are independent and normal, so its spectrum is flatter than that of any
+trained matrix. The default takes turns with the exact SVD, after a first fast
+one that compiles.
 """
 
 import statistics

@@ -4,18 +4,17 @@
     python -m benchmarks.quality --methods CAST,SR-STE --seeds 0,1 --resume
 
 Every method trains SmolLM2-135M-Instruct on the same rows, in the same order,
-for the same number of tokens, and ends exactly 2:4; one-shot methods are
-calibrated on the first of them. `--self-share` of the rows are text that the
-dense model wrote itself, `--documentation-share` docstrings of Python packages,
-the others prose. Measured is the perplexity on
-held-out prose and on three texts of kinds that are never trained on: the
-Python reference, news and source code. *The* number of a row is the geometric
-mean of the four over those of the dense model; beside it are the
-Kullback-Leibler divergence from the dense model per token, in nats, its mean
-and its quantile of 99.9 %, and the share of positions where both models have
-the same first token. The
-baselines SR-STE (arXiv 2102.04010) and AST (arXiv 2407.20584) live here, as
-they are no part of the library.
+for the same number of tokens, and ends exactly 2:4. One-shot methods are
+calibrated on the first rows. `--self-share` of the rows are text that the dense
+model wrote itself, `--documentation-share` docstrings of Python packages, the
+others prose. The perplexity is measured on held-out prose and on three kinds of
+text that are never trained on: the Python reference, news and source code.
+*The* number of a row is the geometric mean of the four over those of the dense
+model. Beside it are the mean and the 99.9 % quantile of the Kullback-Leibler
+divergence from the dense model per token, in nats. The last column is the share
+of positions where both models have the same first token. The baselines SR-STE
+(arXiv 2102.04010) and AST (arXiv 2407.20584) live here, because they are no
+part of the library.
 """
 
 import math
@@ -415,7 +414,7 @@ def to_nearest(model, train):
     import keras_weightmods as kwm
 
     with warnings.catch_warnings():
-        # That this is worse than `quantize`.
+        # The warning that `quantize` is better.
         warnings.simplefilter("ignore")
         kwm.pack(model, "int4", head="int4", verbose=0)
     kwm.unpack(model, verbose=0)
@@ -439,7 +438,7 @@ class ByKeras:
             size = {"num_samples": count, "sequence_length": size}
             config = keras.quantizers.GPTQConfig(train, (), **size)
         with warnings.catch_warnings():
-            # Of layers that have no weights.
+            # Warnings about layers without weights.
             warnings.simplefilter("ignore")
             copy.quantize(self.mode, config=config)
         layers = map(keras_compat.layers_of, (model, copy))
@@ -488,9 +487,9 @@ class FixedMask(DenseFineTuning):
 class StraightThroughTraining:
     """SR-STE and AST: a masked forward with gradients straight through.
 
-    Both pull the masked weights to zero, by `pull * w`: SR-STE adds it to the
-    gradient, before Adam's moments; AST adds it after the first moment, with
-    a strength that rises over the first half of the run.
+    Both pull the masked weights to zero by `pull * w`. SR-STE adds it to the
+    gradient, before Adam's moments. AST adds it after the first moment, with a
+    strength that rises over the first half of the run.
     """
 
     def __init__(self, learning_rate, pull, on_gradient):
@@ -588,8 +587,8 @@ def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
 class Cast:
     """The library's CAST; without arguments, its default recipe.
 
-    `start` is a file of weights that were made as `init` says, `rate` another
-    peak of the learning rate, `batch` the rows of a step, and `checkpoint` the
+    `start` is a file of weights made as in `init`. `rate` is another peak of
+    the learning rate, and `batch` the rows of a step. `checkpoint` is the
     folder of a run that may be killed.
     """
 

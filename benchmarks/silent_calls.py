@@ -3,11 +3,11 @@
     python -m benchmarks.silent_calls
     python -m benchmarks.silent_calls --backend jax --only pack,files
 
-Each call as it is by default, none of it made quiet: how long it takes, when it
-first shows something, and the longest time between two signs of life. It ends
-with an error if one takes more than two seconds to show that it works, and half
-a second more for the timer: by the clock, and of the processor too, as a busy
-machine takes longer for all.
+Each call runs with its defaults, not made quiet. Shown are its time, the time
+of its first output, and the longest time between two outputs. It ends with an
+error if a call shows nothing for more than two seconds, plus half a second for
+the timer. This must be so by the clock and in processor time, because a busy
+machine takes longer for everything.
 """
 
 import io

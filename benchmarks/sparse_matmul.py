@@ -4,15 +4,15 @@
     python -m benchmarks.sparse_matmul --quick
     python -m benchmarks.sparse_matmul --peers jax --threads 1 --batches 1,16
 
-x (B, K) times a kernel (K, N), on the CPU. Under JAX the dense product is
-XLA's dot and the sparse one `ops.sparse_matmul`, both in `jax.jit`; under
-torch they are `torch.mm` and the same op. A peer and a number of threads have
-a process of their own, in which dense and sparse, every type of values and
-every instruction set that the machine has, take turns; "int8/int8" are int8
-values with int8 activations, "bfloat16/bfloat16" bfloat16 ones, with results
-in bfloat16; "16:32" are places by a mask. Shown is the median time of the dense
-float32 product over that of the sparse one: above 1 the sparse one is faster.
-One thread is one core: the process is bound to it.
+x (B, K) times a kernel (K, N), on the CPU. Under JAX the dense product is XLA's
+dot and the sparse one `ops.sparse_matmul`, both in `jax.jit`; under torch they
+are `torch.mm` and the same op. Each peer and number of threads has a process.
+In it dense and sparse products take turns, with every type of values and
+instruction set of the machine. The row "int8/int8" has int8 values with int8
+activations. The row "bfloat16/bfloat16" has bfloat16 values and activations,
+with results in bfloat16. "16:32" has places by a mask. Shown is the median time
+of the dense float32 product over that of the sparse one: above 1 the sparse one
+is faster. One thread is one core: the process is bound to it.
 
 Only good on a machine that does nothing else.
 """

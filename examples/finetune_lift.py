@@ -7,7 +7,7 @@
 The default takes SmolLM2-135M-Instruct and arithmetic word problems of two and
 three steps from a seeded generator: some minutes on two cores. It prints how
 many held-out problems the model solves before and after, what it has forgotten
-(perplexity on unrelated text), and what the training took; it stores the change
+(perplexity on unrelated text), and what the training took. It stores the change
 as a delta, and shows that the delta comes off bit for bit.
 
 A problem counts as solved where the greedy continuation of the question is the

@@ -3,11 +3,12 @@
     python -m examples.finetune_sparse
     python -m examples.finetune_sparse --model sparse_llm.keras --steps 200
 
-Each way begins with the same 2:4 model and sees the same rows of text: all
-kept weights under a fixed mask; LoRA, merged under the mask of the base, and
-merged by magnitude; and the principal weights alone (LIFT), zeros kept. It
-prints the perplexity on held-out text of that kind and on the prose that the
-model was made 2:4 on, and checks that each model is exactly 2:4 at the end.
+Each way begins with the same 2:4 model and sees the same rows of text. The
+first trains all kept weights under a fixed mask. LoRA is merged under the mask
+of the base, or by magnitude. LIFT trains only the principal weights, and keeps
+zeros. The example prints the perplexity on held-out text of that kind, and on
+the prose that the model was made 2:4 on. It checks that each model is exactly
+2:4 at the end.
 """
 
 import json

@@ -5,9 +5,9 @@
 MiniLM, a sentence encoder (BERT, 6 blocks), learns from a few hundred sentences
 which source each is from: film reviews, product reviews, editorials or tweets.
 From the same start it is trained once on clean text and once on each noise:
-typos, and spaces in the wrong places. That gives a signature for each (RWS,
-arXiv 2302.12480), of the first blocks alone and of all. They are added to the
-clean model, scaled, summed, and taken off, bit for bit. Beside them a patch
+typos, and spaces in the wrong places. This gives a signature for each noise
+(RWS, arXiv 2302.12480), of the first blocks alone and of all. They are added to
+the clean model, scaled, summed, and taken off, bit for bit. Beside them a patch
 from a second training on clean text, in another order, says what a patch does
 that has seen no noise. Prints the accuracy on clean and on noisy text.
 

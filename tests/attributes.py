@@ -16,12 +16,12 @@ WATCHED = (
 )
 # What Keras and Python change by themselves, with the reason.
 OWN = {
-    # Of each call of `warnings.warn`.
+    # Each call of `warnings.warn` sets it.
     "__warningregistry__",
     # Keras counts names, and keeps its seeds and scopes there.
     "GLOBAL_STATE_TRACKER",
     "GLOBAL_SETTINGS_TRACKER",
-    # Of classes, when a check of types asks for them.
+    # Classes get these when types are checked.
     "__abstractmethods__",
     "_abc_impl",
     "__annotations__",

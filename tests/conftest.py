@@ -33,12 +33,12 @@ def pytest_collection_modifyitems(config, items):
 
     `make breadth` runs what is skipped here.
 
-    JAX compiles, and TensorFlow traces, anew for each shape and fit. It is for
-    what makes no tensor and asks no backend (C++, files of bytes, NumPy alone),
-    for arguments, messages, reports and raw strings, and for the breadth past
-    a first case: more shapes, settings and families of models, and invariants
-    of a function that meets its reference on each backend. `breadth` in
-    tests/backends.py marks the further cases of a table.
+    JAX compiles, and TensorFlow traces, anew for each shape and fit. The marker
+    is for code without tensors or backends (C++, files of bytes, NumPy alone),
+    and for arguments, messages, reports and raw strings. It is also for cases
+    after the first: more shapes, settings and families of models, and
+    invariants of a function that meets its reference on each backend. `breadth`
+    in tests/backends.py marks the further cases of a table.
 
     Every public name keeps a test on each backend for each kind of layer and
     model that it takes. Gradients, compiled steps, autocast and low precision,

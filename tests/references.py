@@ -163,9 +163,9 @@ def principal_mask(x, count, rank, axes=(0,), candidates=None):
 def sparsegpt(w, h, n, m, damping=0.01):
     """SparseGPT, an input after the other, each with an inverse of its own.
 
-    Removing weight j when those before it are settled costs `w_j**2 / inv[0,
-    0]`, inv being the inverse of what is left of the damped second moment `h`
-    of the inputs, and moves the rest by its first row.
+    When the weights before it are settled, removing weight j costs `w_j**2 /
+    inv[0, 0]` and moves the rest by the first row of `inv`. This is the inverse
+    of the remaining part of the damped second moment `h` of the inputs.
     """
     w = w.astype("float64").copy()
     size, units = w.shape
@@ -305,9 +305,8 @@ def search_scales(w, weights, bits, group_size, shares):
 def gptq(w, scales, h, bits, group_size, damping=0.01):
     """GPTQ, an input after the other, each with an inverse of its own.
 
-    Rounding weight j when those before it are settled moves the rest by the
-    first row of the inverse of what is left of the damped `h`; what is zero
-    stays zero.
+    When the weights before it are settled, rounding weight j moves the rest by
+    the first row of the inverse of the remaining damped `h`. Zeros stay zero.
     """
     w = w.astype("float64").copy()
     kept = w != 0

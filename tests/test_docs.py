@@ -145,6 +145,6 @@ def test_a_release_has_addresses_and_a_readme_whose_links_hold(tmp_path):
     assert new == old
     assert urls["Changelog"] == f"{files}CHANGELOG.md"
     for url in urls.values():
-        # Of files that are there.
+        # Only files that exist.
         if url.startswith(files):
             assert (ROOT / url.removeprefix(files)).is_file()

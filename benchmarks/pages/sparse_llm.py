@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.pages.tables import mean, missing, table
 
-# Of the scaling law on the held-out budget, in loss.
+# The largest error of the scaling law on the held-out budget, in loss.
 ERROR_BAR = 0.03
 # Title, key, factor and format of a column.
 MEASURES = (

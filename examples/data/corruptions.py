@@ -1,8 +1,8 @@
 """Corruptions of small images, under the names of the C-benchmarks.
 
-All of the 19 kinds of arXiv 1903.12261 that scikit-image, with Pillow under
-it, has the parts for: not the weather (fog, frost, snow, spatter), not those
-of a lens (defocus, motion, glass), and none of colour.
+These are the kinds from the 19 of arXiv 1903.12261 that scikit-image, with
+Pillow, can make. Weather (fog, frost, snow, spatter), lens effects (defocus,
+motion, glass) and color are missing.
 """
 
 import io

@@ -22,7 +22,7 @@ NAME = "gsm_symbolic"
 SPLITS = ("train", "valid", "test", "unseen")
 # Templates below are for the first three.
 SEEN = 50
-# Of 10 problems of these, 8 are for training.
+# 8 of 10 problems from these are for training.
 _SPLIT_OF = ("train",) * 8 + ("valid", "test")
 # It is the same for all problems.
 _REQUEST = " Give the result as your final answer. Do not include units."

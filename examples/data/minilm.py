@@ -28,9 +28,9 @@ def load_minilm(sequence_length=64, path=None):
     It maps strings to embeddings, the mean of the last hidden states at length
     1; its parts are `backbone`, a `BertBackbone`, and `preprocessor`.
 
-    KerasHub computes BERT's GELU by its approximation with tanh, the original
-    by erf: the embeddings have a cosine of more than 0.999 with those of the
-    original, and are no closer.
+    KerasHub approximates BERT's GELU with tanh, and the original uses erf. So
+    the embeddings differ a little: their cosine with the original ones is above
+    0.999.
 
     Args:
         sequence_length: int. The tokens to which texts are cut and padded.

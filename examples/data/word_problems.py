@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
-# Of 10 problems, 8 are for training.
+# 8 of 10 problems are for training.
 _SPLIT_OF = ("train",) * 8 + ("valid", "test")
 
 _NAMES = (

@@ -106,10 +106,10 @@ def pack_kernel(
 ) -> Packed:
     """Pack a 2:4 kernel, or one with half of each 32 rows.
 
-    Values stay exact in float32. bfloat16 rounds them to the nearest, and int8
-    to multiples of a scale, max |w| / 127 of the column. int4 rounds to -8 to 7
-    times a bfloat16 scale, the best of several for each column and 64 rows. A
-    kernel that already lies on such a grid comes back as it was.
+    Values stay exact in float32. In bfloat16 they are rounded to nearest, and
+    in int8 to multiples of a scale, max |w| / 127 of the column. In int4 they
+    are -8 to 7 times a bfloat16 scale, the best of several for each column and
+    64 rows. A kernel that already lies on such a grid comes back as it was.
 
     Args:
         kernel: Array, tensor or variable of shape (K, N), exactly of the

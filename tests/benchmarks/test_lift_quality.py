@@ -71,7 +71,7 @@ def test_summary_has_what_each_seed_forgot(report):
 def test_noise_of_all_methods_or_of_the_pair(report):
     found = lift_quality.summary(report)
     table = np.array(list(SOLVED.values()))
-    # As a linear model of methods and seeds leaves it.
+    # The residual of a linear model of methods and seeds.
     design = [
         [*(i == m for m in range(3)), *(j == s for s in (1, 2))]
         for i in range(3)

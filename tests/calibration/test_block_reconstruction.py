@@ -71,7 +71,7 @@ def test_a_linear_layer_ends_at_its_least_squares():
 
 @pytest.mark.parametrize("kind", [("swaps", "blocks"), "swaps", "blocks"])
 def test_outputs_get_nearer_and_nothing_else_changes(kind):
-    """Of a frozen model, which stays frozen, too."""
+    """This holds for a frozen model too, which stays frozen."""
     x, errors = data(512), {}
     for name in (None, kind):
         model = make_net()

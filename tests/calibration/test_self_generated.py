@@ -39,7 +39,7 @@ def test_rows_begin_with_the_start_token(model):
 
 @one_backend
 def test_the_rows_of_high_perplexity_are_left_out(model):
-    # Of batches that are not full, none comes twice.
+    # No row comes twice if a batch is not full.
     everything = written(model, rows=10, batch_size=6, keep=1.0)
     kept = written(model, rows=5, batch_size=6, keep=0.5)
     losses = kwm.Perplexity(model).losses(everything, verbose=0)

@@ -19,7 +19,7 @@ TREES = {
 ALLOWED = {
     # The update of AdamS on torch: `optimizer` is what calls it, an AdamS.
     "backend/torch/in_place.py": {"_get_variable_index"},
-    # Of a tensor of torch, and cuSPARSELt as torch has it.
+    # An attribute of torch's tensors, and torch's cuSPARSELt.
     "backend/torch/sparse_matmul_gpu.py": {
         "_cslt_compress",
         "_cslt_sparse_mm",

@@ -133,7 +133,7 @@ def outputs(model, x=None):
 
 
 def assert_close(found, expected, share=1e-6, exact=False):
-    """Of their size: a unit in the last place of 2 is 2.4e-7."""
+    """Compare relative to the size: a unit in the last place of 2 is 2.4e-7."""
     atol = 0 if exact else share * max(1, np.abs(expected).max())
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 

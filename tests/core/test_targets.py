@@ -254,7 +254,7 @@ def test_a_layer_outside_of_the_graph_is_no_target():
 
         def __init__(self):
             inputs = keras.Input((None,))
-            # Of no size that is tried: nothing is known from symbols.
+            # No size that is tried fits, so symbolic tensors show nothing.
             x = keras.layers.Reshape((-1, 3))(inputs)
             used = keras.layers.Dense(4)
             super().__init__(inputs, used(x))

@@ -33,7 +33,7 @@ def logits_of(model, tokens):
 
 
 def log_probabilities(model, tokens):
-    """Of each token after the first, and whether it is the likeliest."""
+    """Those of each token after the first, and whether it is the likeliest."""
     logits = logits_of(model, tokens[:-1])
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     places = np.arange(len(logits))

@@ -3,14 +3,13 @@
 KERAS_BACKEND=torch python -m tests.faults.interrupts --moments 30
 
 Each public call that changes something is made on a tiny model, and Ctrl-C
-comes at one moment of it: `KeyboardInterrupt` is raised where Python itself
-would raise it, at the beginning of a function, at a jump back and after a
-call. Two thirds of the moments lie in the functions of this package, the
-others in those of Keras that it calls. Then the weights, bit for bit, the
-layers with their classes, attributes and variables, the flags, the optimizer
-and the files must be what they were before the call, or what they are after
-it. Where they are what they were, the call is made once more, and must do what
-it does without an interrupt.
+comes at one moment of it. `KeyboardInterrupt` is raised where Python itself
+would raise it: at the beginning of a function, at a jump back and after a call.
+Two thirds of the moments lie in the functions of this package, the others in
+those of Keras that it calls. Afterwards everything must be as before the call,
+or as after it: weights, bit for bit, layers with their classes, attributes and
+variables, flags, the optimizer and files. If everything is as before, the call
+is made again, and must do what it does without an interrupt.
 """
 
 import argparse
@@ -205,7 +204,7 @@ class Moments:
 
     def _begins(self, frame, event, _):
         file, caller = frame.f_code.co_filename, frame.f_back
-        # That of `with` is its user's: TensorFlow's scopes are TensorFlow's.
+        # A `with` belongs to its caller: TensorFlow's scopes are TensorFlow's.
         while file == contextlib.__file__ and caller is not None:
             file, caller = caller.f_code.co_filename, caller.f_back
         kind = _kind(file)

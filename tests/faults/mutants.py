@@ -3,9 +3,9 @@
 KERAS_BACKEND=torch python -m tests.faults.mutants --count 20000
 
 `formats.FORMATS` has the files and what reads them, `mutations.MUTATIONS` how
-they are changed. A file may be read, as not each change matters, or refused by
-an error that a `raise` of this package raises. That may take `MORE_SECONDS` and
-`MORE_MEMORY` beyond what the file takes that nobody changed.
+they are changed. A file may be read, because not every change matters, or
+refused by an error that a `raise` of this package raises. This may take
+`MORE_SECONDS` and `MORE_MEMORY` beyond the unchanged file.
 
 A mutant is made again by its number: `--kind model --first 123 --count 1`.
 """

@@ -54,7 +54,7 @@ def check_same(model, *batches, **kwargs):
 
 
 def test_the_same_tokens_as_without():
-    """Of a packed model, drawn by random numbers, with stop tokens."""
+    """A packed model draws them at random, with stop tokens."""
     # On TensorFlow XLA draws others.
     samplers = keras_hub.samplers
     model = language_model(tie_word_embeddings=True)
@@ -200,7 +200,7 @@ def test_what_cannot_be_repeated_falls_back(read, match):
 @pytest.mark.parametrize(
     ("packed", "off", "match"),
     [
-        # As sums of other lengths are, where inputs are rounded.
+        # Sums of other lengths differ so much if inputs are rounded.
         (True, lambda tokens: 1e-3 * tokens.shape[1], None),
         (False, lambda tokens: 1e-3 * tokens.shape[1], "at most"),
         (

@@ -195,7 +195,7 @@ CONSTANTS = {
 def test_cusparselt_is_declared_as_in_its_header(tmp_path):
     spec = importlib.util.find_spec("nvidia")
     places = [*((spec and spec.submodule_search_locations) or ())]
-    # Of `make gpu-libraries`; the headers of the first library are seen.
+    # Set by `make gpu-libraries`; the headers of the first library are used.
     folders = os.environ.get("CUSPARSELT_FOLDERS", "").split()
     places += [pathlib.Path(folder, "nvidia") for folder in folders]
     includes = [

@@ -78,7 +78,7 @@ def test_float32_is_multiplied_in_float32():
             text = lowered(function, given)
             count = text.count("stablehlo.dot_general")
             assert count == text.count("[HIGHEST, HIGHEST]") > 0
-    # Of 16-bit types no product is in float32.
+    # No product of 16-bit types is in float32.
     product = functools.partial(products.matmul, packed=packed)
     text = lowered(product, x.astype("bfloat16"))
     assert "stablehlo.dot_general" in text

@@ -12,7 +12,7 @@ from keras_weightmods import native
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = pathlib.Path(native.__file__).parent
-# Of XLA's FFI.
+# The numbers of XLA's FFI.
 DTYPES = {"int8": 2, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16}
 
 

@@ -268,7 +268,7 @@ def test_weights_load_and_state_that_would_be_lost_is_an_error(tmp_path):
     with pytest.warns(UserWarning, match="the state of another"):
         model.load_weights(path, skip_mismatch=True)
     assert_same(weights_of(model), weights_of(other))
-    # Of models that were not trained, or never compiled.
+    # Models that were not trained, or never compiled.
     for plain in (make(), sequential((8,), *make().layers)):
         plain.save_weights(path)
         other.load_weights(path)
@@ -308,12 +308,12 @@ def test_mixed_precision(dtype, name):
     optimizer = OPTIMIZERS[name]()
     scaled = keras.optimizers.LossScaleOptimizer
     if dtype == "mixed_float16":
-        # As Keras does where the model as a whole has this policy.
+        # Keras does this if the whole model has this policy.
         optimizer = scaled(optimizer, initial_scale=8.0)
     model = make(optimizer, dtype)
     before = weights_of(model)
     if dtype == "mixed_float16":
-        # As a training before has left it.
+        # The state that an earlier training leaves.
         model.optimizer.build(model.trainable_variables)
         model.optimizer.dynamic_scale.assign(4.0)
     fit(model, callback())

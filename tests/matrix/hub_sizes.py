@@ -1,8 +1,8 @@
 """The arguments of KerasHub's constructors, for tiny models.
 
-Two blocks of 32 units, on images of 32 pixels. A constructor gets those of
-`SIZES` that it takes by name, and over these what `OWN` has for its class; a
-`Part` there is a model or a layer, made anew for each model.
+Models have two blocks of 32 units, for images of 32 pixels. A constructor gets
+the `SIZES` that it takes by name. The entry of `OWN` for its class goes over
+these. A `Part` there is a model or a layer, made anew for each model.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from tests.merging import references
 pytestmark = pytest.mark.one_backend
 
 SHAPE = (6, 2, 5)
-# Of an EinsumDense that contracts the first axis, and one of experts.
+# An EinsumDense that contracts the first axis, and one of experts.
 AXES = {"dense": ((0,), ()), "experts": ((0,), (1,)), "none": None}
 WEIGHTS = (1.0, 0.5, 2.0)
 

@@ -236,7 +236,7 @@ def test_masks(shape, group, dtype):
     kernel = half_kernel(*shape, group) if math.prod(shape) else np.ones(shape)
     packed = pack_kernel(kernel, dtype, pattern="16:32")
     assert packed.pattern == "16:32"
-    # As many bytes as with places of two bits.
+    # It takes as many bytes as places of two bits.
     same = pack_kernel(np.zeros(shape), dtype)
     assert packed.values.shape == same.values.shape
     assert packed.meta.nbytes == same.meta.nbytes

@@ -174,7 +174,7 @@ def test_gradients(dtype, name, rng):
                 if dtype != "float32":
                     continue
                 got = library.values_gradient(x, dy, packed)
-                # As values of a kernel they are x^T dy where meta points to.
+                # The values of this kernel are x^T dy at the places in meta.
                 wide = x.T.astype("float64")
                 values = dataclasses.replace(packed, values=got)
                 kept = dataclasses.replace(packed, values=np.ones_like(got))

@@ -99,7 +99,7 @@ def test_inverse_at_and_beyond_the_range_is_nan(function, limit):
 
 
 def gradients(v, function, upstream, a=0.7, b=1.3):
-    """Of sum(upstream * compand(v, a, b)), by the backend."""
+    """Gradients of sum(upstream * compand(v, a, b)), by the backend."""
 
     def loss(v, a, b):
         w = compand(v, a, b, function)

@@ -30,7 +30,7 @@ def test_factors(method, shape):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("method", ["gram", "krylov"])
 def test_factors_of_a_change_in_few_units(method):
-    """Of these 8 torch's solver in float32 gives up on 6."""
+    """torch's solver in float32 gives up on 6 of these 8."""
     for seed in range(8):
         rng = np.random.default_rng(seed)
         x = np.zeros((256, 256), "float32")

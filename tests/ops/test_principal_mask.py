@@ -111,7 +111,7 @@ def test_places_at_random_are_in_the_order_of_the_kernel():
         mask = numpy_mask(x, candidates=candidates, **arguments)
         places = at[random_places(3, at.size, 12)]
         assert np.array_equal(np.flatnonzero(mask), places)
-    # Of a stack each matrix has as many, of a stream of its own.
+    # Each matrix of a stack has as many, from a stream of its own.
     mask = numpy_mask(
         x,
         density=0.1,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.one_backend
 
 
 def reference(words, size, count):
-    """As the comments have it, one place at a time."""
+    """Follow the comments of the code, one place at a time."""
     if not count:
         return []
     if 2 * count > size:

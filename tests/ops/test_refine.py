@@ -21,7 +21,7 @@ def damped(h, damping):
 
 
 def errors(w, after, h, damping=0.0):
-    """Of each unit."""
+    """The error of each unit."""
     rest = w.astype("float64") - after
     return np.sum(rest * (damped(h, damping) @ rest), axis=0)
 

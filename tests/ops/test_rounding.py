@@ -22,7 +22,7 @@ def damped(h, damping=0.01):
 
 
 def errors(w, after, h):
-    """Of each unit."""
+    """The error of each unit."""
     rest = w.astype("float64") - after
     return np.sum(rest * (h @ rest), axis=0)
 

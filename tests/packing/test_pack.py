@@ -70,7 +70,7 @@ def rounded(kernel, dtype, axes):
     if dtype == "bfloat16":
         return kernel.astype(ml_dtypes.bfloat16).astype("float32")
     if dtype not in ("bfloat16", "int8"):
-        # Of the tiny models, a column is one group.
+        # In the tiny models, a column is one group.
         moved = np.moveaxis(kernel, axes, range(len(axes)))
         columns = moved.reshape(-1, math.prod(moved.shape[len(axes) :]))
         assert len(columns) <= 64

@@ -126,7 +126,7 @@ def test_gradients_flow_through_the_head(head):
     (kernel,) = model.trainable_weights
     w = np.float64(numpy(kernel))
     y = references.round_activations(x @ w) @ table.T
-    # As if the inputs were not rounded.
+    # The gradient ignores the rounding of the inputs.
     expected = w - 0.1 * x.T @ (2 * (y - 1) / (5 * 9)) @ table
     models.fit_step(model, x, np.ones((5, 9), "float32"))
     assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)

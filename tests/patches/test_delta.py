@@ -108,7 +108,8 @@ def test_new_values_restore_the_model_bit_for_bit(tmp_path, dtype):
 
 @pytest.mark.one_backend
 def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
-    """As of a new classifier: everyone's own has other random weights."""
+    """A new classifier is an example: everyone's own has other random
+    weights."""
     tuned = make()
     tuned.set_weights(changed(base, 1))
     head = tuned.layers[-1]
@@ -319,7 +320,7 @@ def test_what_cannot_be_a_delta_is_refused(base, tmp_path):
 @pytest.mark.parametrize("visible", [True, False])
 def test_nan_outside_of_a_delta_keeps_its_bits(visible, tmp_path, monkeypatch):
     if not visible:
-        # As on a device whose memory NumPy does not see.
+        # The case of a device whose memory NumPy does not see.
         monkeypatch.setattr(checkpoint, "_view", lambda tensor: None)
     model = mlp(8, 4, dtype="bfloat16")
     kernel = model.layers[0].kernel

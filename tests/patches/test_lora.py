@@ -210,7 +210,7 @@ def test_what_an_adapter_cannot_hold_is_named(tmp_path):
         "no kernel that is one tensor of transformers"
     }
     config = (tmp_path / "adapter" / "adapter_config.json").read_text()
-    # Of a Conv1D, whose weight is (in, out).
+    # It is a Conv1D, whose weight is (in, out).
     assert json.loads(config)["fan_in_fan_out"] is True
 
 

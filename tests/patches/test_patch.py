@@ -44,7 +44,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def signatures(models):
-    """Of different depths, kinds and precisions."""
+    """Signatures of different depths, kinds and precisions."""
     model = models["float32"]
     first, second, third = (
         make_signature(model, seed, depth=depth)
@@ -596,7 +596,7 @@ def test_the_order_leaves_no_trace(dtype):
             check()
         assert report.clean_nbytes == 0
     assert len(expected) > 10
-    # Of a weight that deltas alone change, their entries are kept.
+    # If only deltas change a weight, their entries are kept.
     half, signature = patches["half"], patches["signature"]
     of_delta = sum(e.tensor.size for e in half) * clean[CONV].itemsize
     assert half.apply(model).clean_nbytes == of_delta

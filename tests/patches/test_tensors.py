@@ -94,7 +94,7 @@ def test_sparse_terms_change_their_places_alone():
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
 def test_what_replaces_is_exact_where_it_is_alone(dtype):
     rng = np.random.default_rng(0)
-    # Of sizes that no difference gives exactly, zeros of both signs too.
+    # Sizes that no difference gives exactly, and zeros of both signs.
     sizes = 10.0 ** rng.integers(-4, 4, (2, SIZE))
     clean, new = (rng.normal(size=(2, SIZE)) * sizes).astype(dtype)
     new[:9], clean[5:7] = -0.0, np.nan

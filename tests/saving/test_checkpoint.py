@@ -49,7 +49,7 @@ def net():
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 OPTIMIZERS = {
     "cast": None,
-    # As of `mixed_float16`, with a scale that changes within an epoch.
+    # The state of `mixed_float16`, with a scale that changes within an epoch.
     "scaled": lambda rate: keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(rate), dynamic_growth_steps=2
     ),
@@ -138,7 +138,7 @@ def fit(folder, epochs=1, units=4, model=None):
 
 @pytest.mark.one_backend
 def test_the_last_two_are_kept_and_the_older_one_is_used(tmp_path):
-    # Of a process that was killed.
+    # The folder of a process that was killed.
     (left := tmp_path / ".kwm-0123456789abcdef").mkdir()
     (left / "new.safetensors").write_bytes(b"half")
     os.utime(left, (0, 0))

@@ -291,7 +291,7 @@ HOSTILE = {
     "checksum of `a/matrix` does not match": [
         set_checksum(value) for value in (0, [], "00", "A" * 64, "1" * 64)
     ],
-    # As the safetensors library finds.
+    # The safetensors library finds these.
     INVALID: [
         lambda header: header.update(__metadata__=[]),
         set_metadata(format=1),
@@ -306,7 +306,7 @@ HOSTILE = {
         *set_each("shape", {"3": 4}, ["3", "4"], [[3, 4]], [2**62 + 3, 4]),
         set_empty(shape=[3, 1]),
         set_empty(shape=[0, 10**4000]),
-        # Of the wrong order, type or number, outside of the file, overlaps.
+        # Wrong order, type or number, places outside the file, overlaps.
         *set_each("data_offsets", [56, 8], [-40, 8], [8.0, 56.0], [8], None),
         *set_each("data_offsets", [10**6, 10**6 + 48], [2**70, 2**70 + 48]),
         *set_each("data_offsets", [4, 52], [0, 48]),

@@ -282,7 +282,7 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     rng = np.random.default_rng(0)
     x, y = make_data()
     started(cast, x, y, epochs=4)
-    # As after a training: any weights, scales, masks and steps.
+    # The state after a training: any weights, scales, masks and steps.
     expected = []
     states = cast.adam_s.sparsified_state
     for target, (variable, _, bits) in zip(cast.targets, states, strict=True):

@@ -132,7 +132,7 @@ def test_adam_s_and_cast(family):
     cast = kwm.CAST(model)
     cast.compile()
     with warnings.catch_warnings():
-        # Of kernels whose inputs cannot be read.
+        # Kernels whose inputs cannot be read.
         warnings.filterwarnings("error", "CAST ranks the weights")
         y = np.roll(IDS, -1, axis=1)
         cast.fit(X, y, batch_size=4, epochs=2, verbose=0)

@@ -47,7 +47,7 @@ def test_vmap_and_gradients_of_rows(packed):
     if packed.activations == "int8":
         rounded = references.round_activations(np.asarray(x))
     assert_close(batched(x), rounded @ w)
-    # As if `x` was not rounded.
+    # The gradient ignores the rounding of `x`.
     gradient = jax.vmap(jax.grad(lambda x: jnp.sum(sparse_matmul(x, packed))))
     assert_close(gradient(x), np.broadcast_to(w.sum(1), x.shape))
 

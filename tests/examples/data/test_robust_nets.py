@@ -22,7 +22,7 @@ def test_the_shallow_part_is_a_small_one(name):
     model = make()
     weights = model.get_weights()
     signature = WeightSignature.extract(None, model, weights, **shallow)
-    # Of the transformer one block of six.
+    # In the transformer, one block of six.
     times = 5 if name == "vit_like" else 8
     assert signature.model_nbytes > times * signature.nbytes
 
