@@ -25,8 +25,8 @@ SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 def load_qwen_coder(dtype=None, path=None):
     """Load the model, with one table for its look-up and its head.
 
-    It was made with one; the file has it twice, in Q5_0 for the look-up and in
-    Q8_0 for the head, and `kwm.load_gguf` keeps both. The latter is nearer.
+    It was made with one. The file has it twice, in Q5_0 for the look-up and in
+    Q8_0 for the head.
 
     Args:
         dtype: as in `kwm.load_gguf`.
@@ -35,22 +35,9 @@ def load_qwen_coder(dtype=None, path=None):
     Returns:
         A `keras_hub.models.QwenCausalLM`.
     """
-    from keras import ops
-
     import keras_weightmods as kwm
 
-    model = kwm.load_gguf(path or find_gguf(), dtype)
-    source = model.backbone
-    backbone = type(source).from_config(
-        {**source.get_config(), "tie_word_embeddings": True}
-    )
-    # The first two are those of the look-up and the head.
-    _, head, *others = source.weights
-    for variable, value in zip(
-        backbone.weights, [ops.transpose(head), *others], strict=True
-    ):
-        variable.assign(value)
-    return type(model)(backbone=backbone, preprocessor=model.preprocessor)
+    return kwm.load_gguf(path or find_gguf(), dtype, tie_weights=True)
 
 
 def find_gguf(path=GGUF):

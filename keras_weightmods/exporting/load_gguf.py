@@ -21,6 +21,9 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_TABLE, _HEAD = "token_embd.weight", "output.weight"
+# Between two roundings of one table there is less, of its norm.
+_APART = 0.25
 _HEAD_SIZES = (
     "rope.dimension_count",
     "attention.key_length",
@@ -37,7 +40,13 @@ _KNOWN = {
 }
 
 
-def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
+def load_gguf(
+    filepath: Any,
+    dtype: Any = None,
+    *,
+    tie_weights: bool = False,
+    verbose: int = 1,
+) -> Any:
     """Load a language model of KerasHub with its tokenizer from a GGUF file.
 
     | `general.architecture` | classes of KerasHub |
@@ -73,6 +82,10 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
             `llama-gguf-split --merge`.
         dtype: String or `keras.DTypePolicy` of the layers, such as
             `"bfloat16"`. Defaults to `None`, for Keras' global policy.
+        tie_weights: Bool, whether the embedding and the head share the table
+            of the head. Many files have it twice, once in fewer bits, though
+            the model was trained with one. One table takes half of the memory,
+            and `pack` packs it. Defaults to `False`, for what the file has.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -85,7 +98,8 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
         ValueError: If the file is not a whole GGUF file, has another
             architecture, or hyperparameters that KerasHub does not support. If
             tensors are missing, unknown or of another shape. The message names
-            them.
+            them. If `tie_weights=True` and the two tables differ by more than
+            a quarter.
         ImportError: If `gguf` or `keras_hub` is missing.
 
     Example:
@@ -106,6 +120,7 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
     assert again.count_params() == model.count_params()
     ```
     """
+    checks.check_bool("tie_weights", tie_weights)
     checks.check_verbose(verbose)
     path = checks.check_path("filepath", filepath)
     for name in ("gguf", "keras_hub"):
@@ -128,6 +143,8 @@ def load_gguf(filepath: Any, dtype: Any = None, verbose: int = 1) -> Any:
                 f"{', '.join(FAMILIES)}. Received: general.architecture="
                 f"{architecture!r}, in filepath={path!r}"
             )
+        if tie_weights and {_TABLE, _HEAD} <= header.tensors.keys():
+            _tie(header)
         is_spm = header.fields.get("tokenizer.ggml.model") == "llama"
         name = family.names[-1 if is_spm else 0]
         arguments = _arguments(header, family)
@@ -221,21 +238,36 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
             # The line that calls `load_gguf`.
             stacklevel=3,
         )
-    table = header.tensors.get("token_embd.weight")
+    table = header.tensors.get(_TABLE)
     if table is None or len(table.shape) != 2:
-        raise header.error("it has no matrix token_embd.weight")
+        raise header.error(f"it has no matrix {_TABLE}")
     tokens = header.fields.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != table.shape[0]:
         raise header.error(
-            f"it has {len(tokens)} tokens, and token_embd.weight "
-            f"{table.shape[0]} rows"
+            f"it has {len(tokens)} tokens, and {_TABLE} {table.shape[0]} rows"
         )
     arguments["vocabulary_size"] = table.shape[0]
-    if "output.weight" in family.tensors:
-        arguments["tie_word_embeddings"] = "output.weight" not in header.tensors
+    if _HEAD in family.tensors:
+        arguments["tie_word_embeddings"] = _HEAD not in header.tensors
     if _ROPE_FACTORS in header.tensors and architecture == "llama":
         arguments |= _rope_arguments(header, arguments)
     return arguments
+
+
+def _tie(header: Header) -> None:
+    """Leave the head's table alone, as the one that is looked up, too."""
+    apart = np.inf
+    if header.tensors[_TABLE].shape == header.tensors[_HEAD].shape:
+        table, head = (header.read(name, "float32") for name in (_TABLE, _HEAD))
+        table -= head
+        apart = np.linalg.norm(table) / np.linalg.norm(head)
+    if not apart < _APART:
+        raise ValueError(
+            "`tie_weights=True` expects a file that has one table twice. "
+            f"Received: {_TABLE} and {_HEAD} that differ by {apart:.0%}, in "
+            f"filepath={header.filepath!r}. Leave `tie_weights` out."
+        )
+    header.tensors[_TABLE] = header.tensors.pop(_HEAD)
 
 
 def _rope_arguments(header: Header, arguments: Any) -> dict[str, Any]:

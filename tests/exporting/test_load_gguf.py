@@ -114,6 +114,25 @@ def test_what_is_exported_is_loaded_bit_for_bit(case, tmp_path):
     again.fit(x, tokens, verbose=0)
 
 
+@one_backend
+def test_one_table_for_a_file_that_has_it_twice(tmp_path):
+    model, path = exported(tmp_path, "qwen")
+    with pytest.raises(ValueError, match=r"differ by 1\d\d%, in filepath"):
+        kwm.load_gguf(path, tie_weights=True)
+    head = models.numpy(model.backbone.token_embedding.reverse_embeddings).T
+    table = (head * np.float32(1.1), "F32")
+    again = kwm.load_gguf(
+        rewritten(path, **{"token_embd.weight": table}), tie_weights=True
+    )
+    embedding = again.backbone.token_embedding
+    assert embedding.tie_weights
+    np.testing.assert_array_equal(models.numpy(embedding.embeddings), head)
+    kwm.export(again, path, dtype="f32")
+    assert kwm.load_gguf(path, tie_weights=True).count_params() < (
+        model.count_params()
+    )
+
+
 def test_in_another_dtype(tmp_path):
     model, path = exported(tmp_path, "qwen")
     for dtype in ("bfloat16", "float16", "mixed_bfloat16"):
