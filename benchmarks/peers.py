@@ -271,6 +271,59 @@ def _llama_library():
     )
 
 
+def requantize(source, path, kind, squares=None):
+    """Write a GGUF file of another type, as llama.cpp's own tool does.
+
+    Args:
+        source, path: Of the files.
+        kind: String, such as `"Q4_K_M"`.
+        squares: Dict from names of tensors to float32 arrays (K,), the mean
+            squares of their inputs: the importance matrix.
+    """
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+    lib.llama_backend_init()
+    options = lib.llama_model_quantize_default_params()
+    options.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    options.nthread = 1
+    kept = []
+    if squares:
+        # The last one has no name.
+        data = ffi.new("struct llama_model_imatrix_data[]", len(squares) + 1)
+        for each, (name, values) in zip(data, squares.items()):
+            kept += [
+                ffi.new("char[]", name.encode()),
+                ffi.from_buffer("float[]", values),
+            ]
+            each.name, each.data, each.size = *kept[-2:], len(values)
+        options.imatrix = data
+    if lib.llama_model_quantize(
+        os.fsencode(source), os.fsencode(path), ffi.addressof(options)
+    ):
+        raise RuntimeError(f"llama.cpp cannot make {path}")
+
+
+def input_squares(model, data):
+    """Return the mean squares of the inputs of kernels, by names of GGUF."""
+    import keras_weightmods as kwm
+    from keras_weightmods.calibration.inputs import input_norms
+    from keras_weightmods.core.data import calibration_batches
+    from keras_weightmods.exporting.gguf_families import family_of
+    from keras_weightmods.exporting.gguf_file import tensors
+
+    _, family = family_of(model.backbone)
+    stored = tensors(family, model.backbone).items()
+    names = {id(variable): name for name, variable in stored}
+    targets = kwm.find_targets(model)
+    norms = input_norms(model, targets, calibration_batches(model, data, 4))
+    return {
+        names[id(target.variable)]: np.square(norm)
+        for target, norm in zip(targets, norms)
+        if norm is not None
+    }
+
+
 # What C calls must stay.
 _KEPT: list = []
 

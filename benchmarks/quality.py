@@ -36,7 +36,7 @@ def main():
     run(args)
 
 
-def parse_arguments():
+def parse_arguments(arguments=None):
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
     parser.add_argument("--dtype", default="float32", help="Keras policy")
@@ -83,7 +83,7 @@ def parse_arguments():
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def run(args):

@@ -35,11 +35,13 @@ is used if it is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log
 says which.
 
 The sparse weights are made by SparseGPT, or come from `--sparse FILE.npz`,
-arrays in the order of `get_weights()`. For int4, `quantize` rounds the weights
-before `pack` and trains the blocks. Half of its rows were written by the dense
-model, and a quarter each are prose and docstrings. This takes 20 minutes for
-each form (`--rounding 0` rounds to nearest). `--shape 1b` has random weights:
-speeds alone.
+arrays in the order of `get_weights()`. For few bits, `quantize` rounds the
+weights before `pack`, as in `benchmarks.quality`. The dense model wrote an
+eighth of the rows, and three eighths are docstrings. This takes 15 to 30
+minutes for each form (`--rounding 0` rounds to nearest). llama.cpp's own tool
+makes the GGUF types with a K or an I from BF16. Those that say imatrix weigh
+errors by the mean squares of the inputs, on rows of prose and docstrings.
+`--shape 1b` has random weights: speeds alone.
 
 The times are only good on a machine that does nothing else.
 """
@@ -87,6 +89,8 @@ SHAPES = {
     },
 }
 SHORT, LONG = 8, 512
+# Shares of the rows that the dense model wrote, and of docstrings.
+MIXTURE = 0.125, 0.375
 # Ends the names of files of weights whose head is rounded as well.
 HEAD = ", and head"
 BATCHES = (1, 8)
@@ -132,7 +136,23 @@ INTEGERS: dict[str, dict[str, str]] = {
 # To llama.cpp it goes as Q4_0, with the same integers.
 INT4 = "dense int4, int4 head"
 INTEGERS[INT4] = {"dtype": "int4"}
+# Form: row of `benchmarks.quality` whose weights it packs.
+ROUNDED = {
+    INT4: "int4 by GPTQ + blocks + scales",
+    "dense int4, int8 head": "int4 by GPTQ + blocks + scales, int8 head",
+    **{name: name for name in ("45 MB", "60 MB", "85 MB", "int6")},
+}
+BUDGETS: dict[str, dict[str, str]] = {
+    name: {} for name in ROUNDED if name not in INTEGERS
+}
+INTEGERS |= BUDGETS
 FORMS = {**PACKED, **INTEGERS}
+# By llama.cpp's own tool. Widths that are no multiple of 256, as SmolLM2's,
+# get a larger type than the name says.
+BY_TOOL = (
+    *("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K"),
+    *("Q2_K imatrix", "IQ4_NL imatrix", "Q4_K_M imatrix"),
+)
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
 KERAS = (
@@ -166,7 +186,7 @@ OTHERS = (
             "llama.cpp",
             needs=("llama_cpp", "llama_cpp_py_sync"),
         )
-        for kind in ("BF16", "Q8_0", "Q4_0", "Q4_1", INT4)
+        for kind in ("BF16", "Q8_0", "Q4_0", "Q4_1", *BY_TOOL, INT4)
     ),
     *(
         Form(
@@ -396,23 +416,39 @@ def write_sparse(path, args):
 
 
 def write_rounded(path, args):
-    """The weights that int4 forms of "sparse" or "dense" ones start from."""
+    """The weights that a form of few bits starts from.
+
+    Of dense ones by `benchmarks.quality`.
+    """
     import numpy as np
 
     import keras_weightmods as kwm
-    from benchmarks.quality import mixed_rows
+    from benchmarks import quality
     from examples.data.prose import model_inputs
     from examples.data.smollm2 import load_tokenizer
 
+    own, documentation = MIXTURE
+    if path.parent != folder_of(args):
+        options = {
+            "dtype": "mixed_bfloat16",
+            "steps": args.rounding,
+            "self-share": own,
+            "documentation-share": documentation,
+            "methods": path.stem.removesuffix(" 0"),
+            "save": path.parent,
+            "json": path.with_suffix(".json"),
+        }
+        options = [f"--{key}={value}" for key, value in options.items()]
+        quality.run(quality.parse_arguments(options))
+        return
     # Blocks are trained, which bfloat16 makes twice as fast here.
     model = make_model(args, "mixed_bfloat16")
-    is_dense, is_head = "dense" in path.name, path.stem.endswith(HEAD)
-    if is_head:
-        start = path.with_stem(path.stem.removesuffix(HEAD))
-        harness.load_weights(model, start)
-    elif not is_dense:
-        harness.load_weights(model, sparse_file(args))
-    rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, 0, 0.25)
+    is_head = path.stem.endswith(HEAD)
+    start = path.with_stem(path.stem.removesuffix(HEAD))
+    harness.load_weights(model, start if is_head else sparse_file(args))
+    rows = quality.mixed_rows(
+        load_tokenizer(), 257, args.rounding, own, 0, documentation
+    )
     which: dict = {"targets": []} if is_head else {"head": False}
     report = kwm.quantize(
         model, model_inputs(rows[:, :-1]), batch_size=4, **which
@@ -423,11 +459,16 @@ def write_rounded(path, args):
 
 def rounded_file(name, args):
     """The file of `write_rounded` for a form; None where it needs none."""
+    folder = f"rounded_{args.rounding}"
+    if name in ROUNDED:
+        # Not every row of `benchmarks.quality` has "int4" in its name.
+        found = folder_of(args) / folder / f"{ROUNDED[name]} 0.npz"
+        return found if args.rounding else None
     if not args.rounding or "int4" not in name:
         return None
-    kind = "dense" if name in INTEGERS else f"of {sparse_file(args).stem}"
     head = HEAD if "int4 head" in name else ""
-    return folder_of(args) / f"rounded_{args.rounding} {kind}{head}.npz"
+    kind = f"of {sparse_file(args).stem}"
+    return folder_of(args) / f"{folder} {kind}{head}.npz"
 
 
 def write_keras(path, args):
@@ -441,6 +482,8 @@ def write_keras(path, args):
             source = sparse_file(args)
         if source is not None:
             harness.load_weights(model, source)
+        elif name in BUDGETS:
+            raise ValueError(f"--rounding 0 makes no form {name!r}")
         kwm.pack(model, **FORMS[name])
     if name.startswith("Keras"):
         quantize_by_keras(model, name.split()[1].removesuffix(","), path)
@@ -494,6 +537,9 @@ def write_gguf(path, args):
         # What the weights come from, so that nothing is rounded again.
         shutil.copy(smollm2.find_gguf(), path)
         return
+    if path.stem in BY_TOOL:
+        quantize_by_llama(path, args)
+        return
     model = make_model(args)
     if path.stem == INT4:
         source = rounded_file(INT4, args)
@@ -508,6 +554,23 @@ def write_gguf(path, args):
         dtype="q4_0" if path.stem == INT4 else path.stem.lower(),
         tokenizer_from=tokenizer,
     )
+
+
+def quantize_by_llama(path, args):
+    """A file of a type of llama.cpp, made of that in BF16."""
+    from benchmarks import peers, quality
+    from examples.data.prose import model_inputs
+    from examples.data.smollm2 import load_tokenizer
+
+    kind, *weighted = path.stem.split()
+    squares = {}
+    if weighted:
+        model = make_model(args)
+        rows = quality.mixed_rows(
+            load_tokenizer(), 257, max(8, args.rounding), 0.0, 0, MIXTURE[1]
+        )
+        squares = peers.input_squares(model, model_inputs(rows[:, :-1]))
+    peers.requantize(path.with_stem("BF16"), path, kind, squares)
 
 
 def write_openvino(path, args):
@@ -538,7 +601,9 @@ def make_files(wanted, args):
     rounded = [rounded_file(name, args) for name in names if name in FORMS]
     for path in filter(None, rounded):
         start = path.with_stem(path.stem.removesuffix(HEAD))
-        sources += [start.name, path.name]
+        sources += [str(p.relative_to(folder_of(args))) for p in (start, path)]
+    if set(names) & set(BY_TOOL):
+        sources.append("BF16.gguf")
     sources += [
         file.split(".")[0] + ".gguf" for file in files if file.endswith(".xml")
     ]
