@@ -256,7 +256,7 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
 
 def _tie(header: Header) -> None:
     """Leave the head's table alone, as the one that is looked up, too."""
-    apart = np.inf
+    apart: Any = np.inf
     if header.tensors[_TABLE].shape == header.tensors[_HEAD].shape:
         table, head = (header.read(name, "float32") for name in (_TABLE, _HEAD))
         table -= head
