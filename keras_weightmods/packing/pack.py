@@ -452,8 +452,7 @@ def _check_weight(item: Any, has_products: Any) -> None:
 
 
 def _warn(items: Any) -> None:
-    """Warn about weights that were rounded, and that each device holds
-    whole."""
+    """Warn about rounded weights, and about those that each device holds."""
     errors = collections.defaultdict(list)
     for item in items:
         is_kept = item.integers == "kept" or not item.rounding_error
