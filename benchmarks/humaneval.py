@@ -1,6 +1,6 @@
 """Which problems of HumanEval a small coder solves, by the form of its weights.
 
-    pip install 'keras-weightmods[code]'
+    pip install -e '.[code]'
     python -m benchmarks.humaneval
     python -m benchmarks.humaneval --rows "int4, int8 head;Q4_K_M" --problems 8
     python -m benchmarks.humaneval --rows "float32;my-model.safetensors"

@@ -64,6 +64,12 @@ def test_names_bring_keras_alone_and_register_all_classes():
 
 
 @pytest.mark.one_backend
+def test_what_an_error_tells_to_install_is_there_before_a_release():
+    for file in pathlib.Path(kwm.__file__).parent.rglob("*.py"):
+        assert "keras-weightmods[" not in file.read_text(), file
+
+
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -143,5 +143,5 @@ def test_errors(call, match):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"keras-weightmods\[viz\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         kwm.plot.kernel(normal(4, 4))

@@ -17,7 +17,7 @@ import hashlib
 import re
 from typing import Any
 
-INSTALL = "pip install 'keras-weightmods[problems]'"
+INSTALL = "pip install 'reasoning-gym>=0.1.25'"
 NAME = "gsm_symbolic"
 SPLITS = ("train", "valid", "test", "unseen")
 # Templates below are for the first three.

@@ -41,10 +41,8 @@ def _load_preset(path):
     try:
         from keras_hub import models
     except ImportError as error:
-        raise ImportError(
-            f"A preset, such as {path}, needs KerasHub. Install with: pip "
-            f"install keras-hub ({error})"
-        ) from error
+        what = f"A preset, such as {path},"
+        raise checks.not_installed(what, "keras-hub", error) from error
     task = pathlib.Path(path, "task.json")
     cls: Any = models.CausalLM
     try:

@@ -26,9 +26,8 @@ def lm_eval_model(
 
     It serves the tasks of EleutherAI's harness: `loglikelihood` (multiple
     choice), `loglikelihood_rolling` (perplexity) and `generate_until`, which
-    decodes greedily. It needs `pip install 'keras-weightmods[eval]'`. Each
-    evaluation reads the weights, so you may prune, pack or train the model
-    between two of them.
+    decodes greedily. It needs `pip install lm-eval`. Each evaluation reads the
+    weights, so you may prune, pack or train the model between two of them.
 
     Args:
         model: A `keras_hub.models.CausalLM` with a preprocessor. Dense,
@@ -68,9 +67,8 @@ def lm_eval_model(
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError as error:
-        raise ImportError(
-            "`lm_eval_model` needs EleutherAI's lm-eval. Install it with: "
-            "pip install 'keras-weightmods[eval]'"
+        raise checks.not_installed(
+            "`lm_eval_model`", "lm-eval", error
         ) from error
     if not (
         isinstance(model, keras.Model)

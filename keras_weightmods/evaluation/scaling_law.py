@@ -145,9 +145,8 @@ def fit_scaling_law(
     try:
         from scipy import optimize, stats
     except ImportError as error:
-        raise ImportError(
-            "`fit_scaling_law` needs SciPy. Install it with: "
-            "pip install 'keras-weightmods[law]'"
+        raise checks.not_installed(
+            "`fit_scaling_law`", "scipy", error
         ) from error
     tokens = _positive("tokens", tokens)
     losses = _positive("losses", losses)

@@ -334,10 +334,8 @@ def _check_needs(format: str, keep_packed: bool) -> None:
             )
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
     if missing:
-        raise ImportError(
-            f"The format {format!r} needs {', '.join(missing)} on {name}. "
-            f"Install with: pip install {' '.join(needed).replace('_', '-')}"
-        )
+        packages = " ".join(missing).replace("_", "-")
+        raise checks.not_installed(f"The format {format!r} on {name}", packages)
 
 
 def _by_keras(format: str) -> Callable[..., Write]:

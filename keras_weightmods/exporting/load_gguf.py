@@ -123,14 +123,13 @@ def load_gguf(
     checks.check_bool("tie_weights", tie_weights)
     checks.check_verbose(verbose)
     path = checks.check_path("filepath", filepath)
-    for name in ("gguf", "keras_hub"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(
-                f"`load_gguf` needs {name}. Install with: pip install "
-                f"'keras-weightmods[gguf]' ({error})"
-            ) from error
+    try:
+        importlib.import_module("gguf")
+        importlib.import_module("keras_hub")
+    except ImportError as error:
+        raise checks.not_installed(
+            "`load_gguf`", "gguf keras-hub", error
+        ) from error
     from keras_hub import models
 
     with RestoredOnError(), Progress(1, "tensor", verbose) as progress:

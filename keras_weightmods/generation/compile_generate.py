@@ -149,9 +149,8 @@ def _check_causal_lm(model: keras.Model) -> None:
     try:
         from keras_hub.models import CausalLM
     except ImportError as error:
-        raise ImportError(
-            "`compile_generate` is for models of KerasHub. Install it with: "
-            "pip install 'keras-weightmods[hub]'"
+        raise checks.not_installed(
+            "`compile_generate`", "keras-hub", error
         ) from error
     if not isinstance(model, CausalLM):
         raise ValueError(

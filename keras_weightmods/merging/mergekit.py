@@ -151,10 +151,8 @@ def _read(path: str) -> Any:
         else:
             found = _parse_yaml(text)
     except ImportError as error:
-        raise ImportError(
-            "YAML needs ruamel.yaml; a .json file does not. Install with: "
-            "pip install 'keras-weightmods[cli]'"
-        ) from error
+        what = "A config in YAML, unlike one in JSON,"
+        raise checks.not_installed(what, "ruamel.yaml", error) from error
     # YAML's errors do not derive from Python's.
     except Exception as error:
         raise ValueError(f"It cannot be read: {checks.cut(error)}") from error

@@ -55,9 +55,8 @@ _SIGNATURES = {
 
 _WAY_OUT = (
     "To get it, install a C++ compiler, GCC 11, clang 13 or later (on Debian: "
-    "`apt-get install g++`), and then the package again, from source: `pip "
-    "install --force-reinstall --no-deps --no-binary keras-weightmods "
-    "keras-weightmods`, or `pip install -e .` in a clone."
+    "`apt-get install g++`). Then run `pip install -e .` in a clone of the "
+    "package."
 )
 
 # The custom calls to register with XLA, on JAX and on TensorFlow.

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from keras_weightmods.utils import checks
+
 # Colors that color-blind readers can tell apart (Okabe and Ito), in order.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAY = "#777777"
@@ -24,9 +26,8 @@ def new_axes(
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise ImportError(
-                "Pictures need matplotlib. Install with: "
-                "pip install 'keras-weightmods[viz]'"
+            raise checks.not_installed(
+                "`kwm.plot`", "matplotlib", error
             ) from error
         size = width, height
         ax = pyplot.subplots(figsize=size, layout="constrained")[1]

@@ -199,6 +199,24 @@ def error(name: str, expected: str, value: Any) -> ValueError:
     )
 
 
+def not_installed(what: str, packages: str, error: Any = None) -> ImportError:
+    """Return an `ImportError` to raise: what needs packages, named as for pip.
+
+    An extra of this package is not named: pip finds it after a release alone.
+
+    Args:
+        what: String, what cannot be done.
+        packages: String, their names with spaces between them.
+        error: The `ImportError` that was caught, if any. A package may be
+            there and broken.
+    """
+    names = packages.replace(" ", " and ")
+    return ImportError(
+        f"{what} needs {names}. Install with: pip install {packages}"
+        + (f" ({error})" if error else "")
+    )
+
+
 def shown(value: Any) -> str:
     """Return the `repr` of a user's value, cut if it is long.
 

@@ -200,7 +200,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     monkeypatch.setitem(sys.modules, "keras_hub", None)
     error = run("generate llama3 a", code=1)
-    assert "such as llama3, needs KerasHub. Install with: pip" in error
+    assert "such as llama3, needs keras-hub. Install with: pip" in error
 
 
 def test_usage(capsys):

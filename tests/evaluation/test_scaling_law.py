@@ -109,5 +109,5 @@ def test_wrong_arguments(monkeypatch):
     with pytest.raises(ValueError, match="`tokens` must be positive"):
         kwm.fit_scaling_law(TOKENS, truth(TOKENS)).predict([1e5, 0])
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match=r"keras-weightmods\[law\]"):
+    with pytest.raises(ImportError, match="pip install scipy"):
         kwm.fit_scaling_law(TOKENS, truth(TOKENS))

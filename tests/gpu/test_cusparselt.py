@@ -104,7 +104,7 @@ def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
         gpu.compressed_size(0, (64, 64), "bfloat16")
     reason = gpu.load_cusparselt.__wrapped__()
     assert "libabsent.so: cannot open shared object file" in reason
-    assert "pip install 'keras-weightmods[cuda1" in reason
+    assert "pip install nvidia-cusparselt-cu1" in reason
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def load_cusparselt():
         return ""
     return (
         f"{failure.decode()}. cuSPARSELt comes with `pip install "
-        f"'keras-weightmods[cuda{cuda}]'`, the driver with the GPU."
+        f"nvidia-cusparselt-cu{cuda}`, the driver with the GPU."
     )
 
 
