@@ -52,6 +52,7 @@ from .reparameterize.weight_norm import attach_weight_norm as attach_weight_norm
 from .saving.checkpoint import Checkpoint as Checkpoint
 from .saving.model import load_model as load_model
 from .saving.model import save_model as save_model
+from .saving.model_card import ModelCard as ModelCard
 from .sparsity.adam_s import AdamS as AdamS
 from .sparsity.cast import CAST as CAST
 from .sparsity.merge_lora import merge_lora as merge_lora

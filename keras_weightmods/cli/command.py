@@ -92,6 +92,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "patch": {"type": file, "help": "a file of `patch extract`"},
     "prompt": {"nargs": "+", "help": "the beginnings of texts"},
+    "--base-model": {
+        "metavar": "NAME",
+        "help": "for the model card: what the model was made from",
+    },
+    "--license": {"help": "for the model card, such as apache-2.0"},
     "--activations": {"choices": ("int8", "float32")},
     "--base": {"type": file, "help": "what the models were trained from"},
     "--bits": {"type": number, "help": "2 to 6, or a mean: 3.5; default: 4"},
@@ -159,6 +164,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 DATA = "--data --rows --length"
 MODELS = (".keras", ".safetensors")
 PATCHES = (".safetensors",)
+# Those of commands that write a model, with its card.
+CARD = "--base-model --license"
 
 
 # {words: (function of the parsed arguments, {argument: its settings})}. The
@@ -190,9 +197,9 @@ def command(words, names, writes=None, **own):
     return register
 
 
-def reported(report, output=None) -> Result:
-    """Return the result of a command that has a report, and wrote a file."""
-    text, found = report.table(), report.to_dict()
-    if output is None:
-        return text, found
-    return f"{text}\nWrote {output}", {**found, "output": output}
+def reported(report, output=None, card=None) -> Result:
+    """Return the result of a command that has a report, and wrote files."""
+    files = {"output": output, "card": card}
+    files = {key: path for key, path in files.items() if path is not None}
+    lines = report.table(), *(f"Wrote {path}" for path in files.values())
+    return "\n".join(lines), report.to_dict() | files

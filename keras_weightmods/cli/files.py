@@ -8,6 +8,7 @@ import numpy as np
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import Result, reported
+from keras_weightmods.saving import model_card
 from keras_weightmods.saving.atomic_file import replacing
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.saving.file_kinds import kind_of
@@ -64,18 +65,37 @@ def _load_preset(path):
         ) from error
 
 
-def written(model, report, output) -> Result:
-    """Write a model to a file of the kind that its ending says.
+def written(model, report, args) -> Result:
+    """Write a model, to a file of the kind that its ending says, and its card.
 
     Returns:
         The result of the command that changed it, with the report on that.
     """
+    output, card = args.output, card_of(args, report)
     if pathlib.Path(output).suffix == ".safetensors":
-        kwm.save_model(model, output)
+        kwm.save_model(model, output, card=card)
     else:
         with replacing(os.path.realpath(output)) as path:
             model.save(path)
-    return reported(report, output)
+        size = os.path.getsize(output)
+        model_card.write(card, output, size, model, "keras")
+    return reported(report, output, model_card.path_of(output))
+
+
+def card_of(args, *reports):
+    """Return the `ModelCard` of what a command writes.
+
+    What the card of the file that it reads has comes first.
+    """
+    old = kwm.ModelCard(command="")
+    if "model" in args:
+        old = model_card.read(args.model)
+    return kwm.ModelCard(
+        base_model=args.base_model or old.base_model,
+        license=args.license or old.license,
+        steps=[*old.steps, *reports],
+        command=f"{old.command}\n{args.command}".strip(),
+    )
 
 
 def read_data(model, args):

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 from keras_weightmods.cli import info as info
 from keras_weightmods.cli import models as models
 from keras_weightmods.cli import patches as patches
-from keras_weightmods.cli.command import COMMANDS, SET
+from keras_weightmods.cli.command import COMMANDS, MODELS, SET
+from keras_weightmods.saving import model_card
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.utils.checks import cut, printable
 from keras_weightmods.version import __version__
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args.command = shlex.join(["keras-weightmods", *words])
         _check_output(args)
         choose_backend(args.backend)
         # Keras' progress bars are no part of the result.
@@ -76,6 +80,9 @@ def _check_output(args):
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
     if not os.path.isdir(args.output):
         check_filepath(args.output)
+    # The card of a folder lies in it.
+    if "license" in args and pathlib.Path(args.output).suffix in MODELS:
+        model_card.check_path(model_card.path_of(args.output), args.overwrite)
 
 
 def choose_backend(name: str | None) -> None:

@@ -1,19 +1,28 @@
 """The commands that make a model smaller, let it write, and export it."""
 
+import os
+
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import (
+    CARD,
     DATA,
     MODELS,
     command,
     names,
     reported,
 )
-from keras_weightmods.cli.files import load_model, read_data, written
+from keras_weightmods.cli.files import (
+    card_of,
+    load_model,
+    read_data,
+    written,
+)
+from keras_weightmods.saving import model_card
 
 
 @command(
     "quantize",
-    f"model --bits {DATA} --quiet",
+    f"model --bits {DATA} {CARD} --quiet",
     MODELS,
     refine={
         "type": names("blocks", "scales", "none"),
@@ -53,7 +62,7 @@ def _quantize(args):
         resume=args.resume,
         verbose=not args.quiet,
     )
-    result = written(model, report, args.output)
+    result = written(model, report, args)
     if args.resume:
         remove_record(args.resume)
     return result
@@ -61,7 +70,7 @@ def _quantize(args):
 
 @command(
     "sparsify",
-    f"model --pattern --criterion --refine --targets {DATA} --quiet",
+    f"model --pattern --criterion --refine --targets {DATA} {CARD} --quiet",
     MODELS,
 )
 def _sparsify(args):
@@ -82,12 +91,12 @@ def _sparsify(args):
         targets=args.targets,
         verbose=not args.quiet,
     )
-    return written(model, report, args.output)
+    return written(model, report, args)
 
 
 @command(
     "pack",
-    "model --activations --targets --quiet",
+    f"model --activations --targets {CARD} --quiet",
     (".safetensors",),
     dtype={
         "choices": (
@@ -112,12 +121,12 @@ def _pack(args):
         activations=args.activations,
         verbose=not args.quiet,
     )
-    return written(model, report, args.output)
+    return written(model, report, args)
 
 
 @command(
     "merge",
-    "models --method --weights --base --set --quiet",
+    f"models --method --weights --base --set {CARD} --quiet",
     (".safetensors",),
 )
 def _merge(args):
@@ -145,7 +154,11 @@ def _merge(args):
         verbose=not args.quiet,
         **options,
     )
-    return reported(report, args.output)
+    card = card_of(args, report)
+    # No model was in memory.
+    size = os.path.getsize(args.output)
+    model_card.write(card, args.output, size, None, "save_model")
+    return reported(report, args.output, model_card.path_of(args.output))
 
 
 @command("generate", "model prompt --max-length --sampler --seed")
@@ -172,7 +185,7 @@ def _generate(args):
     return "\n".join(texts), {"texts": list(texts)}
 
 
-@command("export", "model --format --keep-packed --set", ())
+@command("export", f"model --format --keep-packed --set {CARD}", ())
 def _export(args):
     """Write a model for another runtime.
 
@@ -189,7 +202,9 @@ def _export(args):
         format,
         keep_packed=args.keep_packed,
         overwrite=args.overwrite,
+        card=card_of(args),
         **dict(args.set),
     )
-    found = {"format": format, "output": args.output}
-    return f"Wrote {args.output}, {format}", found
+    card = model_card.path_of(args.output, os.path.isdir(args.output))
+    found = {"format": format, "output": args.output, "card": card}
+    return f"Wrote {args.output}, {format}\nWrote {card}", found

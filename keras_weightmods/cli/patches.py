@@ -1,7 +1,13 @@
 """The commands `patch ...`: what a training changed, as a file."""
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.command import MODELS, PATCHES, command, reported
+from keras_weightmods.cli.command import (
+    CARD,
+    MODELS,
+    PATCHES,
+    command,
+    reported,
+)
 from keras_weightmods.cli.files import load_model, written
 
 
@@ -33,7 +39,7 @@ def _extract(args):
     return reported(patch.save(args.output, args.overwrite), args.output)
 
 
-@command("patch apply", "model patch --scale --force", MODELS)
+@command("patch apply", f"model patch --scale --force {CARD}", MODELS)
 def _apply(args):
     """Put a patch on a model.
 
@@ -42,10 +48,10 @@ def _apply(args):
     """
     patch, model = kwm.Patch.load(args.patch), load_model(args.model)
     report = patch.apply(model, args.scale, force=args.force)
-    return written(model, report, args.output)
+    return written(model, report, args)
 
 
-@command("patch remove", "model patch --scale", MODELS)
+@command("patch remove", f"model patch --scale {CARD}", MODELS)
 def _remove(args):
     """Subtract a patch from a model that was saved with it.
 
@@ -56,7 +62,7 @@ def _remove(args):
     """
     patch, model = kwm.Patch.load(args.patch), load_model(args.model)
     report = patch.subtract(model, args.scale)
-    return written(model, report, args.output)
+    return written(model, report, args)
 
 
 @command("patch info", "patch")

@@ -158,6 +158,19 @@ def reparameterizations(
     return sorted(items, key=lambda item: item.target.depth)
 
 
+def weight_formats(model: Any) -> list[tuple[tuple[int, ...], str]]:
+    """Return shape and format of each weight of a model.
+
+    A packed weight has the shape of the dense one. The format is its name in
+    files, or the dtype of a plain weight.
+    """
+    packed = [x for x in reparameterizations(model) if not x.keeps_stored]
+    found = [(x.target.shape, x.get_config()["format"]) for x in packed]
+    arrays = {id(v) for item in packed for v in item.parameters}
+    others = [v for v in model.weights if id(v) not in arrays]
+    return found + [(tuple(v.shape), v.dtype) for v in others]
+
+
 def slots(layer: Any) -> Any:
     """Return {attribute: Reparameterization} of a layer."""
     return keras_compat.attributes(layer).get(SLOT, {})

@@ -18,6 +18,7 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.exporting import compressed_tensors, gguf_file, onnx_file
 from keras_weightmods.exporting.dense_copy import dense_copy, packed_weights
+from keras_weightmods.saving import model_card
 from keras_weightmods.saving.atomic_file import replace_all, unfinished
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
@@ -112,6 +113,7 @@ def export(
     keep_packed: bool = False,
     overwrite: bool = True,
     verbose: int = 1,
+    card: model_card.ModelCard | None = None,
     **kwargs: Any,
 ) -> None:
     """Write a model for another runtime, with packed kernels in dense form.
@@ -166,6 +168,10 @@ def export(
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one after two seconds:
             for packed weights that are made dense, for the tensors of a GGUF
             file, and for the file. Defaults to `1`.
+        card: `kwm.ModelCard`, what to say of the model in Markdown:
+            `model.onnx.md` beside `model.onnx`, and `README.md` in a folder. A
+            GGUF file also has the license, the base model and the steps in its
+            header. Defaults to `None`, for no card.
         **kwargs: What the format takes. For `"gguf"` these are
 
             - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
@@ -198,7 +204,8 @@ def export(
         ValueError: If this model or backend cannot write the format, or no file
             can be written at `filepath`. Nothing is written then.
         ImportError: If a package is missing. The message names it.
-        FileExistsError: If there is a file and `overwrite` is `False`.
+        FileExistsError: If there is a file and `overwrite` is `False`, or a
+            `README.md` or a file in the card's place that is no card.
 
     Example:
 
@@ -222,7 +229,12 @@ def export(
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
     checks.check_verbose(verbose)
-    path = _check_path(filepath, FORMATS[format].ending, overwrite)
+    chosen = FORMATS[format]
+    path = _check_path(filepath, chosen.ending, overwrite)
+    model_card.check_card(card)
+    if card is not None or not chosen.ending:
+        card_path = model_card.path_of(os.fspath(path), not chosen.ending)
+        model_card.check_path(card_path, overwrite)
     if not isinstance(model, keras.Model) or not model.built:
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
@@ -230,13 +242,12 @@ def export(
     if keep_packed and not packed_weights(model):
         expected = "a model with packed weights. Call `kwm.pack(model)` first"
         raise checks.error("model", expected, model)
-    chosen = FORMATS[format]
     is_left = keep_packed or chosen.reads_packed
     packed = [] if is_left else packed_weights(model)
+    options = kwargs | ({"card": card} if format == "gguf" else {})
     with RestoredOnError(), Progress(1, "step", verbose) as progress:
-        if packed:
-            model, _ = dense_copy(model, progress)
-        write = chosen.writer(model, **kwargs)
+        written = dense_copy(model, progress)[0] if packed else model
+        write = chosen.writer(written, **options)
         if packed:
             warnings.warn(
                 f"{len(packed)} packed weights are exported in dense form. "
@@ -244,7 +255,16 @@ def export(
                 stacklevel=2,
             )
         with unfinished(path.parent) as folder:
-            write(os.path.join(folder, path.name), progress)
+            made_path = os.path.join(folder, path.name)
+            write(made_path, progress)
+            if card is not None:
+                given = [f"{k}={checks.shown(v)}" for k, v in kwargs.items()]
+                given += ["keep_packed=True"] * keep_packed
+                step = ", ".join([f"Export: {format}", *given])
+                card = dataclasses.replace(card, steps=[*card.steps, step])
+                files = pathlib.Path(folder).rglob("*")
+                size = sum(p.stat().st_size for p in files if p.is_file())
+                model_card.write(card, made_path, size, model, format)
             # More than one is there for OpenVINO, or a large ONNX model.
             made = sorted(os.listdir(folder), key=path.name.__eq__)
             for each in made:

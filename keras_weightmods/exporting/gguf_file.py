@@ -21,6 +21,7 @@ from keras_weightmods.exporting.gguf_families import (
     family_of,
 )
 from keras_weightmods.native.quantize import round_matrix
+from keras_weightmods.saving.model_card import ModelCard
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
@@ -45,6 +46,7 @@ def writer(
     dtype: str = "f16",
     tokenizer_from: Any = None,
     context_length: int = 8192,
+    card: ModelCard | None = None,
 ) -> Callable[[str, Progress], None]:
     """Return a function that writes a model to a path, once all is checked.
 
@@ -62,6 +64,7 @@ def writer(
             default that of the model, a `Llama3Tokenizer`; none without a
             preprocessor.
         context_length: Int, the context length that the file states.
+        card: `ModelCard`, what the file says of the model.
 
     Raises:
         ValueError: If the model is no such model, or an argument not as above.
@@ -125,6 +128,14 @@ def writer(
         for key, kind, value in values:
             file.add_key_value(f"{architecture}.{key}", value, as_types[kind])
         add_tokenizer(file)
+        if card is not None:
+            if card.license:
+                file.add_license(card.license)
+            if card.base_model:
+                file.add_base_model_count(1)
+                file.add_base_model_name(0, card.base_model)
+            if card.steps:
+                file.add_description("\n".join(card.sentences()))
         named = tensors(family, backbone)
         progress.total += len(named)
         rounded: list[str] = []

@@ -19,6 +19,7 @@ from keras_weightmods.saving import (
     bounded_json,
     container,
     description,
+    model_card,
     shared,
     states,
 )
@@ -35,6 +36,7 @@ def save_model(
     filepath: Any,
     overwrite: bool = True,
     verbose: int = 1,
+    card: model_card.ModelCard | None = None,
 ) -> None:
     """Save a model to one file, with all in-place changes of its weights.
 
@@ -83,12 +85,15 @@ def save_model(
             `True`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
+        card: `kwm.ModelCard`, what to say of the model in Markdown beside the
+            file, in `model.safetensors.md`. Defaults to `None`, for no card.
 
     Raises:
         ValueError: If `model` is not a built model, no file can be written at
             `filepath`, or the model cannot be built again from its config. The
             message says what differs. No file is written then.
-        FileExistsError: If the file exists and `overwrite` is `False`.
+        FileExistsError: If the file or its card exists and `overwrite` is
+            `False`, or the card would replace a file that is no card.
 
     Example:
 
@@ -125,8 +130,11 @@ def save_model(
             "files of Keras, which `model.save` writes"
         )
         raise checks.error("filepath", expected, filepath)
+    model_card.check_card(card)
     if shared.is_first():
         atomic_file.check_filepath(filepath, overwrite)
+        if card is not None:
+            model_card.check_path(model_card.path_of(filepath), overwrite)
     with (
         RestoredOnError(),
         Progress(1, "weight", verbose) as progress,
@@ -157,6 +165,9 @@ def save_model(
 
         form = FORMAT, VERSION
         shared.write(filepath, *form, entries, arrays(), overwrite)
+        if card is not None and shared.is_first():
+            size = os.path.getsize(filepath)
+            model_card.write(card, filepath, size, model, "save_model")
     shared.wait("save_model")
 
 

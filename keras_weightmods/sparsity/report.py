@@ -11,7 +11,10 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import whole
-from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.reparameterization import (
+    reparameterizations,
+    weight_formats,
+)
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops import nm
@@ -191,15 +194,11 @@ def sparsity_report(
             _sparsity(target, value, n, m)
             for target, value in progress.each(values)
         )
-    # Counts are those of an unpacked model.
-    arrays = {id(v) for item in packed for v in item.parameters}
-    shapes = [item.target.shape for item in packed]
-    shapes += [v.shape for v in model.weights if id(v) not in arrays]
     return SparsityReport(
         pattern=f"{n}:{m}",
         kernels=kernels,
         skipped=tuple(s for s in targets.skipped if s.path not in paths),
-        model_size=sum(map(math.prod, shapes)),
+        model_size=sum(math.prod(x) for x, _ in weight_formats(model)),
     )
 
 

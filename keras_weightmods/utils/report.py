@@ -83,6 +83,13 @@ class Report:
         tables = *self.tables(), Table(title, skipped, "weight=path reason")
         return "\n".join(line for table in tables for line in _lines(table))
 
+    def summary(self) -> str:
+        """Return what was done, on a line: what stands around the table."""
+        first = next(iter(self.tables()))
+        name = type(self).__name__.removesuffix("Report")
+        parts = f"{name}: {first.title}; {first.caption}".rstrip("; ").split()
+        return " ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python values, ready for JSON."""
         fields: dict[str, Any] = _plain(self)

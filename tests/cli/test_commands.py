@@ -21,7 +21,7 @@ def load_weights(path):
     return models.weights_of(load(path))
 
 
-def interrupted(*arguments):
+def interrupted(*arguments, **options):
     raise KeyboardInterrupt
 
 
@@ -166,6 +166,39 @@ def test_a_configuration_is_merged(run):
     assert out.read_bytes() == mine.read_bytes()
     line = "merge a.safetensors --set colour=1 --quiet -o c.safetensors"
     assert "colour" in run(line, code=1)
+
+
+def test_cards(run):
+    model = models.mlp(16, 16)
+    for name in ("a", "b"):
+        kwm.save_model(model, f"{name}.safetensors")
+    pathlib.Path("c.keras.md").write_text("My notes.")
+    line = "sparsify a.safetensors --license mit --base-model org/a"
+    assert "Move that file" in run(f"{line} -o c.keras", code=1)
+    pathlib.Path("c.keras.md").unlink()
+    assert "Wrote c.keras\nWrote c.keras.md" in run(f"{line} -o c.keras")
+    pack = "pack c.keras --quiet -o d.safetensors"
+    run(pack)
+    card = pathlib.Path("d.safetensors.md").read_text()
+    # What the card of the model says comes first.
+    for text in (
+        'license: "mit"\nbase_model: "org/a"\n',
+        "- Sparsify: 2:4 by magnitude; 1 kernels",
+        "\n- Pack: 1 packed weights; ",
+        f"\nkeras-weightmods {line} -o c.keras\nkeras-weightmods {pack}\n",
+    ):
+        assert text in card
+    assert "pack" not in pathlib.Path("c.keras.md").read_text()
+    run("merge a.safetensors b.safetensors --quiet -o f.safetensors")
+    card = pathlib.Path("f.safetensors.md").read_text()
+    assert "# f\n\n" in card
+    assert "- Merge: linear: 2 weights merged into f.safetensors" in card
+    pytest.importorskip("torch")
+    with pytest.warns(UserWarning, match="dense form"):
+        assert "Wrote g.pt2.md" in run("export d.safetensors -o g.pt2")
+    card = pathlib.Path("g.pt2.md").read_text()
+    assert "\n- Pack: 1 packed weights; " in card
+    assert "\n- Export: torch\n" in card
 
 
 def test_errors_name_the_file_and_write_nothing(run, tmp_path, monkeypatch):

@@ -54,7 +54,16 @@ def written(path, model, dtype, **kwargs):
 
 def test_what_is_written_is_read_back(backbone, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
-    reader = written(path, backbone, "f32", tokenizer_from=tokenizer)
+    card = kwm.ModelCard("org/base", "mit", steps=["Trained.", "Rounded."])
+    options = {"tokenizer_from": tokenizer, "card": card}
+    reader = written(path, backbone, "f32", **options)
+    for key, value in {
+        "general.license": "mit",
+        "general.base_model.0.name": "org/base",
+        "general.description": "Trained.\nRounded.",
+    }.items():
+        assert reader.fields[key].contents() == value
+    assert (tmp_path / "model.gguf.md").is_file()
     assert reader.fields["llama.vocab_size"].contents() == 96
     assert reader.fields["tokenizer.ggml.tokens"].contents()[7] == "t7"
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 3

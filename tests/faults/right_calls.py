@@ -253,6 +253,7 @@ THEN: dict[str, Callable[[Any], Any]] = {
     "CompanderDense": lambda layer: layer(normal(2, 4)),
     "MaskedOptimizer": fit_masked,
     "PrincipalMaskCallback": lambda made: fit_by("sgd", made),
+    "ModelCard": lambda card: kwm.save_model(mlp(), "any", card=card),
     "register_layer_kind": lambda _: kwm.find_targets(
         models.sequential((8,), Own())
     ),
