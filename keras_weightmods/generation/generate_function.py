@@ -39,6 +39,8 @@ class GenerateFunction:
         return self.generate
 
     def generate(self, inputs, stop_token_ids=None):
+        # KerasHub's samplers fail on an empty list.
+        stop_token_ids = stop_token_ids or None
         structure = _structure(self.model)
         if [*map(id, structure)] != [*map(id, self.structure)]:
             self.structure, self.reason, self.shapes = structure, "", set()

@@ -132,6 +132,17 @@ def test_strings_and_length():
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("sampler", ["greedy", "beam"])
+def test_an_empty_list_has_no_stop_token(sampler):
+    model = language_model(sampler=sampler)
+    expected = generated(model, prompts(2, 5))
+    kwm.compile_generate(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`generate` of")
+        models.assert_same(generated(model, prompts(2, 5), []), expected)
+
+
+@pytest.mark.one_backend
 def test_a_saved_model_is_plain(tmp_path):
     model = language_model()
     plain = model.make_generate_function
