@@ -11,7 +11,7 @@ others prose. The perplexity is measured on held-out prose and on three kinds of
 text that are never trained on: the Python reference, news and source code.
 *The* number of a row is the geometric mean of the four over those of the dense
 model. Beside it are the mean and the 99.9 % quantile of the Kullback-Leibler
-divergence from the dense model per token, in nats. The last column is the share
+divergence from the dense model per token, in nats. Another column is the share
 of positions where both models have the same first token. The baselines SR-STE
 (arXiv 2102.04010) and AST (arXiv 2407.20584) live here, because they are no
 part of the library.
