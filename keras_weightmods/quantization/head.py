@@ -135,7 +135,7 @@ class Outputs:
         self.held = slice(place if held else 0, None)
         self.used = [inputs.used_positions(weight) for _, weight in batches]
         with (
-            Progress(len(batches), "batch", verbose) as progress,
+            Progress(len(batches), "batch of data", verbose) as progress,
             inputs.eager_forward(),
         ):
             call = keras_compat.graph_call(body)

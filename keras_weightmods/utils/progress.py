@@ -52,6 +52,15 @@ class _Late:
     def _draw(self, is_last: bool) -> None:
         raise NotImplementedError
 
+    def _write_seconds(self, label: str, is_last: bool = False) -> None:
+        line = f"{label}: {time.perf_counter() - self._start:.0f} s"
+        if self._is_rewritten:
+            line = f"\r{line}"
+        if is_last or not self._is_rewritten:
+            line += "\n"
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
 
 def _draw_until(
     is_over: threading.Event, first: float, drawn: weakref.ref[_Late]
@@ -66,9 +75,9 @@ def _draw_until(
 class Progress(_Late):
     """Keras' progress bar, shown once the work has taken two seconds.
 
-    A context manager. The bar appears even within a long step. Shorter work
-    shows nothing. In a terminal or a notebook the bar is redrawn every second,
-    in a file every ten.
+    A context manager. The first step that takes long shows its seconds, and
+    the bar appears even within a later one. Shorter work shows nothing. In a
+    terminal or a notebook this is redrawn every second, in a file every ten.
 
     Args:
         total: Int, the steps of the work. It may be set later.
@@ -113,6 +122,10 @@ class Progress(_Late):
         super().__exit__(kind, *error)
 
     def _draw(self, is_last: bool) -> None:
+        # Keras' bar would say that no time is left, until a step is done.
+        if not self._done and not is_last:
+            self._write_seconds(f"first {self._unit}")
+            return
         self._bar.target = self.total
         self._bar.update(self._done, finalize=is_last)
 
@@ -144,10 +157,4 @@ class Waiting(_Late):
         return super().__enter__()
 
     def _draw(self, is_last: bool) -> None:
-        line = f"{self._label}: {time.perf_counter() - self._start:.0f} s"
-        if self._is_rewritten:
-            line = f"\r{line}"
-        if is_last or not self._is_rewritten:
-            line += "\n"
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        self._write_seconds(self._label, is_last)
