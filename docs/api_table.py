@@ -11,14 +11,13 @@ import keras_weightmods as kwm
 PAGE = pathlib.Path(__file__).with_name("api.md")
 
 HEAD = """\
+<!-- Made by `python docs/api_table.py` from the docstrings: do not edit. -->
+
 # Public names
 
-Written by `python docs/api_table.py` from the docstrings; do not edit. `kwm` is
-`import keras_weightmods as kwm`; each docstring has the arguments, what is
-returned and raised, and an example.
+`kwm` is `import keras_weightmods as kwm`. Each docstring has the arguments, what
+is returned and raised, and an example.
 
-| name | what it is | module |
-| --- | --- | --- |
 """
 
 
@@ -49,18 +48,14 @@ def is_documented(value):
     return inspect.isclass(value) or inspect.isroutine(value)
 
 
-def make_page(module_of=None):
-    """Return the page as a string.
-
-    Args:
-        module_of: Function from a class or function to what stands in the
-            last column. By default the link to its file.
-    """
-    module_of = module_of or module_link
-    return HEAD + "".join(
-        f"| `kwm.{name}` | {first_line(value)} | {module_of(value)} |\n"
-        for name, value in public_names().items()
-    )
+def make_page(has_modules=True):
+    """Return the page as a string, with links to the files or without."""
+    columns = ("name", "what it is", "module")[: 2 + has_modules]
+    rows = [columns, ["---"] * len(columns)]
+    for name, value in public_names().items():
+        row = f"`kwm.{name}`", first_line(value), module_link(value)
+        rows.append(row[: len(columns)])
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def first_line(value):

@@ -160,7 +160,8 @@ def full_name(value):
 def on_page_markdown(markdown, page, config, files):
     path = page.file.src_uri
     if path == "api.md":
-        markdown = API["make_page"](lambda value: f"`{value.__module__}`")
+        # The reference is sorted by modules; a phone has no room for them.
+        markdown = API["make_page"](has_modules=False)
     if path.startswith("reference/"):
         return markdown
     if path == GALLERY:
