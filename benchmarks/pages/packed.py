@@ -120,6 +120,31 @@ def runtimes(log):
     return "\n\n".join(parts)
 
 
+def readme(log):
+    """What the ten lines of README.md take."""
+    about = log["machine"]
+    found = ", ".join(f"{k} {v}" for k, v in log["versions"].items())
+    return "\n\n".join(
+        [
+            f"SmolLM2-135M-Instruct, from the GGUF file to the saved file; "
+            f"{log['backend']}; {about['cpu']}, {about['cores']} cores, with a "
+            f"load of {about['load'][0]:.0f} at the start; {found}.",
+            table(
+                "processor minutes | minutes | file, MB | last line printed",
+                [
+                    [
+                        f"{log['processor_seconds'] / 60:.1f}",
+                        f"{log['seconds'] / 60:.1f}",
+                        f"{log['file_bytes'] / 1e6:.1f}",
+                        log["answer"],
+                    ]
+                ],
+                0,
+            ),
+        ]
+    )
+
+
 def humaneval(log):
     """The forms of humaneval.py: what they solve, speed, size and memory."""
     rows = log["rows"]
