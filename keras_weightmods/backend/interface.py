@@ -45,7 +45,7 @@ class Backend:
     def compiled(self, function: Function, static: Any = ()) -> Function:
         """Return a function that runs as one program, not op by op.
 
-        Only JAX does this. Other backends return the function itself.
+        Torch returns the function itself.
 
         Args:
             function: Of tensors, and of the arguments that are static.

@@ -244,5 +244,5 @@ def damped(h: Any, damping: float) -> Any:
 
 @functools.cache
 def compiled(function: Any, *static: int) -> Any:
-    """Return a function that JAX runs as one program for each shape."""
+    """Return a function that is one program for each shape, but on torch."""
     return backend.current().compiled(function, static)

@@ -356,8 +356,8 @@ def _in_order(
         return ops.scan(step, targets, rows)[1]
     # A loop like ops.scan, which on TensorFlow takes only carry's structure.
     outputs = []
-    for row in zip(*rows):
-        targets, output = step(targets, row)
+    for place in range(size):
+        targets, output = step(targets, [each[place] for each in rows])
         outputs.append(output)
     integers, moved = map(ops.stack, zip(*outputs))
     return integers, moved

@@ -1,6 +1,7 @@
 """See `backend.interface`."""
 
 import contextlib
+import functools
 
 import numpy as np
 import tensorflow as tf
@@ -32,23 +33,11 @@ class _TensorFlow(Backend):
             config.enable_tensor_float_32_execution(before)
 
     def fused(self, function):
-        # A function for each: with one for all, TensorFlow warns of retracing
-        # where there are many shapes.
-        functions = {}
+        return _by_shape(function, jit_compile=True)
 
-        def call(*args):
-            args = tf.nest.map_structure(_dense, args)
-            key = tuple(
-                tuple(x.shape) if tf.is_tensor(x) else x
-                for x in tf.nest.flatten(args)
-            )
-            if key not in functions:
-                functions[key] = tf.function(
-                    function, autograph=False, jit_compile=True
-                )
-            return functions[key](*args)
-
-        return call
+    def compiled(self, function, static=()):
+        # XLA would compile the unrolled loops for many seconds.
+        return _once(function)
 
     def after(self, tensors, first):
         with tf.control_dependencies(first):
@@ -70,6 +59,30 @@ class _TensorFlow(Backend):
             bits = self.tensor_of(array.view("uint16"))
             return tf.bitcast(bits, tf.bfloat16)
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def _by_shape(function, jit_compile=False):
+    """Return a function that is one program for each shape of its inputs."""
+    # A function for each: with one for all, TensorFlow warns of retracing
+    # where there are many shapes.
+    functions = {}
+
+    def call(*args):
+        args = tf.nest.map_structure(_dense, args)
+        key = tuple(
+            tuple(x.shape) if tf.is_tensor(x) else x
+            for x in tf.nest.flatten(args)
+        )
+        if key not in functions:
+            functions[key] = tf.function(
+                function, autograph=False, jit_compile=jit_compile
+            )
+        return functions[key](*args)
+
+    return call
+
+
+_once = functools.cache(_by_shape)
 
 
 def _dense(x):
