@@ -171,7 +171,8 @@ def export(
         card: `kwm.ModelCard`, what to say of the model in Markdown:
             `model.onnx.md` beside `model.onnx`, and `README.md` in a folder. A
             GGUF file also has the license, the base model and the steps in its
-            header. Defaults to `None`, for no card.
+            header. Defaults to `None`, for no card; a warning says if that of
+            an earlier model is beside the file.
         **kwargs: What the format takes. For `"gguf"` these are
 
             - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
@@ -232,8 +233,11 @@ def export(
     chosen = FORMATS[format]
     path = _check_path(filepath, chosen.ending, overwrite)
     model_card.check_card(card)
-    if card is not None or not chosen.ending:
-        card_path = model_card.path_of(os.fspath(path), not chosen.ending)
+    card_path = model_card.path_of(os.fspath(path), not chosen.ending)
+    # A folder is replaced with the card in it.
+    if card is None and chosen.ending:
+        model_card.warn_of_old(card_path)
+    else:
         model_card.check_path(card_path, overwrite)
     if not isinstance(model, keras.Model) or not model.built:
         expected = "a built `keras.Model`. Call it on data once"
@@ -264,7 +268,7 @@ def export(
                 card = dataclasses.replace(card, steps=[*card.steps, step])
                 files = pathlib.Path(folder).rglob("*")
                 size = sum(p.stat().st_size for p in files if p.is_file())
-                model_card.write(card, made_path, size, model, format)
+                model_card.write(card, made_path, size, written, format)
             # More than one is there for OpenVINO, or a large ONNX model.
             made = sorted(os.listdir(folder), key=path.name.__eq__)
             for each in made:

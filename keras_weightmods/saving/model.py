@@ -86,7 +86,8 @@ def save_model(
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
         card: `kwm.ModelCard`, what to say of the model in Markdown beside the
-            file, in `model.safetensors.md`. Defaults to `None`, for no card.
+            file, in `model.safetensors.md`. Defaults to `None`, for no card; a
+            warning says if that of an earlier model is there.
 
     Raises:
         ValueError: If `model` is not a built model, no file can be written at
@@ -133,8 +134,11 @@ def save_model(
     model_card.check_card(card)
     if shared.is_first():
         atomic_file.check_filepath(filepath, overwrite)
-        if card is not None:
-            model_card.check_path(model_card.path_of(filepath), overwrite)
+        card_path = model_card.path_of(filepath)
+        if card is None:
+            model_card.warn_of_old(card_path)
+        else:
+            model_card.check_path(card_path, overwrite)
     with (
         RestoredOnError(),
         Progress(1, "weight", verbose) as progress,

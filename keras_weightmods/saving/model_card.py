@@ -1,6 +1,7 @@
 """Model cards: what a model is and how it was made, in Markdown beside it."""
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -12,6 +13,7 @@ import pathlib
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +58,12 @@ model = AutoModelForCausalLM.from_pretrained({name})""",
 
 model = kwm.load_gguf({name})  # or: llama-cli -m {name}""",
 }
+# What a file is -> the library that loads it, as Hugging Face names it.
+_LIBRARIES = {
+    "save_model": "keras",
+    "keras": "keras",
+    "transformers": "transformers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +105,12 @@ class ModelCard:
 
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
     report = kwm.sparsify(model, "2:4")
-    card = kwm.ModelCard("me/dense", "mit", {"accuracy": 0.98}, [report])
+    card = kwm.ModelCard(
+        base_model="me/dense",
+        license="mit",
+        quality={"accuracy": 0.98},
+        steps=[report],
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sparse.safetensors")
         kwm.save_model(model, path, card=card)
@@ -163,11 +176,24 @@ def check_path(path: str, overwrite: bool = True) -> None:
     found = pathlib.Path(check_filepath(path))
     if _MARK.encode() not in found.read_bytes():
         raise FileExistsError(
-            "The model card would replace a file that this package did not "
-            f"write. Received: {checks.shown(path)}. Move that file, or save "
-            "the model under another name."
+            "This package did not write the file in the model card's place, "
+            f"and does not replace it. Received: {checks.shown(path)}. Move "
+            "that file, or save the model under another name."
         )
     check_filepath(path, overwrite)
+
+
+def warn_of_old(path: str) -> None:
+    """Warn if there is a card of the file that is now replaced without one."""
+    if (
+        os.path.isfile(path)
+        and _MARK.encode() in pathlib.Path(path).read_bytes()
+    ):
+        warnings.warn(
+            f"{checks.shown(path)} describes the model that was saved before. "
+            "Pass `card=` to replace this card, or delete it.",
+            stacklevel=3,
+        )
 
 
 def write(
@@ -199,8 +225,7 @@ def write(
         about += f"\n\n{table}"
     packed = {x for form in sizes if " " in form for x in form.split()}
     head = {
-        # As Hugging Face names it.
-        "library_name": "transformers" if kind == "transformers" else "keras",
+        "library_name": _LIBRARIES.get(kind),
         "license": card.license,
         "base_model": card.base_model,
         "tags": ["keras-weightmods", *sorted(packed - {"dense"})],
@@ -231,7 +256,7 @@ def write(
             for key, value in head.items()
             if value
         ),
-        f"---\n\n# {os.path.splitext(name)[0]}\n\n{about}",
+        f"---\n\n# {name}\n\n{about}",
         *(f"\n## {key}\n\n{value}" for key, value in sections.items() if value),
         f"\n{_MARK}\n",
     ]
@@ -253,10 +278,17 @@ def read(filepath: str) -> ModelCard:
         match = re.search(pattern, content, re.MULTILINE | re.DOTALL)
         return match[1] if match else ""
 
+    def given(key: str) -> str | None:
+        value = found(rf"\A---\n(?:[^\n]+\n)*?{key}: ([^\n]+)")
+        # The user may have written the line without quotes.
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+        return value if value and isinstance(value, str) else None
+
     steps = found(r"^## What was done\n\n(.*?)\n\n")
     return ModelCard(
-        base_model=found(r'^base_model: "?([^"\n]+)') or None,
-        license=found(r'^license: "?([^"\n]+)') or None,
+        base_model=given("base_model"),
+        license=given("license"),
         steps=re.findall("^- (.+)$", steps, re.MULTILINE),
         command=found(r"^## Command\n\n```bash\n(.*?)\n```"),
     )

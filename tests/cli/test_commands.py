@@ -191,7 +191,7 @@ def test_cards(run):
     assert "pack" not in pathlib.Path("c.keras.md").read_text()
     run("merge a.safetensors b.safetensors --quiet -o f.safetensors")
     card = pathlib.Path("f.safetensors.md").read_text()
-    assert "# f\n\n" in card
+    assert "# f.safetensors\n\n" in card
     assert "- Merge: linear: 2 weights merged into f.safetensors" in card
     pytest.importorskip("torch")
     with pytest.warns(UserWarning, match="dense form"):

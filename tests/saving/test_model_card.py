@@ -1,5 +1,6 @@
 """The cards of `save_model` and `export`; tests/cli has those of commands."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -43,7 +44,7 @@ def test_a_card_says_what_the_file_is(tmp_path):
         "base_model": "org/base",
         "tags": ["keras-weightmods", "2:4", "int4"],
     }
-    assert "# small\n\nA `Sequential` of 2,344 parameters, " in body
+    assert "# small.safetensors\n\nA `Sequential` of 2,344 parameters, " in body
     assert "| 2 | int4 2:4 | 2,304 |\n| 2 | float32 | 40 |\n" in body
     assert "- Trained for 3 epochs.\n- Sparsify: 2:4 by magnitude; " in body
     assert "\n- Pack: 2 packed weights; the model in memory: " in body
@@ -68,6 +69,29 @@ def test_what_is_not_given_is_left_out(tmp_path):
         assert word not in text
     empty = kwm.ModelCard(steps=[], command="")
     assert model_card.read(str(tmp_path / "a")) == empty
+
+
+@pytest.mark.one_backend
+def test_license_and_base_model_are_read_again(tmp_path):
+    card = kwm.ModelCard('org/"a" \\ b', '"mit": 2', command="")
+    kwm.save_model(models.mlp(), tmp_path / "a", card=card)
+    assert model_card.read(str(tmp_path / "a")) == dataclasses.replace(
+        card, steps=[]
+    )
+    # The user's own: without quotes, and with such lines in its text.
+    own = "---\nbase_model:\n- org/a\nlicense: mit\n---\n\nbase_model: no\n"
+    (tmp_path / "b.md").write_text(own)
+    found = model_card.read(str(tmp_path / "b"))
+    assert found == kwm.ModelCard(license="mit", steps=[], command="")
+
+
+@pytest.mark.one_backend
+def test_a_card_of_an_earlier_model_is_not_silent(tmp_path):
+    model = models.mlp()
+    kwm.save_model(model, tmp_path / "a", card=CARD)
+    with pytest.warns(UserWarning, match="saved before.*Pass `card=`"):
+        kwm.save_model(model, tmp_path / "a")
+    assert "org/base" in (tmp_path / "a.md").read_text()
 
 
 @pytest.mark.one_backend
@@ -157,19 +181,29 @@ def test_an_export_has_a_card(tmp_path, monkeypatch):
     assert "A `Sequential` of 520 parameters, 2.0 KiB on disk." in text
     assert "- Export: raw, size=2048\n" in text
     assert "How to load" not in text
+    # The file is dense, and no file of Keras.
+    assert '\ntags: ["keras-weightmods"]\n' in text
+    assert "2:4" not in text.split("## ")[0]
+    assert "library_name" not in text
+    with (
+        pytest.warns(UserWarning, match="dense form"),
+        pytest.warns(UserWarning, match="saved before"),
+    ):
+        kwm.export(model, tmp_path / "a.raw")
 
-    folder = tmp_path / "b"
+    folder = tmp_path / "b-0.5B"
     for _ in range(2):
         with pytest.warns(UserWarning, match="dense form"):
             kwm.export(model, folder, "plain", card=CARD)
     names = ["README.md", "model.safetensors"]
     assert sorted(os.listdir(folder)) == names
+    assert "\n# b-0.5B\n" in (folder / "README.md").read_text()
     (folder / "README.md").write_text("My notes.")
     for card in (CARD, None):
         with pytest.raises(FileExistsError, match="Move that file"):
             kwm.export(model, folder, "plain", card=card)
     assert (folder / "README.md").read_text() == "My notes."
-    assert sorted(os.listdir(tmp_path)) == ["a.raw", "a.raw.md", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a.raw", "a.raw.md", "b-0.5B"]
 
 
 @pytest.mark.one_backend
