@@ -125,19 +125,20 @@ def run(args):
     rows = 2 if args.smoke else 16
     count = args.steps * args.batch_size
     # Half are docstrings, unless the user gives a text.
-    documentation = 0 if args.text else count // 2
-    train, others, *texts = load_rows(
+    documentation = 0 if args.text or args.smoke else count // 2
+    limits = {"documentation": documentation} if documentation else {}
+    *texts, train = load_rows(
         model.preprocessor.tokenizer,
         args.length + 1,
         args.text,
         args.seed,
-        train=count - documentation,
-        documentation=documentation or 1,
         held_out=rows,
         reference=rows // 2,
         code=rows // 2,
+        **limits,
+        train=count - documentation,
     )
-    train = np.concatenate([train, others[:documentation]])
+    train = np.concatenate([train, *texts[len(TEXTS) :]])
     train = np.random.default_rng(args.seed).permutation(train)
     texts = dict(zip(TEXTS, texts))
     measure = kwm.Perplexity(model)
@@ -282,10 +283,11 @@ def pack(model, held_out, args, console):
 
     console.rule("packed")
     record("2:4, stored dense", output)
-    for name, options in (
+    forms = [
         ("packed", {}),
         ("packed, int8 values and head", {"dtype": "int8"}),
-    ):
+    ]
+    for name, options in forms[-1:] if args.smoke else forms:
         kwm.pack(model, **options)
         kwm.save_model(model, file)
         record(name, file)
@@ -311,11 +313,11 @@ def pack(model, held_out, args, console):
 
 
 def tokens_per_second(model, args):
-    """Median of three texts, the first of which compiles and is left out."""
-    new_tokens = 4 if args.smoke else 24
+    """Return the median over texts; the first compiles and is left out."""
+    new_tokens, texts = (4, 2) if args.smoke else (24, 4)
     length = len(model.preprocessor.tokenizer(PROMPT)) + new_tokens
     seconds = []
-    for _ in range(4):
+    for _ in range(texts):
         start = time.monotonic()
         model.generate(PROMPT, max_length=length, stop_token_ids=None)
         seconds.append(time.monotonic() - start)

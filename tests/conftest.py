@@ -60,8 +60,9 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_collection_finish():
-    """Tells Python that what was imported is no garbage.
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_no_garbage():
+    """Keep the collector off what earlier files and imports have left.
 
     Keras calls for a full collection at each layer that it quantizes.
     """

@@ -358,7 +358,7 @@ class PackedParameters(Reparameterization):
             Pair of float32 arrays of the weight's shape; None if the format
             holds no integers.
         """
-        self.saved()  # As in `exact`.
+        self.saved()  # See `exact`.
         arrays = {k: ops.convert_to_numpy(v) for k, v in self.named.items()}
         pair = self.form.unpack_integers(arrays, self.shape)
         if pair is not None:
