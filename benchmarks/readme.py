@@ -3,8 +3,8 @@
     python -m benchmarks.readme
 
 A process of its own runs them in an empty folder, with the file that they read.
-Measured are its seconds, those of the processor, the bytes of the file that it
-writes, and what it prints.
+Measured are its seconds, those of the processor, and the bytes of the file that
+it writes. What it prints is shown.
 """
 
 import importlib.metadata
@@ -48,7 +48,7 @@ def run(backend):
         folder = pathlib.Path(folder)
         (folder / source).symlink_to(find_gguf())
         began = time.perf_counter()
-        printed = subprocess.run(
+        subprocess.run(
             [sys.executable, "-c", code],
             cwd=folder,
             env={
@@ -58,16 +58,13 @@ def run(backend):
                 "KERAS_BACKEND": backend,
             },
             check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
+        )
         seconds = time.perf_counter() - began
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
             "seconds": seconds,
             "processor_seconds": used.ru_utime + used.ru_stime,
             "file_bytes": (folder / written).stat().st_size,
-            "answer": printed.splitlines()[-1],
         }
 
 

@@ -15,8 +15,8 @@ HEAD = """\
 
 # Public names
 
-`kwm` is `import keras_weightmods as kwm`. Each docstring has the arguments, what
-is returned and raised, and an example.
+`kwm` is `import keras_weightmods as kwm`. Each docstring has the arguments,
+what is returned and raised, and an example.
 
 """
 

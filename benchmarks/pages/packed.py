@@ -130,13 +130,12 @@ def readme(log):
             f"{log['backend']}; {about['cpu']}, {about['cores']} cores, with a "
             f"load of {about['load'][0]:.0f} at the start; {found}.",
             table(
-                "processor minutes | minutes | file, MB | last line printed",
+                "processor minutes | minutes | file, MB",
                 [
                     [
                         f"{log['processor_seconds'] / 60:.1f}",
                         f"{log['seconds'] / 60:.1f}",
                         f"{log['file_bytes'] / 1e6:.1f}",
-                        log["answer"],
                     ]
                 ],
                 0,
