@@ -108,7 +108,7 @@ def runtimes(log):
             "file in Q4_1, so that these are exact in llama.cpp, and other "
             "formats of 4 bits round a second time.\n\n" + _rounding(log)
             if is_real
-            else "Of quality these tell nothing."
+            else "They say nothing of quality."
         ),
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
@@ -151,14 +151,15 @@ def humaneval(log):
     loads = [row["load"] for row in rows]
     return "\n\n".join(
         [
-            "Qwen2.5-Coder-0.5B-Instruct, all weights from a GGUF file of "
-            f"Q4_K_M; the first {first['problems']} problems of HumanEval, "
-            f"greedy, {first['batch']} at once, at most {first['new_tokens']} "
-            "new tokens, with the question and the beginning of the answer of "
-            "EvalPlus in the model's chat template. *Of 95 %* is Wilson's "
-            "interval, *to the first* what more and what fewer than the first "
-            "row is solved. Tokens a second are those of `generate`, reading "
-            "and compiling included, and *by CPU* over its processor time; "
+            "Qwen2.5-Coder-0.5B-Instruct, from a GGUF file of Q4_K_M, on the "
+            f"first {first['problems']} problems of HumanEval. It writes "
+            f"greedily, {first['batch']} answers at once, at most "
+            f"{first['new_tokens']} new tokens each, with the prompt of "
+            "EvalPlus in the model's chat template. *of 95 %* is Wilson's "
+            "interval. *to the first* counts the problems that a row solves "
+            "and the first row does not, and the other way round. Tokens a "
+            "second are those of `generate`, with reading and compiling, and "
+            "*by CPU* those of a second of the processor; "
             f"{first['cpu']}, {first['cores']} threads, on a machine with a "
             f"load of {min(loads):.1f} to {max(loads):.1f}. Files named by "
             "their type alone were rounded to nearest.",

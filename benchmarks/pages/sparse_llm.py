@@ -51,17 +51,17 @@ def texts(log):
     ]
     return "\n\n".join(
         [
-            f"{log['model']}; {log['steps']} steps of "
-            f"{log['tokens_per_step']} tokens, of which a share of "
-            f"{log['self_share']} was written by the dense model and one of "
-            f"{log.get('documentation_share', 0)} are docstrings; the same "
-            f"rows in the same order; {log['dtype']}, {log['backend']}; "
+            f"{log['model']}. What trains has {log['steps']} steps of "
+            f"{log['tokens_per_step']} tokens, the same rows in the same "
+            f"order. The dense model wrote {log['self_share']:.1%} of these, "
+            f"{log.get('documentation_share', 0):.1%} are docstrings, and the "
+            f"others are prose. {log['dtype']}, {log['backend']}; "
             f"{log['machine']}. "
             + (f"Seeds: {log['seeds']}. " if "seeds" in log else "")
-            + "*x dense* is the geometric mean of the four "
-            "ratios to the dense model, *nats* the mean divergence from it "
-            "per token. Of the texts the held-out one alone is of a kind that "
-            "was trained on; the reference is near the docstrings.",
+            + "The texts' columns are perplexities. *x dense* is the "
+            "geometric mean of the four over those of the dense model, *nats* "
+            "the mean divergence from it per token. Only *held out* is of a "
+            "kind that was trained on; *reference* is near the docstrings.",
             table(
                 " | ".join(
                     ["method", "tokens", *(n.replace("_", " ") for n in names)]
