@@ -9,9 +9,9 @@ process that has compiled nothing; a refresh is the same once more, compiled.
 Beside these masks by the weights, masks at random, drawn once, whose places a
 delta does not hold. Then normal changes are put on all entries in the masks,
 and saved as a delta. Its size is compared with a bfloat16 LoRA of as many
-numbers. It is timed how long it takes to write, to read and decode, and to
-apply it. The last is mostly the hash of the base model. Changes by a training
-are in `benchmarks.lift_quality`.
+numbers. Timed are writing, reading and decoding, and applying it. The last is
+mostly the hash of the base model. Changes by a training are in
+`benchmarks.lift_quality`.
 
 Times are only good on a machine that does nothing else.
 """

@@ -6,8 +6,8 @@
 Each call runs with its defaults, not made quiet. Shown are its time, the time
 of its first output, and the longest time between two outputs. It ends with an
 error if a call shows nothing for more than two seconds, plus half a second for
-the timer. This must be so by the clock and in processor time, because a busy
-machine takes longer for everything.
+the timer, both by the clock and in processor time. A busy machine takes longer
+for everything.
 """
 
 import io

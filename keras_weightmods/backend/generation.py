@@ -7,16 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-# The largest error allowed in any logit, by dtype, as a share of the largest
-# logit.
+# The largest error of any logit, by dtype, as a share of the largest logit.
 _TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
-# The error allowed in a row in half precision, as a share of its spread. A
-# constant added to a whole row does not count: it changes no probability.
-# Correct logits had errors of up to 0.03, and those of the place before 0.14 to
-# 0.8.
+# The spread of the errors in a row, in half precision, as a share of the spread
+# of its logits. A constant added to a whole row does not count: it changes no
+# probability. Correct rows had up to 0.03, and those of the place before 0.14
+# to 0.8.
 _ROW_TOLERANCE = 0.1
-# The error allowed over all logits where inputs are rounded to integers: the
-# last digit of a sum can round an input to the next integer.
+# The root mean square of all errors, as a share of that of the logits, where
+# inputs are rounded: the last digit of a sum can round one to another integer.
 _ROUNDED_TOLERANCE = 0.1
 
 
@@ -104,8 +103,7 @@ def check_arguments(cache: Any, others: dict[str, Any]) -> None:
 
 
 def view_of(obj: Any, **attributes: Any) -> Any:
-    """Return a second object of the same class and state, with some attributes
-    changed.
+    """Return a second object that shares all but some attributes.
 
     Args:
         obj: A model, or a sampler of KerasHub.

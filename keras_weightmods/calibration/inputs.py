@@ -352,7 +352,7 @@ def mask_of(used: Any, leading: tuple[int, ...]) -> Any:
 
 
 def eager_forward() -> Any:
-    """Run the forward passes in a scope for what is seen in them.
+    """Return a scope for forward passes whose rows are seen.
 
     Torch keeps no activations. JAX would trace both branches of
     `keras.ops.cond` and the steps of loops, where rows have no values, so it

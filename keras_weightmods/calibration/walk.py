@@ -317,8 +317,7 @@ class Walk:
         ]
 
     def _visit_next(self, call, calls, here):
-        """Visit the first of `here`, with all targets that have the same
-        inputs."""
+        """Visit the first of `here`, with those that have its inputs."""
         leader = here[0]
         group, moments = [leader], None
         note = reason_unread(leader.layer, leader.attribute)

@@ -322,8 +322,7 @@ def check(x, y=None, name="x"):
 
 
 def preprocess_pairs(model, data):
-    """Prepare `validation_data` in the same way: a tuple, a dataset or
-    inputs."""
+    """Preprocess `validation_data`: a tuple, a dataset or inputs."""
     if isinstance(data, tuple):
         # Not a list, which may hold strings or several inputs.
         data = keras.utils.unpack_x_y_sample_weight(data)

@@ -357,7 +357,7 @@ _BY_GATE = layer_calls.routed_by("_sparse_feedforward_gate_dense")
 _LOW_RANK = Kernel(contraction_axes=(0,), optional=True)
 _SCALE = Kernel(reason="multiplied entry by entry, and not contracted")
 
-# {names of KerasHub classes}: KerasHub is no dependency.
+# Keyed by class name, because KerasHub is no dependency.
 _HUB_KINDS: dict[str, LayerKind] = {
     "MixtralMoeExperts": _bank(
         layer_calls.mixtral_experts,

@@ -202,8 +202,7 @@ def plain_configs() -> Iterator[None]:
 
 
 def plain_view(layer: Any) -> Any:
-    """Return an attached layer as a view of its plain class, others
-    unchanged."""
+    """Return a view of an attached layer as its plain class, others as is."""
     if isinstance(layer, AttachedLayer):
         return keras_compat.view(layer, type(layer).__bases__[-1])
     return layer

@@ -16,8 +16,8 @@ class RestoredOnError:
 
     Ctrl-C may come between any two bytecodes. Before the scope nothing has
     changed, within it everything is restored, and once it ends everything has
-    changed. (A generator interrupted at its end would restore the state when it
-    is collected.)
+    changed. (So this is no `contextlib.contextmanager`: a generator that is
+    interrupted at its end would restore the state when it is collected.)
 
     New attributes are dropped. The others are the same objects again.
 

@@ -333,6 +333,6 @@ def _drop_parameters(item):
 
 
 def has_built_optimizer(model: Any) -> bool:
-    """Return whether a model's optimizer holds state from training."""
+    """Return whether a model's optimizer holds state of its weights."""
     optimizer = getattr(model, "optimizer", None)
     return bool(getattr(optimizer, "built", False))

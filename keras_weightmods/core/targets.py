@@ -439,8 +439,7 @@ def _stored_variable(layer: Any, attribute: str) -> Any:
 
 
 def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
-    """Return the trainable weights of rank 2 or more of `layer`, without
-    biases.
+    """Return the trainable weights of rank 2 or more, without biases.
 
     In a frozen layer all of them count, because trainable ones are unknown.
     """

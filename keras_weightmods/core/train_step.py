@@ -60,8 +60,7 @@ def put_around(model: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def take_off(model: Any, name: str) -> None:
-    """Undo `put_around`. With nothing left around it, the step is Keras'
-    own."""
+    """Undo `put_around`; after the last, the step is Keras' own."""
     around = _AROUND.get(model, {})
     around.pop(name, None)
     if not around and isinstance(getattr(model, "train_function", None), _Step):
@@ -71,8 +70,8 @@ def take_off(model: Any, name: str) -> None:
 def keep_weights(model: Any) -> None:
     """Let `fit` on JAX keep the weights when a step ends with an error.
 
-    Its step takes them out of the variables, and the other backends change them
-    in place. This stays on the model for later calls of `fit`.
+    Its step takes them out of the variables. The other backends change them in
+    place, and need nothing. This stays on the model for later calls of `fit`.
     """
     if keras.backend.backend() != "jax":
         return

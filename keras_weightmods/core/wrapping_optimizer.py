@@ -20,7 +20,7 @@ _MOVED = (
 
 
 class WrappingOptimizer(keras.optimizers.Optimizer):
-    """An optimizer that lets another one step.
+    """An optimizer around another one, which makes the steps.
 
     The wrapper has the moving averages and loss scaling, and applies
     constraints after its step. The wrapped optimizer has the learning rate,

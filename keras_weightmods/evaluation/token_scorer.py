@@ -104,8 +104,8 @@ class TokenScorer:
         width = min(length, max(1, self.chunk_size // rows))
         losses, is_greedy = [], []
         for start in range(0, length, width):
-            # Chunks have one shape, so that the last compiles no more: it
-            # begins earlier instead.
+            # Each shape compiles anew, so the last chunk begins earlier
+            # rather than being shorter.
             first = min(start, length - width)
             chunk = slice(first, first + width)
             scores = self._run_head(
@@ -197,8 +197,7 @@ class _Part(keras.Model):
 
 
 def _scores(head, inputs, training):
-    """Return the scores of targets from the inputs of the head, or from
-    logits."""
+    """Return the scores of targets, from inputs of the head or logits."""
     logits, targets = inputs["hidden"], inputs["targets"]
     if head is not None:
         logits = head(logits, training)

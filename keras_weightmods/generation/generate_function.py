@@ -98,8 +98,7 @@ class GenerateFunction:
                 raise CannotCompile(reason) from error
 
     def _reason_against(self, inputs):
-        """Return why the compiled step cannot generate a batch; empty if it
-        can."""
+        """Return why the compiled step does not fit; empty if it does."""
         from keras_hub.samplers import Sampler
 
         model, kind = self.model, type(self.model.sampler)

@@ -9,7 +9,8 @@ from keras_weightmods.core import train_step
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 
-# {model: flags}: a callback may be gone after an interrupted training.
+# {model: its frozen variables}. They are not in the callback, which may be gone
+# after an interrupted training.
 _FROZEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 

@@ -73,7 +73,7 @@ class MaskedState(keras.optimizers.Optimizer):
 
     @property
     def masked_variables(self):
-        """The variables with trained entries, in order."""
+        """The variables that have a mask, in order."""
         return [
             variable
             for variable, spec in zip(self._trainable_variables, self.specs)

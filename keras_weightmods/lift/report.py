@@ -9,7 +9,7 @@ from keras_weightmods.utils.report import Report, Skipped, Table
 
 @dataclasses.dataclass(frozen=True)
 class MaskedKernel:
-    """A kernel with trained entries.
+    """A weight, and how many of its entries are trained.
 
     Attributes:
         key: String, the key of its target.

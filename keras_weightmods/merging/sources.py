@@ -113,8 +113,7 @@ class Source:
         self.changed = bool(found["changes"] or found["lora"])
 
     def reading(self, name: str) -> Callable[[slice], np.ndarray]:
-        """Return a function that reads parts of a flattened array in any
-        thread."""
+        """Return a thread-safe reader of slices of a flattened array."""
         if self.reader is not None:
             read_part = self.reader.read_part
             return lambda part: read_part(name, part.start, part.stop)

@@ -67,8 +67,7 @@ class Task:
         return base, [values - base for values in self.models(part)]
 
     def generator(self, model: int, draws: int) -> Any:
-        """Return the generator of a model after a number of draws of 64
-        bits."""
+        """Return the generator of a model after some draws of 64 bits."""
         bits = np.random.PCG64([*self.seed, model])
         return np.random.Generator(bits.advance(draws))
 

@@ -164,7 +164,7 @@ def words(xp: Any, values: Any, dtype: str) -> Any:
     found = fields(xp.arange(0, count * bits, bits, dtype="int32"), bits)
     found = xp.reshape(found, (*blocks, count * lines, columns, run))
     if left:
-        # One bit of all lines after the other.
+        # The remaining bits of all lines, one after the other.
         stream = fields(xp.arange(count * bits, 8, dtype="int32"), 1)
         stream = xp.swapaxes(stream, 2, 3)
         stream = xp.reshape(stream, (*blocks, left, bits, columns, run))

@@ -129,8 +129,7 @@ def compand_limit(a: float, b: float, function: str, dtype: str) -> float:
 
 
 def _applied(rule: Any, u: Any) -> Any:
-    """Return the function, with a derivative that is exact for large values
-    too."""
+    """Return the function, its derivative exact for large values too."""
     if keras.backend.backend() == "torch":
         return rule.apply(u)
 
@@ -220,8 +219,7 @@ def check_function(function: str) -> None:
 
 
 def _prepared(function: str, name: str, x: Any, a: Any, b: Any) -> Any:
-    """Return the `_Function`, the others in at least float32, and the result's
-    dtype.
+    """Return the `_Function`, the others as float32 or wider, and the dtype.
 
     Raises:
         ValueError: If `function` or a number is outside the range.

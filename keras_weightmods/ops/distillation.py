@@ -225,9 +225,9 @@ def chunked_losses(
 
 # The logits of a chunk, in float32. About five such arrays exist at a time.
 CHUNK_BYTES = 64 * 2**20
-# Smaller chunks make products too small to be fast. Each chunk also adds to the
-# gradient of the whole head once. It is as large as the logits of a chunk with
-# as many positions as the head is wide.
+# Smaller chunks make products too small to be fast. And each chunk adds to the
+# gradient of the whole head, which is as large as the logits of as many
+# positions as the head is wide.
 LEAST_POSITIONS = 256
 
 

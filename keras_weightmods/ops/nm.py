@@ -250,8 +250,7 @@ def _to_groups(x: Any, m: Any, axis: Any) -> Any:
 
 
 def _ranks(scores: Any, m: Any) -> Any:
-    """Return the rank of each score in its group (axis 1), 0 for the
-    largest."""
+    """Return the ranks of scores in their groups (axis 1), 0 the largest."""
     if m > _MAX_COMPARED_GROUP:
         order = ops.argsort(ops.negative(scores), axis=1)
         return ops.argsort(order, axis=1)
@@ -266,8 +265,7 @@ def _ranks(scores: Any, m: Any) -> Any:
 
 
 def _trailing_size(shape: Any) -> Any:
-    """Return the size of the most trailing axes that leave a multiple of 8
-    before."""
+    """Return the size of the axes behind the fewest with a multiple of 8."""
     for i in range(1, len(shape) + 1):
         if math.prod(shape[:i]) % 8 == 0:
             return math.prod(shape[i:])

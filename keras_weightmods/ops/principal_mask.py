@@ -309,7 +309,7 @@ def _largest(scores: Any, count: Any) -> Any:
 
 
 def _largest_on_device(scores: Any, count: Any) -> Any:
-    """Do the same; None if ties are left out."""
+    """Do the same; None if only some of the ties belong to it."""
     ranked = ops.sort(ops.reshape(scores, (-1,)))
     mask = scores >= ranked[ranked.shape[0] - count]
     marked = int(ops.sum(ops.cast(mask, "int32")))

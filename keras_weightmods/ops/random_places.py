@@ -38,9 +38,9 @@ def _draw(words: Any, size: int, count: int) -> Any:
         return np.empty(0, "uint32")
     if count > size - count:
         return _without(size, _draw(words, size, size - count))
-    # Draw with replacement, and enough for mostly enough distinct ones. All
-    # sets of one size are equally likely. They stay so when some places, each
-    # with the same probability, are removed.
+    # Draw with replacement, so many that usually enough are distinct. All sets
+    # of one size are equally likely. They stay so when some places, each with
+    # the same probability, are removed.
     many = count
     if count**2 >= size:
         # n x (2 - x) / (2 - 2 x) is more than n log(1 / (1 - x)).

@@ -59,8 +59,7 @@ class Format:
         raise NotImplementedError
 
     def pack_integers(self, codes: Any, scale: Any) -> Any:
-        """Do what `pack` does for integers times their scales, and keep the
-        integers.
+        """Pack integers times their scales, and keep the integers.
 
         Args:
             codes, scale: Float32 NumPy arrays (K, N).

@@ -124,8 +124,8 @@ class PackedParameters(Reparameterization):
             self.plan = gpu_plan(
                 self.shape, target.layer.compute_dtype, activations
             )
-            # A GPU multiplies by no stacks, nothing but 2:4, and no parts split
-            # over devices.
+            # On a GPU only 2:4 kernels have sparse products, not stacks, nor
+            # parts that are split over devices.
             is_dense = self.plan is not None and (
                 form.pattern != "2:4"
                 or target.stack_axes
@@ -366,8 +366,7 @@ class PackedParameters(Reparameterization):
         return pair
 
     def for_onnx(self, target, activations):
-        """Return parameters that give a copy of the model the same integers,
-        for ONNX.
+        """Return the same integers for a copy of the model, for ONNX.
 
         Args:
             target: The same target in the copy.
@@ -442,8 +441,7 @@ class _PackedCall:
 
 
 class _PackedTableCall(_PackedCall):
-    """The `call` of a layer with a packed table, to which LoRA cannot be
-    added."""
+    """The `call` of a layer with a packed table, which takes no LoRA."""
 
     def enable_lora(self: Any, *args, **kwargs):
         raise ValueError(

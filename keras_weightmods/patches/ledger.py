@@ -101,8 +101,7 @@ class Ledger:
         return next(each for each in names if each not in self.patches)
 
     def check(self, patch: Any, model: Checkpoint, force: bool = True) -> None:
-        """Raise ValueError unless a patch fits a model; with force, on any
-        base.
+        """Raise ValueError unless a patch fits a model.
 
         Args:
             patch: `Patch`.
@@ -187,7 +186,8 @@ class Ledger:
         """
         for applied in {**self.patches, **after}.values():
             self.check(applied.patch, model)
-        # Patches with an unchanged scale count too: the result is checked.
+        # Patches that get the same scale again count too, so that the present
+        # weights are checked.
         moved = {
             name: applied
             for name, applied in {**self.patches, **after}.items()
@@ -378,7 +378,7 @@ class Ledger:
 
 
 # One for each model, so that two callers never mistake each other's changes for
-# the clean model. The model itself would save and copy it.
+# the clean model. An attribute of the model would be saved and copied with it.
 _LEDGERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -427,8 +427,7 @@ def _terms(rows, places=None):
 
 
 def _union(rows):
-    """Return the places of all entries, or None if one of them is not
-    `Sparse`."""
+    """Return the places of all entries; None if one is not `Sparse`."""
     found = [entry.tensor for entry, *_ in rows]
     if not all(isinstance(tensor, Sparse) for tensor in found):
         return None

@@ -270,7 +270,7 @@ def _read(path: str) -> tuple[Any, dict[str, np.ndarray]]:
         with open(os.path.join(path, _CONFIG), "rb") as file:
             config = parse_json(file.read())
         arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
-    # It has no own errors for dtypes that NumPy lacks.
+    # safetensors has no error of its own for dtypes that NumPy lacks.
     except (
         *(AttributeError, KeyError, OSError, TypeError, ValueError),
         safetensors.SafetensorError,

@@ -27,8 +27,7 @@ _LOOKED_UP = 10
 def find_table(
     model: Any, head: Head | None, targets: Targets
 ) -> tuple[list[Target], list[Skipped]]:
-    """Return the table of a head, or why it is left out; None for both if there
-    is no head.
+    """Return the table of a head, or why it is left out; nothing for no head.
 
     Args:
         model: A built Keras model or layer.

@@ -195,6 +195,5 @@ def remove_record(folder: str) -> None:
 
 
 def _place(target: Target) -> str:
-    """Return the place of a kernel in the model. Numbers in paths may
-    change."""
+    """Return the place of a kernel; its path may have changing numbers."""
     return target.key.partition(":")[0]

@@ -77,8 +77,7 @@ def find_axes(targets, variables, m):
 
 
 def target_config(variable, axes, index=None):
-    """Return the record that restores a target; `index` is its place or
-    None."""
+    """Return the record that restores a target; `index` may be None."""
     return {
         "index": index,
         "path": variable.path,

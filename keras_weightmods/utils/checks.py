@@ -231,7 +231,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: Any, most: int = _MOST_SHOWN) -> str:
-    """Return a text of limited length, with a mark in place of its end."""
+    """Return a text of limited length, with `...` in place of its middle."""
     text = str(text)
     return text if len(text) <= most else f"{text[: most - 60]}...{text[-57:]}"
 

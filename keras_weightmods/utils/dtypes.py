@@ -41,7 +41,7 @@ def restored(weight: Any, master: Any) -> Any:
 
 
 def bytes_of(arrays: Any) -> int:
-    """Return the size of a value with `shape` and `dtype`, in bytes."""
+    """Return the bytes of all `arrays`, which have a `shape` and a `dtype`."""
     return sum(
         math.prod(array.shape) * int(numpy_dtype(array.dtype).itemsize)
         for array in arrays

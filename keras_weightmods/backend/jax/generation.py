@@ -16,8 +16,7 @@ LENGTH_STEP = 64
 
 
 class CompiledGenerate(Steps):
-    """See the one of torch. This one is a single XLA program, with a cache in
-    parts."""
+    """Like that of torch, by a single XLA program with a cache in parts."""
 
     def __init__(self, model, rounds_inputs):
         super().__init__(model, rounds_inputs)

@@ -57,8 +57,7 @@ def _data(iterator, waiting):
 
 @contextlib.contextmanager
 def _interrupts_wait():
-    """Handle Ctrl-C at the end of a scope; yield a scope in which it acts at
-    once."""
+    """Delay Ctrl-C to the end of a scope; yield one in which it acts."""
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not callable(handler):

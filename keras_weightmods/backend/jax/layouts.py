@@ -30,8 +30,7 @@ class Split:
     columns: tuple[str, ...]
 
     def parts(self, side):
-        """Return the number of parts that `"rows"` or `"columns"` are split
-        into."""
+        """Return the number of parts of `"rows"` or `"columns"`."""
         return math.prod(self.mesh.shape[a] for a in getattr(self, side))
 
     def specs(self, arrays):
@@ -159,8 +158,7 @@ def taken(x, indices):
 
 
 def put(x, indices, values):
-    """Return the array with new entries at these places, and ignore places
-    beyond it."""
+    """Return the array with new entries; places beyond it are ignored."""
     places = _coordinates(x.shape, indices)
     return jnp.asarray(x).at[places].set(values, mode="drop")
 

@@ -15,8 +15,7 @@ def reason_unavailable():
 
 
 def cpu_devices():
-    """Return JAX's CPU devices; an empty list if JAX_PLATFORMS excludes
-    them."""
+    """Return JAX's CPU devices, none if JAX_PLATFORMS excludes them."""
     try:
         return jax.devices("cpu")
     except RuntimeError:

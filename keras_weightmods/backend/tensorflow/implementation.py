@@ -86,8 +86,7 @@ _once = functools.cache(_by_shape)
 
 
 def _dense(x):
-    """Return the tensor of a TensorFlow or Keras variable, or sparse
-    gradient."""
+    """Return the tensor of a variable or of a sparse gradient."""
     return tf.convert_to_tensor(x) if hasattr(x, "dtype") else x
 
 

@@ -214,7 +214,7 @@ def _dtype(values, meta):
     kind = _TYPES.get(values.dtype)
     if kind is None:
         raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    # Without these five axes the check of the arrays would refuse them.
+    # The check of the arrays refuses values without these five axes.
     pattern = pattern_of(meta) if values.dim() == 5 else "2:4"
     return dtype_of(values, kind, pattern)
 

@@ -98,8 +98,7 @@ class Rewrites(TorchFunctionMode):
         return None if part.ndim else part
 
     def _clone(self, x):
-        """Return the part of the cache itself: Keras copies it only to update
-        it."""
+        """Return the cache itself: Keras copies it only to update it."""
         return x.view(x.shape) if memory(x) in self.inputs else None
 
     def _put(self, x, indices, values):

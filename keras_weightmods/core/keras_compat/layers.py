@@ -157,8 +157,8 @@ def is_training() -> bool:
 def takes_training(layer: Any) -> bool:
     """Return whether a layer's `call` has an argument `training`.
 
-    A call of the layer drops the argument if it has none; `stateless_call` does
-    not.
+    If it has none, calling the layer drops the argument, and `stateless_call`
+    fails.
     """
     return bool(layer._call_has_training_arg)
 
@@ -203,8 +203,7 @@ def text_split(part: Any) -> bytes | None:
 
 
 def restore_text_split(tokenizer: Any, state: bytes) -> None:
-    """Let a tokenizer split text like the one that `text_split` was read
-    from."""
+    """Let a tokenizer split text by the state that `text_split` returned."""
     from tokenizers import pre_tokenizers
 
     split, tokenizer._tokenizer.model.ignore_merges = json.loads(state)

@@ -57,8 +57,7 @@ class Plan:
 
     @functools.cached_property
     def companions(self):
-        """The forms of the kernel to make: `"dense"`, `"cusparselt"` or
-        both."""
+        """The forms of the kernel to make: `"dense"`, `"cusparselt"`, both."""
         used = {tried.method for tried in self.tried} or {"dense"}
         return tuple(sorted(used, reverse=True))
 
@@ -168,7 +167,7 @@ def trial(x, dense, sparse, wait):
 
 
 def _copies(weight):
-    """Return how many copies of a weight exceed the cache."""
+    """Return how many further copies of a weight exceed the cache with it."""
     return min(max(1, -(-_CACHE_BYTES // max(weight.nbytes, 1)) - 1), 23)
 
 
