@@ -26,7 +26,7 @@ def self_generated(
 ) -> np.ndarray:
     """Let a causal language model write text from random first tokens.
 
-    Use it if you have no text like that the model was trained on. Such text
+    Use it if you have no text like the one the model was trained on. Such text
     makes the best calibration data, and the dense model's own text comes close
     to it (arXiv 2410.17711). Each row begins with the start token, if the
     tokenizer has one, and a random token; the rest is sampled. The rows of the

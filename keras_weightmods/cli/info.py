@@ -58,7 +58,8 @@ class FileReport(Report):
 def _info(args):
     """Say what a file holds.
 
-    It loads Keras only with --pattern. It checks a whole file of this library.
+    It loads Keras only with --pattern. A file of this library is checked from
+    end to end.
 
     examples:
       keras-weightmods info model.keras

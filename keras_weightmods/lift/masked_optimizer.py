@@ -33,7 +33,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` to wrap. It must not be a
-        `LossScaleOptimizer` or `MultiOptimizer`: put these around this one.
+            `LossScaleOptimizer` or `MultiOptimizer`: put these around this one.
         name: String. Defaults to `"masked_optimizer"`.
 
     Raises:

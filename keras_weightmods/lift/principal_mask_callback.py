@@ -54,8 +54,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     - `mask_density`: the share of the kernels' entries that is trained;
     - `mask_changed`: the mean share of these that was new at the refreshes of
       the epoch, 0 without any;
-    - `mask_seconds`: the time of these refreshes, and in the first epoch of the
-      first choice.
+    - `mask_seconds`: the time of these refreshes, and in the first epoch also
+      that of the first choice.
 
     History and the progress bar always show them. `CSVLogger`, `TensorBoard`
     and other callbacks see them if they come after this one in the list. The

@@ -152,8 +152,8 @@ def merge(
             or a list of numbers, a gradient from the first layer with a kernel
             to the last one, in the order of execution and linear in between; or
             a dict from regexes to these. The first regex found in the
-            variable's path counts. `""` matches all paths, and each path must
-            have a match. Defaults to ones.
+            variable's path counts, and `""` matches all. Each regex must match
+            a path, and each path a regex. Defaults to ones.
         base: Model or file that the models were trained from. All methods but
             `"linear"` and `"slerp"` use it.
         seed: Int, the seed of random entries. Defaults to 0.

@@ -63,7 +63,7 @@ def pack(
     Layers that Keras has quantized (`model.quantize` in int8, int4, gptq or
     awq) keep their integers, less their zero points, where a format holds them.
     Integers of fewer than 8 bits get bfloat16 scales. The report names these
-    layers. `unpack` makes float layers of them.
+    layers, which are float layers from then on.
 
     A packed 2:4 kernel holds its kept values and two bits for the place of
     each. It takes 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in

@@ -90,8 +90,8 @@ def quantize(
     the contraction axis shares a scale. Zeros stay zeros, so a kernel with an
     N:M pattern keeps it.
 
-    Rounding to nearest costs a small language model a quarter of its
-    perplexity. This function rounds a kernel so that its outputs on the data
+    Rounding to nearest raises the perplexity of a small language model by a
+    quarter. This function rounds a kernel so that its outputs on the data
     change least. It runs GPTQ (arXiv 2210.17323) without the zeros. Then it
     sets each integer and each scale in turn to its best value.
 
@@ -123,9 +123,9 @@ def quantize(
     write itself. This takes one backward pass over some 4,000 tokens.
 
     Every eighth row of the data is held out, and the report gives the errors on
-    these rows. A kernel is rounded to nearest if that is better on these rows.
-    The whole model is too, with a warning. Training that makes a block or the
-    scales worse there is undone.
+    these rows. A kernel is rounded to nearest if that is better there. If it is
+    better for the model as a whole, all kernels are, and a warning says so.
+    Training that makes a block or the scales worse there is undone.
 
     Call `pack(model, "int8")` alone for int8: it rounds by itself and loses
     almost nothing.

@@ -40,7 +40,8 @@ def attach_weight_norm(
 
     The layer's `kernel` is w: its call and regularizer see w, and LoRA adds to
     it. `kernel_constraint` still acts on the stored v. Weight decay on v leaves
-    w alone, and acts on the rate of its direction. Weight decay on g acts on w.
+    w alone, and changes how fast its direction is learned. Weight decay on g
+    acts on w.
 
     `save_weights` stores v and g in its checkpoints, which load only into a
     model normalized in the same way. Call `fold` before `save`,
