@@ -1,20 +1,21 @@
-"""Lint the English of the pages and docstrings: `make lint` runs it.
+"""Lint the English of the pages and the package: `make lint` runs it.
 
     python docs/prose.py [FILE ...]
 
 A sentence of more than 35 words fails, and one that begins with a hanging "Of",
 "As" or "That". So does a page whose sentences have more than 18 words in the
-mean, or that has more than 5 numbers in 100 words. Code, tables, headings and
-comments do not count, and names like `2:4` or int8 are words, not numbers.
+mean, or that has more than 5 numbers in 100 words. Code, tables and headings do
+not count, and names like `2:4` or int8 are words, not numbers.
 
-CHANGELOG.md and the docstrings of public names, up to their "Args:", are read
-for their sentences alone.
+CHANGELOG.md, and the package's comments and docstrings up to their "Args:", are
+read for their sentences alone.
 """
 
 import ast
 import pathlib
 import re
 import sys
+import tokenize
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 PACKAGE = ROOT / "keras_weightmods"
@@ -38,7 +39,7 @@ SENTENCE = re.compile(r"(?<=[.!?])[)\"*]*\s+(?=[\"(*]*[A-Z\d])")
 WORD = re.compile(r"\S*\w\S*")
 NUMBER = re.compile(r"(?<![\w:.-])\d[\d.,]*(?![\w:]|-\w)")
 HANGING = re.compile(r"[\"(*]*(Of|As|That)\b")
-PUBLIC = re.compile(r"^from \.(\S+) import \(?\s*(\w+)", re.MULTILINE)
+DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef
 SECTION = re.compile(r"^[A-Z]\w+:$", re.MULTILINE)
 
 
@@ -61,15 +62,23 @@ def sentences(text):
                 yield line, " ".join(sentence.split())
 
 
-def docstrings():
-    """Yield the file of each public docstring, and its prose at its lines."""
-    stub = (PACKAGE / "__init__.pyi").read_text("utf-8")
-    for module, name in PUBLIC.findall(stub):
-        page = PACKAGE / f"{module.replace('.', '/')}.py"
-        for node in ast.parse(page.read_text("utf-8")).body:
-            if getattr(node, "name", None) == name:
-                text = SECTION.split(ast.get_docstring(node))[0]
-                yield page, "\n" * (node.body[0].lineno - 1) + text
+def package_texts():
+    """Yield each file of the package, and its prose at its lines."""
+    for page in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(page.read_text("utf-8"))):
+            text = isinstance(node, DOCUMENTED) and ast.get_docstring(node)
+            if text:
+                lines = node.body[0].lineno - 1
+                yield page, "\n" * lines + SECTION.split(text)[0]
+        with tokenize.open(page) as file:
+            comments = {
+                token.start[0]: token.string.lstrip("# ")
+                for token in tokenize.generate_tokens(file.readline)
+                if token.type == tokenize.COMMENT
+            }
+        # Comments on lines below each other are one paragraph.
+        lines = range(1, max(comments, default=0) + 1)
+        yield page, "\n".join(comments.get(line, "") for line in lines)
 
 
 def problems(text, is_page=True):
@@ -104,7 +113,7 @@ def main():
     texts = [(page, page.read_text("utf-8"), True) for page in pages]
     if not sys.argv[1:]:
         changes = ROOT / "CHANGELOG.md"
-        others = (changes, changes.read_text("utf-8")), *docstrings()
+        others = (changes, changes.read_text("utf-8")), *package_texts()
         texts += [(page, text, False) for page, text in others]
     failed = False
     for page, text, is_page in texts:

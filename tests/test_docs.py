@@ -113,11 +113,12 @@ def test_the_linter_of_english(text, problem):
     assert problem is None or any(problem in each for each in found)
 
 
-def test_the_linter_reads_public_docstrings():
+def test_the_linter_reads_docstrings_and_comments():
     linter = runpy.run_path(str(ROOT / "docs" / "prose.py"))
-    texts = [text for _, text in linter["docstrings"]()]
-    assert len(texts) > 40
+    texts = [text for _, text in linter["package_texts"]()]
+    assert len(texts) > 2000
     assert not any("Args:" in text for text in texts)
+    assert any("Names that other libraries use" in text for text in texts)
     assert linter["problems"]("It has 1.5 of 3 %.", is_page=False) == []
 
 

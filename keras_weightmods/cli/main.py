@@ -109,7 +109,7 @@ def choose_backend(name: str | None) -> None:
     names = [wanted] if wanted else list(BACKENDS)
     if not wanted:
         home = os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras"))
-        # As Keras reads it, if it is there.
+        # Keras reads the same file, if it exists.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             text = pathlib.Path(home, "keras.json").read_text()
             configured = json.loads(text)["backend"]

@@ -242,7 +242,7 @@ FAMILIES = {
             "vision_encoder": None,
             "use_bidirectional_attention": False,
         },
-        # That of 27 billion weights.
+        # The model of 27 billion weights.
         {62: {"query_head_dim_normalize": False}},
         block_name="decoder_block",
         # KerasHub has no others.

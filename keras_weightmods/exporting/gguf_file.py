@@ -51,10 +51,10 @@ def writer(
     """Return a function that writes a model to a path, once all is checked.
 
     Matrices that `quantize` or `pack` has rounded to integers keep these in
-    q4_0 and q8_0. Others are rounded as `dtype` says, by the package `gguf`; in
-    the types of 4 bits the embeddings and the head then become q8_0, as they do
-    by llama.cpp's own program where their rows are not of a length that Q6_K
-    takes. Vectors stay float32.
+    q4_0 and q8_0. Others are rounded as `dtype` says, by the package `gguf`. In
+    types of 4 bits the embeddings and the head then become q8_0. llama.cpp's
+    own program does the same if Q6_K does not take the length of their rows.
+    Vectors stay float32.
 
     Args:
         model: A KerasHub `CausalLM` of a family in `FAMILIES`, or the backbone
@@ -349,7 +349,7 @@ def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:
         file.add_bos_token_id(tokenizer.start_token_id)
         file.add_eos_token_id(tokenizer.end_token_id)
         file.add_add_bos_token(preprocessor.add_start_token)
-        # Of `load_gguf`.
+        # An argument of `load_gguf`.
         template = getattr(tokenizer, "chat_template", None)
         if template:
             file.add_chat_template(template)

@@ -150,7 +150,7 @@ class Header:
     def read(self, name: str, dtype: Any) -> Any:
         """Return the values of a tensor.
 
-        As floats of 32 bits there are only a few rows of a matrix at a time.
+        Only a few rows of a matrix are floats of 32 bits at a time.
 
         Args:
             name: String.

@@ -6,10 +6,10 @@ header as eight bytes, the header with the dtype, shape and offsets of each
 array, the bytes of the arrays. Beside the format and its version, the header's
 `__metadata__` records the SHA-256 of each array and of the header itself.
 
-The safetensors library checks the layout of a file. Its functions that write
-take all arrays at once, and those that read map the file, which a program does
-not survive if the file is cut meanwhile: here arrays are written and read one
-at a time. Nothing in a file is code.
+The safetensors library checks the layout of a file. Its functions take all
+arrays at once to write, and map the file to read. A program does not survive if
+a mapped file is cut meanwhile. So here arrays are written and read one at a
+time. Nothing in a file is code.
 """
 
 import dataclasses

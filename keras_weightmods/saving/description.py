@@ -255,7 +255,7 @@ def _check_constants(parts, built):
         graph = keras_compat.graph_of(part)
         found = [] if graph is None else keras_compat.constants_of(graph)
         arrays = map(keras.ops.convert_to_numpy, found)
-        # As bits: NaN is equal to itself.
+        # Compare bits: NaN is equal to itself.
         return [(x.dtype.name, x.shape, x.tobytes()) for x in arrays]
 
     for name, part in parts.items():

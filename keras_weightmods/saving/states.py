@@ -67,7 +67,8 @@ def walk(model, left_out=(), like=()):
         visited[id(part)] = part
         if is_part:
             found[name] = part
-            # As itself, an attached layer computes its effective weight here.
+            # Take a plain view: an attached layer would compute its effective
+            # weight here.
             for key, child in keras_compat.walk_saveable(plain_view(part)):
                 visit(_join(name, key), child)
             return
