@@ -65,6 +65,8 @@ from benchmarks import harness
 from benchmarks.packed_llm import COMPILED, PACKED
 
 PLOT = harness.ROOT / "docs" / "runtimes.png"
+# Beside it.
+SIZES = "sizes.png"
 CACHE = harness.ROOT / "build" / "runtimes"
 # The shape of Llama 3.2 1B, with SmolLM2's vocabulary for its tokenizer.
 SHAPES = {
@@ -242,6 +244,7 @@ def main():
         report = harness.read_json(args.json)
         print_report(report)
         plot(report, args.plot)
+        plot_sizes(report, args.plot.with_name(SIZES))
     else:
         compare(args)
 
@@ -881,6 +884,8 @@ def compare(args):
     harness.write_json(args.json, report)
     print_report(report)
     plot(report, args.plot)
+    if args.shape != "1b":
+        plot_sizes(report, args.plot.with_name(SIZES))
 
 
 def start(form, args, rows, leave_out):
@@ -1040,6 +1045,61 @@ def plot(report, path):
         f"{report['machine']['threads']} threads; the area is the file's size",
         fontsize=10,
     )
+    axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
+    print(f"written to {path}")
+
+
+def plot_sizes(report, path):
+    """Draw perplexity against the size of the file, the area as the speed."""
+    import matplotlib
+
+    from keras_weightmods.plot import style
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    kinds = {"llama.cpp": [], "llama.cpp, imatrix": [], "Keras": []}
+    kinds = {"keras_weightmods": [], **kinds}
+    for row in report["rows"]:
+        name = row["form"].partition(": ")[2] or row["form"]
+        name = name.removesuffix(COMPILED)
+        kind = "keras_weightmods"
+        if name.startswith("Keras"):
+            kind = "Keras"
+        elif name.startswith("llama.cpp") and INT4 not in name:
+            kind = "llama.cpp" + ", imatrix" * name.endswith("imatrix")
+        if row["file_bytes"] and row.get("x_dense", 9) < 2:
+            short = name.removeprefix("llama.cpp ").removesuffix(" imatrix")
+            speed = row["tokens_per_second"]["write 1"]
+            place = row["file_bytes"] / 1e6, row["x_dense"]
+            kinds[kind].append((*place, speed, short))
+    axes = style.new_axes(None, 8, 5)
+    for kind, points in kinds.items():
+        if not points:
+            continue
+        x, y, speeds, names = zip(*sorted(points))
+        axes.scatter(x, y, s=speeds, alpha=0.6, label=kind)
+        for rank, point in enumerate(zip(x, y)):
+            axes.annotate(
+                names[rank],
+                point,
+                xytext=(8, 6 if rank % 2 else -10),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    axes.set(
+        xlabel="file, MB",
+        ylabel="perplexity over that of the dense model (four texts)",
+    )
+    axes.set_title(
+        f"SmolLM2-135M, {report['machine']['cpu']}, "
+        f"{report['machine']['threads']} threads; "
+        "the area is the new tokens a second",
+        fontsize=10,
+    )
+    for dot in style.legend(axes).legend_handles:
+        dot.set_sizes([40])
     axes.figure.savefig(path, dpi=120)
     pyplot.close(axes.figure)
     print(f"written to {path}")

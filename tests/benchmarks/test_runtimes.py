@@ -94,5 +94,7 @@ def test_page_and_plot(tmp_path):
     )
     assert "| 900 | 300 |  | 1.010 |" in page
     assert "not installed" in page
-    runtimes.plot(fake_report(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    for draw in (runtimes.plot, runtimes.plot_sizes):
+        draw(fake_report(), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+        (tmp_path / "plot.png").unlink()
