@@ -223,7 +223,9 @@ def write(
         rows = [(len(x), form, f"{sum(x):,}") for form, x in sizes.items()]
         table = _table(("weights", "format in Keras", "parameters"), rows)
         about += f"\n\n{table}"
-    packed = {x for form in sizes if " " in form for x in form.split()}
+    # A GGUF file has types of its own.
+    forms = () if kind == "gguf" else sizes
+    packed = {x for form in forms if " " in form for x in form.split()}
     head = {
         "library_name": _LIBRARIES.get(kind),
         "license": card.license,

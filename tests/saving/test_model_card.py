@@ -207,6 +207,16 @@ def test_an_export_has_a_card(tmp_path, monkeypatch):
 
 
 @pytest.mark.one_backend
+def test_a_gguf_file_has_no_tags_of_formats_in_keras(tmp_path):
+    model = models.make_sparse(models.mlp(64, 8))
+    kwm.pack(model, verbose=0)
+    model_card.write(CARD, str(tmp_path / "a.gguf"), 1, model, "gguf")
+    text = (tmp_path / "a.gguf.md").read_text()
+    assert '\ntags: ["keras-weightmods"]\n' in text
+    assert "| 1 | float32 2:4 | 512 |" in text
+
+
+@pytest.mark.one_backend
 def test_each_format_says_how_to_load_its_file():
     loads = model_card._LOADS
     assert {*exporting.FORMATS} <= {*loads}
