@@ -195,7 +195,7 @@ def _in_preset(files):
 
 
 def _facts(described):
-    """Return what is short in a JSON object, two levels deep."""
+    """Return the strings and numbers in JSON, two levels deep."""
     found: dict[str, Any] = {}
     for key, value in described.items():
         inside = value if isinstance(value, dict) else {"": value}

@@ -270,7 +270,7 @@ def _check_range(path: str, value: Any) -> None:
 
 
 def _warn(named: Any, dtype: str, rounded: Any, tiny: Any) -> None:
-    """Warn of what is not in the file as it is in the model."""
+    """Warn about weights whose form or values differ in the file."""
     packed = [
         weight
         for weight in named.values()

@@ -452,7 +452,7 @@ def _check_weight(item: Any, has_products: Any) -> None:
 
 
 def _warn(items: Any) -> None:
-    """Warn about rounded weights, and about those that each device holds."""
+    """Warn about weights that packing rounds, slows down or cannot split."""
     errors = collections.defaultdict(list)
     for item in items:
         is_kept = item.integers == "kept" or not item.rounding_error

@@ -509,7 +509,7 @@ class _Quantizer:
         self.record.keep(group, block)
 
     def grid_for(self, target: Target, bits: int | None = None) -> Grid:
-        """A grid whose weights are exact in the kernel's type."""
+        """Return a grid whose weights are exact in the kernel's type."""
         bits = bits or self.own_bits.get(target.key, self.bits)
         significant = _SIGNIFICANT.get(target.variable.dtype, 24)
         precision = min(Grid.precision, significant - (bits - 1))

@@ -292,7 +292,7 @@ class Compander(Reparameterization):
 
     @property
     def pair(self) -> tuple[float, float]:
-        """Return the present a and b, as floats."""
+        """The present a and b, as floats."""
         a, b = (float(ops.convert_to_numpy(each)) for each in self._pair())
         return a, b
 

@@ -44,7 +44,7 @@ def check_filepath(filepath, overwrite=True):
 
 @contextlib.contextmanager
 def unfinished(folder):
-    """Yield a new hidden folder in `folder`, for what is not whole yet.
+    """Yield a new hidden folder in `folder`, for unfinished files.
 
     It goes at the end, and so do those of processes that were killed: a
     process holds a lock on its own.
@@ -66,7 +66,7 @@ def unfinished(folder):
 
 
 def replace_all(made, names):
-    """Move what is in a folder of `unfinished` beside it, in place of others.
+    """Move files out of a folder of `unfinished`, in place of old ones.
 
     On an error all are as before. The last file is the one without which the
     others are not read: it goes first and comes last, so that a kill leaves no

@@ -170,7 +170,7 @@ def check_card(card: Any) -> None:
 
 
 def check_path(path: str, overwrite: bool = True) -> None:
-    """Raise an error if what is at `path` is not to be replaced by a card."""
+    """Raise an error if a card must not replace the file at `path`."""
     if not os.path.lexists(path):
         return
     found = pathlib.Path(check_filepath(path))
@@ -184,7 +184,7 @@ def check_path(path: str, overwrite: bool = True) -> None:
 
 
 def warn_of_old(path: str) -> None:
-    """Warn if there is a card of the file that is now replaced without one."""
+    """Warn if the card of an earlier file stays there."""
     if (
         os.path.isfile(path)
         and _MARK.encode() in pathlib.Path(path).read_bytes()
@@ -267,9 +267,9 @@ def write(
 
 
 def read(filepath: str) -> ModelCard:
-    """Return the card beside a file, for that of what is made from it.
+    """Return the card beside a file, to begin that of the next file with.
 
-    The quality is left out, as it holds for the file alone.
+    The quality is left out: it holds for this file alone.
     """
     path = path_of(filepath)
     content = ""

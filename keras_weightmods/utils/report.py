@@ -73,7 +73,7 @@ class Report:
     """
 
     def tables(self) -> Iterable[Table]:
-        """Return the `Table`s to print, without the one of what is skipped."""
+        """Return the `Table`s to print, without that of skipped weights."""
         raise NotImplementedError
 
     def table(self) -> str:

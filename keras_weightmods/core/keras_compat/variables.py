@@ -181,7 +181,7 @@ def layout_of(variable: Any) -> Any:
 
 
 def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
-    """Return the new variable of `add`, a layer's `add_weight` or alike.
+    """Return the new variable of `add`, a layer's `add_weight` or similar.
 
     It gets the given layout, unless that is None. The layout is set before the
     value, so no device ever holds the whole. Needless if `add_weight` took a
