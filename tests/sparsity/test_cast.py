@@ -437,7 +437,9 @@ def test_loss_scaling_goes_on_in_a_second_fit_and_from_a_checkpoint(tmp_path):
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
-@breadth("dtype", ["mixed_float16", "bfloat16"], 0)
+# tests/saving/test_checkpoint.py stops CAST, and loss scaling, on each backend.
+@one_backend
+@pytest.mark.parametrize("dtype", ["mixed_float16", "bfloat16"])
 def test_a_run_that_was_stopped_twice_is_the_same(dtype, tmp_path):
     def run(folder, stop=None):
         cast = compiled(model=make_mlp(dtype=dtype), teacher="self")
