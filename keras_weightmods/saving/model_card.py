@@ -60,7 +60,7 @@ model = kwm.load_gguf({name})  # or: llama-cli -m {name}""",
 }
 # What a file is -> the library that loads it, as Hugging Face names it.
 _LIBRARIES = {
-    "save_model": "keras",
+    "save_model": "keras_weightmods",
     "keras": "keras",
     "transformers": "transformers",
 }

@@ -39,7 +39,7 @@ def test_a_card_says_what_the_file_is(tmp_path):
     yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
     _, head, body = text.split("---\n", 2)
     assert yaml.load(head) == {
-        "library_name": "keras",
+        "library_name": "keras_weightmods",
         "license": '"mit": 2',
         "base_model": "org/base",
         "tags": ["keras-weightmods", "2:4", "int4"],
