@@ -421,7 +421,7 @@ def write_sparse(path, args):
 def write_rounded(path, args):
     """The weights that a form of few bits starts from.
 
-    Of dense ones by `benchmarks.quality`.
+    `benchmarks.quality` makes those of dense forms.
     """
     import numpy as np
 

@@ -14,8 +14,8 @@ _TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
 # probability. Correct rows had up to 0.03, and those of the place before 0.14
 # to 0.8.
 _ROW_TOLERANCE = 0.1
-# The root mean square of all errors, as a share of that of the logits, where
-# inputs are rounded: the last digit of a sum can round one to another integer.
+# The root mean square of all errors, as a share of that of the logits. It holds
+# where inputs are rounded. There the last digit of a sum can change an integer.
 _ROUNDED_TOLERANCE = 0.1
 
 

@@ -68,9 +68,9 @@ def unfinished(folder):
 def replace_all(made, names):
     """Move files out of a folder of `unfinished`, in place of old ones.
 
-    On an error all are as before. The last file is the one without which the
-    others are not read: it goes first and comes last, so that a kill leaves no
-    file beside those of another time.
+    On an error all are as before. Nothing reads the others without the last
+    file. It goes first and comes last, so a kill leaves no mixture of two
+    writes.
 
     Args:
         made: String, the folder.

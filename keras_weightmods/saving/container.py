@@ -1,10 +1,10 @@
 """A file of named arrays that is checked as a whole before it is used.
 
 Models, deltas and signatures are kept in such files. The layout is that of
-safetensors (https://github.com/huggingface/safetensors): the length of a JSON
-header as eight bytes, the header with the dtype, shape and offsets of each
-array, the bytes of the arrays. Beside the format and its version, the header's
-`__metadata__` records the SHA-256 of each array and of the header itself.
+safetensors (https://github.com/huggingface/safetensors). The length of a JSON
+header comes first, as eight bytes. The header has the dtype, shape and offsets
+of each array, whose bytes follow. Its `__metadata__` records the format, the
+version, and the SHA-256 of each array and of the header itself.
 
 The safetensors library checks the layout of a file. Its functions take all
 arrays at once to write, and map the file to read. A program does not survive if
