@@ -314,7 +314,7 @@ def input_squares(model, data):
 
     _, family = family_of(model.backbone)
     stored = tensors(family, model.backbone).items()
-    names = {id(variable): name for name, variable in stored}
+    names = {id(part): name for name, parts in stored for part in parts}
     targets = kwm.find_targets(model)
     norms = input_norms(model, targets, calibration_batches(model, data, 4))
     return {

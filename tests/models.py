@@ -207,6 +207,17 @@ _BACKBONES = {
     ),
     "gemma4_moe": ("Gemma4", {**_HEADS, **_OF_GEMMA4, "head_dim": 8}),
     "gpt_oss": ("GptOss", {**_EXPERTS, "head_dim": 8}),
+    "smollm3": (
+        "SmolLM3",
+        {
+            **_HEADS,
+            **dict.fromkeys(("attention_bias", "mlp_bias"), False),
+            **{"attention_dropout": 0.0, "partial_rotary_factor": 1.0},
+            **{"layer_norm_epsilon": 1e-6, "max_position_embeddings": 128},
+            "rope_theta": 1e4,
+        },
+    ),
+    "phi3": ("Phi3", _HEADS),
 }
 
 
@@ -220,6 +231,12 @@ def backbone(family="llama", **sizes):
     arguments |= {"intermediate_dim": 24, **own, **sizes}
     if family == "qwen3_5_moe":
         arguments["layer_types"] = ["full_attention"] * arguments["num_layers"]
+    if family == "smollm3":
+        blocks = range(arguments["num_layers"])
+        arguments["num_attention_heads"] = arguments.pop("num_query_heads")
+        arguments["layer_types"] = ["full_attention" for _ in blocks]
+        rotated = [i % 4 != 3 for i in blocks]
+        arguments.setdefault("rope_layer_enabled_list", rotated)
     return getattr(models, f"{name}Backbone")(**arguments)
 
 

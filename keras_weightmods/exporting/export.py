@@ -136,12 +136,12 @@ def export(
     | `"litert"` | `.tflite` | TensorFlow, torch | on torch litert-torch |
     | `"torch"` | `.pt2` | torch | |
     | `"transformers"` | a folder | all | a KerasHub model it can export |
-    | `"gguf"` | `.gguf` | all | gguf, a Llama, Qwen or Gemma 3 of KerasHub |
+    | `"gguf"` | `.gguf` | all | gguf, a KerasHub model it knows |
 
     `keras.Model.export` writes the first five. `"transformers"` is KerasHub's
     `export_to_transformers`: `config.json`, `model.safetensors` and the
-    tokenizer. `"gguf"` is for llama.cpp. `register_export_format` adds further
-    ones.
+    tokenizer. `"gguf"` is for llama.cpp, and knows Llama, Qwen, Gemma 3,
+    SmolLM3 and Phi 3. `register_export_format` adds further formats.
 
     Args:
         model: A built `keras.Model`.
@@ -186,7 +186,7 @@ def export(
               preprocessor, which must be a `Llama3Tokenizer`. A model without a
               preprocessor gets none, for prompts of token ids.
             - `context_length`: int, the context length that the file states.
-              Defaults to `8192`.
+              Defaults to that of the backbone, or `8192` if it has none.
 
             For `"onnx"` with `keep_packed` they are
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_weightmods.core.reparameterization import reparameterizations
+
 # Argument of a backbone -> the key of GGUF behind "<architecture>.", its type,
 # and what a file without it means; None where each file has it.
 _SIZES: dict[str, tuple[str, type, Any]] = {
@@ -25,13 +27,14 @@ _ROPE = {"rope_max_wavelength": ("rope.freq_base", float, 10000.0)}
 SCALING_FACTOR = "rope.scaling.factor"
 _SCALING = (SCALING_FACTOR, float, 1.0)
 _HEAD = {"head_dim": ("attention.key_length", int, None)}
-# GGUF tensor -> path of the KerasHub variable, in the model and in a block.
-_TENSORS = {
+# GGUF tensor -> path of the KerasHub variable, in the model and in a block. A
+# tensor with several paths holds the rows of these variables in this order.
+_TENSORS: dict[str, Any] = {
     "token_embd.weight": "token_embedding/embeddings",
     "output.weight": "token_embedding/reverse_embeddings",
     "output_norm.weight": "sequence_output_layernorm/scale",
 }
-_BLOCK = {
+_BLOCK: dict[str, Any] = {
     "attn_norm.weight": "self_attention_layernorm/scale",
     "attn_q.weight": "self_attention/query/kernel",
     "attn_k.weight": "self_attention/key/kernel",
@@ -47,7 +50,7 @@ _BIASES = {
     "attn_k.bias": "self_attention/key/bias",
     "attn_v.bias": "self_attention/value/bias",
 }
-_GEMMA3_BLOCK = {
+_GEMMA3_BLOCK: dict[str, Any] = {
     "attn_norm.weight": "pre_attention_norm/scale",
     "attn_q.weight": "attention/query/kernel",
     "attn_q_norm.weight": "attention/query_norm/scale",
@@ -62,6 +65,37 @@ _GEMMA3_BLOCK = {
     "ffn_down.weight": "ffw_linear/kernel",
     "post_ffw_norm.weight": "post_ffw_norm/scale",
 }
+_SMOLLM3_BLOCK: dict[str, Any] = {
+    "attn_norm.weight": "input_layernorm/scale",
+    "attn_q.weight": "self_attn/q_proj/kernel",
+    "attn_k.weight": "self_attn/k_proj/kernel",
+    "attn_v.weight": "self_attn/v_proj/kernel",
+    "attn_output.weight": "o_proj/kernel",
+    "ffn_norm.weight": "post_attention_layernorm/scale",
+    "ffn_gate.weight": "mlp/gate_proj/kernel",
+    "ffn_up.weight": "mlp/up_proj/kernel",
+    "ffn_down.weight": "mlp/down_proj/kernel",
+}
+_PHI3_BLOCK: dict[str, Any] = {
+    "attn_norm.weight": "pre_attention_layernorm/scale",
+    "attn_qkv.weight": (
+        *("attention/query/kernel", "attention/key/kernel"),
+        "attention/value/kernel",
+    ),
+    "attn_output.weight": "attention/attention_output/kernel",
+    "ffn_norm.weight": "post_attention_layernorm/scale",
+    "ffn_up.weight": (
+        "feedforward_gate_dense/kernel",
+        "feedforward_intermediate_dense/kernel",
+    ),
+    "ffn_down.weight": "feedforward_output_dense/kernel",
+}
+# Phi 3's factors of frequencies, for long texts and for others.
+LONG_FACTORS = {
+    f"rope_factors_{kind}.weight": f"rope_scaling_{kind}_factor"
+    for kind in ("long", "short")
+}
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,41 +108,40 @@ class Family:
         fields: Dict from arguments of the backbone to keys of the file.
         tensors: Dict from the tensors of the file to paths of variables.
         block: The same of a block, whose name is `block_name`.
-        fixed: Dict of the arguments that each model in a file has.
-        by_blocks: Dict from numbers of blocks to others of these, by which
-            llama.cpp knows a model.
+        fixed: Dict of the arguments that each model in a file has. A function
+            gives the value for a number of blocks.
         constants: Dict from keys to the values that each file has.
-        unused: Dict of arguments that the backbone asks for needlessly.
+        unused: Dict of arguments that the backbone asks for needlessly, as
+            `fixed`.
+        computed: Tuple of strings, the ends of paths of variables that no file
+            has: the backbone computes them.
         rotates_pairs: Bool, whether llama.cpp rotates neighbors, where KerasHub
             rotates the halves of a head.
         norm_offset: Float, what the file adds to the scales of norms.
         heads_first: Bool, whether kernels have the axis of heads first.
+        is_untied: Bool, whether the head always has a table of its own.
     """
 
     names: tuple[str, ...]
     fields: dict[str, tuple[str, type, Any]]
-    tensors: dict[str, str]
-    block: dict[str, str]
+    tensors: dict[str, Any]
+    block: dict[str, Any]
     fixed: dict[str, Any]
-    by_blocks: dict[int, dict[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )
     block_name: str = "transformer_layer"
     constants: dict[str, float] = dataclasses.field(default_factory=dict)
     unused: dict[str, Any] = dataclasses.field(default_factory=dict)
+    computed: tuple[str, ...] = ()
     rotates_pairs: bool = False
     norm_offset: float = 0.0
     heads_first: bool = False
+    is_untied: bool = False
 
-    def fixed_of(self, blocks: int) -> dict[str, Any]:
-        """Return the arguments that each model with so many blocks has."""
-        return {**self.fixed, **self.by_blocks.get(blocks, {})}
-
-    @staticmethod
-    def head_size(backbone: Any) -> int:
+    def head_size(self, backbone: Any) -> int:
         """Return the size of a head of a backbone."""
+        keys = {key: name for name, (key, _, _) in self.fields.items()}
+        heads = getattr(backbone, keys["attention.head_count"])
         size = getattr(backbone, "head_dim", None)
-        return int(size or backbone.hidden_dim // backbone.num_query_heads)
+        return int(size or backbone.hidden_dim // heads)
 
     def tensor_names(self, blocks: int, is_tied: bool) -> list[str]:
         """Return the names of the tensors of a file."""
@@ -117,12 +150,14 @@ class Family:
             f"blk.{i}.{n}" for i in range(blocks) for n in self.block
         ]
 
-    def variable_path(self, name: str) -> str:
-        """Return the path of the KerasHub variable of a GGUF tensor."""
+    def variable_paths(self, name: str) -> list[str]:
+        """Return the paths of the KerasHub variables of a GGUF tensor."""
         if name in self.tensors:
-            return self.tensors[name]
+            return [self.tensors[name]]
         _, index, tensor = name.split(".", 2)
-        return f"{self.block_name}_{index}/{self.block[tensor]}"
+        paths = self.block[tensor]
+        paths = [paths] if isinstance(paths, str) else paths
+        return [f"{self.block_name}_{index}/{path}" for path in paths]
 
     def file_shape(self, name: str, shape: Any) -> tuple[int, ...]:
         """Return the shape of a tensor, from that of its variable."""
@@ -135,7 +170,7 @@ class Family:
         inputs = _inputs(name)
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
-    def to_file(self, name: str, value: Any) -> Any:
+    def to_file(self, name: str, value: Any, head_size: int) -> Any:
         """Return the array of a tensor, from that of its variable."""
         if name == "token_embd.weight":
             return value
@@ -145,21 +180,22 @@ class Family:
             return value + np.float32(self.norm_offset)
         if self._has_heads_first(name, value.shape):
             value = value.swapaxes(0, 1)
-        heads = value.shape[1]
         inputs = _inputs(name)
         value = value.reshape(math.prod(value.shape[:inputs]), -1).T
         if self._is_permuted(name):
-            value = permute(value, heads)
+            value = permute(value, len(value) // head_size)
         return np.ascontiguousarray(value)
 
-    def from_file(self, name: str, value: Any, shape: Any) -> Any:
+    def from_file(
+        self, name: str, value: Any, shape: Any, head_size: int
+    ) -> Any:
         """Return the array of a variable of `shape`, from that of a tensor."""
         if name == "token_embd.weight" or name.endswith(".bias"):
             return value.reshape(shape)
         if value.ndim == 1:
             return value - np.float32(self.norm_offset)
         if self._is_permuted(name):
-            value = permute(value, shape[1], back=True)
+            value = permute(value, len(value) // head_size, back=True)
         if not self._has_heads_first(name, shape):
             return np.ascontiguousarray(value.T).reshape(shape)
         value = value.T.reshape(shape[1], shape[0], shape[2])
@@ -184,6 +220,31 @@ def permute(value: Any, heads: int, back: bool = False) -> Any:
     half = rows // heads // 2
     value = value.reshape(heads, *((half, 2) if back else (2, half)), columns)
     return value.swapaxes(1, 2).reshape(rows, columns)
+
+
+def of_blocks(arguments: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """Return `fixed` or `unused` of a family for a number of blocks."""
+    return {
+        name: value(blocks) if callable(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def weights_of(backbone: Any) -> dict[str, Any]:
+    """Return {path: weight} of a backbone.
+
+    A weight is a variable, or the `Reparameterization` of one that is packed.
+    A path begins with the layer of the backbone: in KerasHub's SmolLM3 each
+    block has a variable `o_proj/kernel`.
+    """
+    weights = {}
+    for layer in backbone.layers:
+        found = {variable.path: variable for variable in layer.weights}
+        found |= {x.target.path: x for x in reparameterizations(layer)}
+        for path, weight in found.items():
+            path = path.removeprefix(f"{layer.name}/")
+            weights[f"{layer.name}/{path}"] = weight
+    return weights
 
 
 # By the architecture that the file names.
@@ -231,7 +292,8 @@ FAMILIES = {
         },
         _GEMMA3_BLOCK,
         {
-            "query_head_dim_normalize": True,
+            # Not in the model of 27 billion weights, as in llama.cpp.
+            "query_head_dim_normalize": lambda blocks: blocks != 62,
             "use_query_key_norm": True,
             "use_post_ffw_norm": True,
             "use_post_attention_norm": True,
@@ -242,14 +304,54 @@ FAMILIES = {
             "vision_encoder": None,
             "use_bidirectional_attention": False,
         },
-        # The model of 27 billion weights.
-        {62: {"query_head_dim_normalize": False}},
         block_name="decoder_block",
         # KerasHub has no others.
         constants={"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},
         unused={"image_size": None},
         norm_offset=1.0,
         heads_first=True,
+    ),
+    "smollm3": Family(
+        ("SmolLM3",),
+        {
+            **{k: v for k, v in _SIZES.items() if k != "num_query_heads"},
+            "num_attention_heads": _SIZES["num_query_heads"],
+            "rope_theta": _ROPE["rope_max_wavelength"],
+            "max_position_embeddings": ("context_length", int, None),
+        },
+        {k: v for k, v in _TENSORS.items() if k != "output.weight"},
+        _SMOLLM3_BLOCK,
+        {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "partial_rotary_factor": 1.0,
+            # Each fourth block knows no positions.
+            "rope_layer_enabled_list": lambda blocks: [
+                block % 4 != 3 for block in range(blocks)
+            ],
+        },
+        unused={
+            "attention_dropout": 0.0,
+            "layer_types": lambda blocks: ["full_attention"] * blocks,
+        },
+        computed=("rotary_emb/inv_freq",),
+        rotates_pairs=True,
+    ),
+    "phi3": Family(
+        ("Phi3",),
+        {
+            **_SIZES,
+            **_ROPE,
+            "max_sequence_length": ("context_length", int, None),
+            "pretraining_sequence_length": (
+                *("rope.scaling.original_context_length", int),
+                4096,
+            ),
+        },
+        _TENSORS,
+        _PHI3_BLOCK,
+        {},
+        is_untied=True,
     ),
 }
 

@@ -1,6 +1,7 @@
 """KerasHub's language models as GGUF files, which llama.cpp reads."""
 
 import importlib
+import math
 import os
 import pathlib
 import warnings
@@ -10,15 +11,16 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.reparameterization import (
-    Reparameterization,
-    reparameterizations,
-)
+from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.exporting.gguf_families import (
+    ATTENTION_FACTOR,
     FAMILIES,
+    LONG_FACTORS,
     SCALING_FACTOR,
     Family,
     family_of,
+    of_blocks,
+    weights_of,
 )
 from keras_weightmods.native.quantize import round_matrix
 from keras_weightmods.saving.model_card import ModelCard
@@ -45,7 +47,7 @@ def writer(
     model: Any,
     dtype: str = "f16",
     tokenizer_from: Any = None,
-    context_length: int = 8192,
+    context_length: int | None = None,
     card: ModelCard | None = None,
 ) -> Callable[[str, Progress], None]:
     """Return a function that writes a model to a path, once all is checked.
@@ -63,14 +65,16 @@ def writer(
         tokenizer_from: Path of a GGUF file whose tokenizer is copied. By
             default that of the model, a `Llama3Tokenizer`; none without a
             preprocessor.
-        context_length: Int, the context length that the file states.
+        context_length: Int, the context length that the file states. By
+            default that of the model, and 8192 if its backbone has none.
         card: `ModelCard`, what the file says of the model.
 
     Raises:
         ValueError: If the model is no such model, or an argument not as above.
     """
     checks.check_choice("dtype", dtype, DTYPES)
-    checks.check_int("context_length", context_length, 1)
+    if context_length is not None:
+        checks.check_int("context_length", context_length, 1)
     backbone = getattr(model, "backbone", model)
     found = family_of(backbone)
     if found is None:
@@ -80,7 +84,7 @@ def writer(
     architecture, family = found
     if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
         raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
-    for name, value in family.fixed_of(backbone.num_layers).items():
+    for name, value in of_blocks(family.fixed, backbone.num_layers).items():
         if getattr(backbone, name) != value:
             raise ValueError(
                 f"A GGUF file of the architecture {architecture!r} has models "
@@ -109,24 +113,28 @@ def writer(
         types = gguf.LlamaFileType
         file.add_file_type(types[f"{prefix}_{dtype.upper()}"])
         file.add_vocab_size(backbone.vocabulary_size)
-        file.add_context_length(context_length)
-        file.add_rope_dimension_count(family.head_size(backbone))
+        head_size = family.head_size(backbone)
+        file.add_rope_dimension_count(head_size)
         as_types: dict[type, Any] = {int: gguf.GGUFValueType.UINT32}
         as_types[float] = gguf.GGUFValueType.FLOAT32
-        values: list[Any] = [
-            (key, float, x) for key, x in family.constants.items()
-        ]
+        values: dict[str, Any] = {"context_length": 8192, **family.constants}
         for name, (key, kind, default) in family.fields.items():
             value = kind(getattr(backbone, name))
             if key != SCALING_FACTOR:
-                values.append((key, kind, value))
+                values[key] = value
             elif value != default:
                 file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-                values.append((key, kind, value))
+                values[key] = value
         if "head_dim" in family.fields:
-            values.append(("attention.value_length", int, backbone.head_dim))
-        for key, kind, value in values:
-            file.add_key_value(f"{architecture}.{key}", value, as_types[kind])
+            values["attention.value_length"] = backbone.head_dim
+        if context_length is not None:
+            values["context_length"] = int(context_length)
+        factors = rope_factors(backbone)
+        if LONG_FACTORS.keys() <= factors.keys():
+            values[ATTENTION_FACTOR] = attention_factor(backbone)
+        for key, value in values.items():
+            kind = as_types[type(value)]
+            file.add_key_value(f"{architecture}.{key}", value, kind)
         add_tokenizer(file)
         if card is not None:
             if card.license:
@@ -140,13 +148,13 @@ def writer(
         progress.total += len(named)
         rounded: list[str] = []
         tiny: list[str] = []
-        for name, weight in named.items():
-            value = tensor_value(family, name, weight)
+        for name, weights in named.items():
+            value = tensor_value(family, name, weights, head_size)
             kinds = ["F32" if value.ndim == 1 else dtype.upper()]
             if "q4" in dtype and name in ("token_embd.weight", "output.weight"):
                 kinds.append("Q8_0")
             if kinds[0] not in ("F32", "BF16"):
-                _check_range(family.variable_path(name), value)
+                _check_range(family.variable_paths(name)[0], value)
             for kind_name in kinds:
                 data, has_tiny = on_grid(value, kind_name)
                 if data is not None:
@@ -160,40 +168,45 @@ def writer(
                     rounded.append(name)
             file.add_tensor(name, data, raw_dtype=kind)
             progress.add()
-        factors = rope_factors(backbone)
-        if factors is not None:
-            file.add_tensor("rope_freqs.weight", factors)
+        for name, value in factors.items():
+            file.add_tensor(name, value)
         file.write_header_to_file()
         file.write_kv_data_to_file()
         file.write_tensors_to_file()
         file.close()
-        paths = [[*map(family.variable_path, x)] for x in (rounded, tiny)]
+        paths = [
+            [path for name in names for path in family.variable_paths(name)]
+            for names in (rounded, tiny)
+        ]
         _warn(named, dtype, *paths)
 
     return write
 
 
-def tensors(family: Family, backbone: Any) -> dict[str, Any]:
-    """Return {name of a GGUF tensor: weight} of a backbone.
+def tensors(family: Family, backbone: Any) -> dict[str, list[Any]]:
+    """Return {name of a GGUF tensor: weights that it has} of a backbone.
 
     A weight is a variable, or the `Reparameterization` of one that is packed.
     """
-    weights = {variable.path: variable for variable in backbone.weights}
-    weights |= {
-        item.target.path: item for item in reparameterizations(backbone)
-    }
+    weights = weights_of(backbone)
     is_tied = backbone.token_embedding.tie_weights
     return {
-        name: weights[family.variable_path(name)]
+        name: [weights[path] for path in family.variable_paths(name)]
         for name in family.tensor_names(backbone.num_layers, is_tied)
     }
 
 
-def tensor_value(family: Family, name: str, weight: Any) -> Any:
+def tensor_value(
+    family: Family, name: str, weights: list[Any], head_size: int
+) -> Any:
     """Return the float32 array that GGUF keeps of one of `tensors`."""
-    is_packed = isinstance(weight, Reparameterization)
-    value = weight.exact() if is_packed else ops.cast(weight.value, "float32")
-    return family.to_file(name, ops.convert_to_numpy(value))
+    values = []
+    for weight in weights:
+        is_packed = isinstance(weight, Reparameterization)
+        value = weight.exact() if is_packed else weight.value
+        value = ops.convert_to_numpy(ops.cast(value, "float32"))
+        values.append(family.to_file(name, value, head_size))
+    return np.concatenate(values) if len(values) > 1 else values[0]
 
 
 def on_grid(value: Any, kind: str) -> tuple[Any, bool]:
@@ -239,15 +252,21 @@ def on_grid(value: Any, kind: str) -> tuple[Any, bool]:
     return None, False
 
 
-def rope_factors(backbone: Any) -> Any:
-    """Return what llama.cpp divides the frequencies by; None for nothing.
+def rope_factors(backbone: Any) -> dict[str, Any]:
+    """Return {name: tensor} of what llama.cpp divides the frequencies by.
 
     Those of Llama 3.1 and later: low ones by the factor, high ones not at all,
-    those between by something between.
+    those between by something between. Phi 3 has them for long texts and for
+    others. Other models have none.
     """
+    if getattr(backbone, "rope_scaling_type", None) == "su":
+        return {
+            name: np.array(getattr(backbone, argument), "float32")
+            for name, argument in LONG_FACTORS.items()
+        }
     factor = getattr(backbone, "rope_frequency_adjustment_factor", None)
     if factor is None:
-        return None
+        return {}
     size = backbone.hidden_dim // backbone.num_query_heads
     exponents = np.arange(0, size, 2) / size
     turns = backbone.rope_pretraining_sequence_length / (
@@ -255,7 +274,15 @@ def rope_factors(backbone: Any) -> Any:
     )
     low, high = backbone.rope_low_freq_factor, backbone.rope_high_freq_factor
     share = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - share) / factor + share)).astype("float32")
+    factors = (1 / ((1 - share) / factor + share)).astype("float32")
+    return {"rope_freqs.weight": factors}
+
+
+def attention_factor(backbone: Any) -> float:
+    """Return what Phi 3 with two sets of factors scales rotations by."""
+    trained = backbone.pretraining_sequence_length
+    ratio = max(1.0, backbone.max_sequence_length / trained)
+    return math.sqrt(1 + math.log(ratio) / math.log(trained))
 
 
 def _check_range(path: str, value: Any) -> None:
@@ -273,7 +300,8 @@ def _warn(named: Any, dtype: str, rounded: Any, tiny: Any) -> None:
     """Warn about weights whose form or values differ in the file."""
     packed = [
         weight
-        for weight in named.values()
+        for weights in named.values()
+        for weight in weights
         if isinstance(weight, Reparameterization)
         and (weight.pattern or dtype.upper() not in _GRIDS)
     ]

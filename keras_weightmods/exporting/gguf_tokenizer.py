@@ -17,6 +17,10 @@ _BYTE_PAIRS = {
     ),
     "Qwen": (("<|endoftext|>",), ()),
     "Qwen3": (("<|im_end|>",), ("<|endoftext|>",)),
+    "SmolLM3": (
+        ("<|end_of_text|>", "<|im_end|>"),
+        ("<|begin_of_text|>", "<think>", "</think>"),
+    ),
 }
 # How text is split before the merges, by `tokenizer.ggml.pre`: a regex, whether
 # digits are apart first, and whether a part that is a token is not merged.
@@ -34,6 +38,7 @@ _SPLITS = {
     "qwen2": (_LLAMA3.replace("{1,3}", ""), False, False),
     "llama-bpe": (_LLAMA3, False, True),
     "smaug-bpe": (_LLAMA3, False, False),
+    "dbrx": (_LLAMA3, False, False),
 }
 
 

@@ -10,11 +10,15 @@ import numpy as np
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.exporting.gguf_families import (
+    ATTENTION_FACTOR,
     FAMILIES,
+    LONG_FACTORS,
     SCALING_FACTOR,
     Family,
+    of_blocks,
+    weights_of,
 )
-from keras_weightmods.exporting.gguf_file import rope_factors
+from keras_weightmods.exporting.gguf_file import attention_factor, rope_factors
 from keras_weightmods.exporting.gguf_header import Header
 from keras_weightmods.exporting.gguf_tokenizer import make_preprocessor
 from keras_weightmods.utils import checks
@@ -55,6 +59,8 @@ def load_gguf(
     | `qwen2` | `QwenCausalLM` |
     | `qwen3` | `Qwen3CausalLM` |
     | `gemma3` | `Gemma3CausalLM`, for text |
+    | `smollm3` | `SmolLM3CausalLM` |
+    | `phi3` | `Phi3CausalLM`: Phi 3 mini and medium, 3.5 mini, and 4 |
 
     The file can have all tensor types that the package `gguf` dequantizes: F32,
     F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, and the IQ types. The model has
@@ -82,6 +88,7 @@ def load_gguf(
             `llama-gguf-split --merge`.
         dtype: String or `keras.DTypePolicy` of the layers, such as
             `"bfloat16"`. Defaults to `None`, for Keras' global policy.
+            KerasHub's SmolLM3 takes that one alone, and it must not be mixed.
         tie_weights: Bool, whether the embedding and the head share the table
             of the head. Many files have it twice, once in fewer bits, though
             the model was trained with one. One table takes half of the memory,
@@ -99,7 +106,7 @@ def load_gguf(
             architecture, or hyperparameters that KerasHub does not support. If
             tensors are missing, unknown or of another shape. The message names
             them. If `tie_weights=True` and the two tables differ by more than
-            a quarter.
+            a quarter, or the class has two. If the class ignores `dtype`.
         ImportError: If `gguf` or `keras_hub` is missing.
 
     Example:
@@ -143,7 +150,7 @@ def load_gguf(
                 f"{architecture!r}, in filepath={path!r}"
             )
         if tie_weights and {_TABLE, _HEAD} <= header.tensors.keys():
-            _tie(header)
+            _tie(header, family)
         is_spm = header.fields.get("tokenizer.ggml.model") == "llama"
         name = family.names[-1 if is_spm else 0]
         arguments = _arguments(header, family)
@@ -151,16 +158,33 @@ def load_gguf(
             backbone = getattr(models, f"{name}Backbone")(
                 **arguments, dtype=dtype
             )
+        policy = backbone.token_embedding.dtype_policy
+        is_mixed = policy.compute_dtype != policy.variable_dtype
+        if family.computed and (is_mixed or policy != backbone.dtype_policy):
+            raise ValueError(
+                f"`{name}Backbone` takes Keras' global policy alone, and none "
+                f"that is mixed: it would round positions. Received: dtype="
+                f"{dtype!r}, and the global policy {policy.name!r}. Leave out "
+                "`dtype`, and call `keras.config.set_dtype_policy('bfloat16')` "
+                "before."
+            )
         variables = _variables(header, family, backbone)
         progress.total = len(variables) + 1
+        head_size = family.head_size(backbone)
         # Large ones first: they take most memory while they are read.
-        for tensor, variable in sorted(
-            variables.items(), key=lambda x: -np.prod(x[1].shape)
+        for tensor, parts in sorted(
+            variables.items(),
+            key=lambda x: -np.prod(header.tensors[x[0]].shape),
         ):
-            value = header.read(tensor, variable.dtype)
-            value = family.from_file(tensor, value, variable.shape)
-            keras_compat.restore_value(variable, value)
-            del value
+            value = header.read(tensor, parts[0].dtype)
+            start = 0
+            for variable in parts:
+                rows = family.file_shape(tensor, variable.shape)[0]
+                part = value[start : start + rows]
+                part = family.from_file(tensor, part, variable.shape, head_size)
+                keras_compat.restore_value(variable, part)
+                start += rows
+            del value, part
             progress.add()
         for variable in pending:
             if not keras_compat.has_value(variable):
@@ -185,7 +209,7 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
     if found.get("rope.scaling.type") == "none":
         # llama.cpp scales nothing then.
         found.pop(SCALING_FACTOR, None)
-    arguments = dict(family.unused)
+    arguments: dict[str, Any] = {}
     problems = []
     for argument, (key, kind, default) in family.fields.items():
         value = found.get(key, default)
@@ -225,9 +249,12 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
         )
     summary = f"{header.filepath!r} has hyperparameters that do not fit:"
     checks.raise_all(summary, problems)
-    arguments |= family.fixed_of(arguments["num_layers"])
-    if arguments["num_layers"] > len(header.tensors):
-        raise header.error(f"{prefix}block_count is {arguments['num_layers']}")
+    blocks = arguments["num_layers"]
+    if blocks > len(header.tensors):
+        raise header.error(f"{prefix}block_count is {blocks}")
+    arguments |= of_blocks({**family.unused, **family.fixed}, blocks)
+    if architecture == "phi3":
+        arguments |= _phi3_arguments(header, arguments, found)
     others = sorted(found.keys() - known - _KNOWN - wanted.keys())
     if others:
         warnings.warn(
@@ -246,15 +273,21 @@ def _arguments(header: Header, family: Family) -> dict[str, Any]:
             f"it has {len(tokens)} tokens, and {_TABLE} {table.shape[0]} rows"
         )
     arguments["vocabulary_size"] = table.shape[0]
-    if _HEAD in family.tensors:
+    if _HEAD in family.tensors and not family.is_untied:
         arguments["tie_word_embeddings"] = _HEAD not in header.tensors
     if _ROPE_FACTORS in header.tensors and architecture == "llama":
         arguments |= _rope_arguments(header, arguments)
     return arguments
 
 
-def _tie(header: Header) -> None:
+def _tie(header: Header, family: Family) -> None:
     """Leave the head's table alone, as the one that is looked up, too."""
+    if family.is_untied:
+        raise ValueError(
+            "`tie_weights=True` expects a model that can have one table. "
+            f"Received: filepath={header.filepath!r}, a file for `"
+            f"{family.names[0]}CausalLM`, which has two. Leave it out."
+        )
     apart: Any = np.inf
     if header.tensors[_TABLE].shape == header.tensors[_HEAD].shape:
         table, head = (header.read(name, "float32") for name in (_TABLE, _HEAD))
@@ -285,7 +318,8 @@ def _rope_arguments(header: Header, arguments: Any) -> dict[str, Any]:
         "rope_high_freq_factor": 4.0,
         "rope_pretraining_sequence_length": 8192,
     }
-    expected = rope_factors(types.SimpleNamespace(**arguments, **found))
+    backbone = types.SimpleNamespace(**arguments, **found)
+    expected = rope_factors(backbone)[_ROPE_FACTORS]
     is_same = factors.shape == expected.shape
     if not (is_same and np.allclose(factors, expected, rtol=1e-4)):
         raise header.error(
@@ -295,16 +329,56 @@ def _rope_arguments(header: Header, arguments: Any) -> dict[str, Any]:
     return found
 
 
+def _phi3_arguments(header: Header, arguments: Any, found: Any) -> Any:
+    """Return the arguments that give the two sets of factors of Phi 3.
+
+    What needs no warning leaves `found`.
+    """
+    length = arguments["max_sequence_length"]
+    # llama.cpp ignores it too. One as long as all texts, or of 0, is none.
+    window = found.get("attention.sliding_window")
+    if type(window) is int and not 0 < window < length:
+        del found["attention.sliding_window"]
+    if not LONG_FACTORS.keys() & header.tensors.keys():
+        return {}
+    size = arguments["hidden_dim"] // arguments["num_query_heads"]
+    factors: dict[str, Any] = {"rope_scaling_type": "su"}
+    for name, argument in LONG_FACTORS.items():
+        if name not in header.tensors:
+            raise header.error(f"it has no {name}")
+        shape = header.tensors[name].shape
+        if shape != (size // 2,):
+            raise header.error(
+                f"its {name} has shape {shape}, and KerasHub rotates all of a "
+                f"head: expected {(size // 2,)}"
+            )
+        values = header.read(name, "float32")
+        factors[argument] = [float(str(value)) for value in values]
+        del header.tensors[name]
+    trained = "rope.scaling.original_context_length"
+    if trained not in found:
+        raise header.error(f"it has factors, and no phi3.{trained}")
+    factor = found.pop(ATTENTION_FACTOR, 1.0)
+    expected = attention_factor(types.SimpleNamespace(**arguments))
+    if type(factor) is not float or abs(factor - expected) > 1e-4:
+        raise header.error(
+            f"phi3.{ATTENTION_FACTOR} is {factor}, and KerasHub has "
+            f"{expected:g} for phi3.context_length={length} and "
+            f"phi3.{trained}={found[trained]}"
+        )
+    return factors
+
+
 def _variables(header: Header, family: Family, backbone: Any) -> dict[str, Any]:
-    """Return {name of a tensor: variable}, all of which have been compared."""
-    by_path = {variable.path: variable for variable in backbone.weights}
+    """Return {name of a tensor: its variables}, compared with the file."""
+    by_path = weights_of(backbone)
     is_tied = backbone.token_embedding.tie_weights
     variables = {
-        name: by_path.pop(family.variable_path(name))
+        name: [by_path.pop(path) for path in family.variable_paths(name)]
         for name in family.tensor_names(backbone.num_layers, is_tied)
     }
     problems = [
-        f"{name} is missing, for {variables[name].path!r}"
+        f"{name} is missing, for {family.variable_paths(name)[0]!r}"
         for name in variables.keys() - header.tensors.keys()
     ]
     problems += [
@@ -312,12 +386,17 @@ def _variables(header: Header, family: Family, backbone: Any) -> dict[str, Any]:
         for name in header.tensors.keys() - variables.keys()
     ]
     for name in variables.keys() & header.tensors.keys():
-        expected = family.file_shape(name, variables[name].shape)
+        parts = [family.file_shape(name, x.shape) for x in variables[name]]
+        expected = sum(part[0] for part in parts), *parts[0][1:]
         shape = header.tensors[name].shape
         if shape != expected:
             problems.append(f"{name} has shape {shape}, expected {expected}")
     # A quantized policy makes others.
-    problems += [f"{path!r} is in no file" for path in by_path]
+    problems += [
+        f"{path!r} is in no file"
+        for path in by_path
+        if not path.endswith(family.computed)
+    ]
     size = family.head_size(backbone)
     for name in _HEAD_SIZES:
         key = f"{header.fields['general.architecture']}.{name}"

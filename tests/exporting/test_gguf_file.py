@@ -24,6 +24,8 @@ SIZES |= {"intermediate_dim": 96, "num_query_heads": 4}
 SIZES |= {"num_key_value_heads": 2}
 TIED = {"tie_word_embeddings": True}
 LLAMA = gguf_families.FAMILIES["llama"]
+# The size of a head.
+SIZE = 16
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_matrices_are_rounded_and_vectors_are_not(
     assert {t.name for t in reader.tensors} == set(variables)
     for tensor in reader.tensors:
         exact = gguf_file.tensor_value(
-            LLAMA, tensor.name, variables[tensor.name]
+            LLAMA, tensor.name, variables[tensor.name], SIZE
         )
         kind = "Q8_0" if tensor.name == "token_embd.weight" else quantization
         kind = "F32" if exact.ndim == 1 else kind
@@ -182,7 +184,7 @@ def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path, monkeypatch):
     assert (kind == "2:4") is any(i.pattern for i in items.values())
     assert (kind == "held") is any(i.is_held for i in items.values())
     for tensor in tensors:
-        item = items.pop(LLAMA.variable_path(tensor.name), None)
+        item = items.pop(LLAMA.variable_paths(tensor.name)[0], None)
         if item is None:
             # An untied look-up is not packed.
             is_table = tensor.name == "token_embd.weight"
@@ -208,8 +210,8 @@ def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path, monkeypatch):
 def test_groups_of_32_and_scales_that_fp16_has_not(tmp_path):
     path, rng = tmp_path / "model.gguf", np.random.default_rng(0)
     backbone = harness.make_llama(**SIZES).backbone
-    for name, variable in gguf_file.tensors(LLAMA, backbone).items():
-        value = gguf_file.tensor_value(LLAMA, name, variable)
+    for name, (variable,) in gguf_file.tensors(LLAMA, backbone).items():
+        value = gguf_file.tensor_value(LLAMA, name, [variable], SIZE)
         if value.ndim == 2:
             # (inputs, units) of all kernels but the embeddings.
             integers = rng.integers(-8, 8, size=value.T.shape)
@@ -218,14 +220,14 @@ def test_groups_of_32_and_scales_that_fp16_has_not(tmp_path):
             kernel = (integers * scales).astype("float32")
             kernel = kernel.T if "embd" in name else kernel
             variable.assign(kernel.reshape(variable.shape))
-    gate = gguf_file.tensors(LLAMA, backbone)["blk.1.ffn_gate.weight"]
+    (gate,) = gguf_file.tensors(LLAMA, backbone)["blk.1.ffn_gate.weight"]
 
     def check(atol):
         reader = written(path, backbone, "q4_0")
         weights = gguf_file.tensors(LLAMA, backbone)
         for tensor in reader.tensors:
             exact = gguf_file.tensor_value(
-                LLAMA, tensor.name, weights[tensor.name]
+                LLAMA, tensor.name, weights[tensor.name], SIZE
             )
             if exact.ndim == 2:
                 assert tensor.tensor_type.name == "Q4_0"

@@ -27,6 +27,14 @@ LLAMA31 = {
 }
 SLIDING = {"use_sliding_window_attention": True, "sliding_window_size": 4}
 SLIDING |= {"head_dim": 32, "layer_norm_epsilon": 1e-5}
+FACTORS = {
+    "rope_scaling_type": "su",
+    "rope_scaling_short_factor": [1.05, 1.1, 1.15, 1.2, 1.4, 1.6, 2.0, 2.5],
+    "rope_scaling_long_factor": [1.1, 1.5, 2.5, 4.0, 8.0, 16.0, 32.0, 64.0],
+    # The texts here are longer than that.
+    "pretraining_sequence_length": 8,
+    "max_sequence_length": 1024,
+}
 CASES = {
     "llama3": ("llama3", {}),
     "llama3, tied": ("llama3", TIED),
@@ -43,6 +51,11 @@ CASES = {
         "gemma3",
         {**SLIDING, "num_layers": 6, "global_rope_scaling_factor": 8.0},
     ),
+    # The last of four blocks knows no positions.
+    "smollm3": ("smollm3", {"num_layers": 5, "rope_theta": 5e6}),
+    "phi3": ("phi3", {"rope_max_wavelength": 2.5e5}),
+    "phi3, short": ("phi3", {**FACTORS, "pretraining_sequence_length": 512}),
+    "phi3, long": ("phi3", FACTORS),
 }
 
 
@@ -50,7 +63,11 @@ def made(case, **others):
     """Return a model whose norms are exact with gemma's 1 in them."""
     family, sizes = CASES[case]
     model = models.causal_lm(family, **{**SIZES, **sizes, **others})
+    # SmolLM3 computes its frequencies.
+    computed = [(v, models.numpy(v)) for v in model.non_trainable_weights]
     models.randomize(model, scale=0.2)
+    for variable, value in computed:
+        variable.assign(value)
     for variable in model.weights:
         if variable.name == "scale":
             value = np.round(models.numpy(variable) * 256) / 256
@@ -252,6 +269,101 @@ def test_files_that_do_not_fit(tmp_path):
 
 
 @one_backend
+def test_phi3_that_does_not_fit(tmp_path):
+    _, path = exported(tmp_path, "phi3, long")
+    whole = path.read_bytes()
+    scaling, qkv = "phi3.rope.scaling", "blk.0.attn_qkv.weight"
+    short = "rope_factors_short.weight"
+    for match, change in (
+        (
+            "attn_factor is 1.5, and KerasHub has 1.8257",
+            {"fields": {f"{scaling}.attn_factor": 1.5}},
+        ),
+        (
+            "attn_factor is 1.0, and",
+            {"fields": {f"{scaling}.attn_factor": None}},
+        ),
+        (
+            f"no {scaling}.original_context_length",
+            {"fields": {f"{scaling}.original_context_length": None}},
+        ),
+        (f"it has no {short}", {"drop": short}),
+        # Phi 4 mini rotates three quarters.
+        ("rotates all of a head", {short: (np.ones(6, "float32"), "F32")}),
+        (f"{qkv} is missing, for 'transformer_layer_0/att", {"drop": qkv}),
+        (
+            f"{qkv} has shape .64, 64., expected .128, 64.",
+            {qkv: (np.ones((64, 64), "float32"), "F32")},
+        ),
+    ):
+        path.write_bytes(whole)
+        with pytest.raises(ValueError, match=match) as error:
+            kwm.load_gguf(rewritten(path, **change))
+        assert str(path) in str(error.value)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="`Phi3CausalLM`, which has two"):
+        kwm.load_gguf(path, tie_weights=True)
+    # The model takes 1024 tokens.
+    window = "phi3.attention.sliding_window"
+    for size in (0, 1024):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            kwm.load_gguf(rewritten(path, {window: size}))
+    with pytest.warns(UserWarning, match=f"{window}. These settings"):
+        kwm.load_gguf(rewritten(path, {window: 1023}))
+
+
+@one_backend
+def test_smollm3_that_does_not_fit(tmp_path):
+    _, path = exported(tmp_path, "smollm3")
+    whole = path.read_bytes()
+    for name, shape in (
+        ("output.weight", (96, 64)),
+        ("blk.0.attn_q.bias", (64,)),
+        ("rope_freqs.weight", (8,)),
+    ):
+        path.write_bytes(whole)
+        ones = np.ones(shape, "float32"), "F32"
+        with pytest.raises(ValueError, match=f"{name} is not one of this"):
+            kwm.load_gguf(rewritten(path, **{name: ones}))
+    path.write_bytes(whole)
+    text = "takes Keras' global policy alone"
+    with pytest.raises(ValueError, match=f"{text}.*dtype='bfloat16'"):
+        kwm.load_gguf(path, dtype="bfloat16")
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        with pytest.raises(ValueError, match=f"{text}.*policy 'mixed_bfl"):
+            kwm.load_gguf(path)
+        keras.config.set_dtype_policy("bfloat16")
+        dtypes = {w.dtype for w in kwm.load_gguf(path).trainable_weights}
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert dtypes == {"bfloat16"}
+    with pytest.raises(ValueError, match="a model with rope_layer_enabled_lis"):
+        kwm.export(made("smollm3", rope_layer_enabled_list=[True] * 5), path)
+
+
+@one_backend
+@pytest.mark.parametrize("case", ["smollm3", "phi3"])
+def test_packed_integers_stay_in_joined_tensors(case, tmp_path):
+    model, path = made(case), tmp_path / "model.gguf"
+    with pytest.warns(UserWarning, match="`pack` rounded"):
+        kwm.pack(model, "int4", head=None)
+    # The tables become Q8_0, and nothing is rounded to nearest.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kwm.export(model, path, dtype="q4_0")
+    again = kwm.load_gguf(path)
+    kwm.unpack(model)
+    for one, other in zip(again.weights, model.weights, strict=True):
+        if "token_embedding" not in one.path:
+            np.testing.assert_array_equal(
+                models.numpy(one), models.numpy(other)
+            )
+
+
+@one_backend
 def test_files_that_are_cut(tmp_path):
     _, path = exported(tmp_path, "qwen", num_layers=1)
     whole = path.read_bytes()
@@ -408,6 +520,44 @@ def test_sentence_piece(tmp_path):
 
 
 @one_backend
+def test_tokenizers_of_smollm3_and_phi3(tmp_path):
+    pytest.importorskip("sentencepiece")
+    tokens = [*BYTES, "<|end_of_text|>", "<|begin_of_text|>"]
+    tokens += ["<think>", "</think>"]
+    fields = byte_pairs(
+        **{
+            "tokenizer.ggml.pre": "smaug-bpe",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [1] * 13 + [3] * 3 + [1] + [3] * 4,
+        }
+    )
+    _, path = exported(tmp_path, "smollm3", vocabulary_size=len(tokens))
+    model = kwm.load_gguf(rewritten(path, fields))
+    tokenizer = model.preprocessor.tokenizer
+    assert (tokenizer.end_token_id, tokenizer.end_token2_id) == (17, 15)
+    assert tokenizer("<think>ab<|im_end|>").tolist() == [19, 10, 15]
+    assert isinstance(model.generate("ab", max_length=6), str)
+    tokens = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|end|>"]
+    tokens += [*(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 263 + [-1.0],
+        "tokenizer.ggml.token_type": [2] + [3] * 4 + [6] * 256 + [1] * 3,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 4,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    _, path = exported(tmp_path, "phi3", vocabulary_size=len(tokens))
+    model = kwm.load_gguf(rewritten(path, fields))
+    tokenizer = model.preprocessor.tokenizer
+    assert (tokenizer.end_token_id, tokenizer.end_token2_id) == (3, 4)
+    x = model.preprocessor.generate_preprocess(["a<|end|>"], sequence_length=4)
+    assert np.asarray(x["token_ids"]).tolist() == [[1, 263, 4, 0]]
+    assert isinstance(model.generate("a", max_length=6), str)
+
+
+@one_backend
 def test_a_tokenizer_goes_both_ways(tmp_path):
     special = "begin_of_text end_of_text eot_id start_header_id end_header_id"
     special = [f"<|{each}|>" for each in f"{special} python_tag".split()]
@@ -430,10 +580,11 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
 
 @one_backend
 def test_gemma_3_27b_scales_its_queries_by_others(tmp_path, monkeypatch):
-    own = gguf_families.FAMILIES["gemma3"].by_blocks
-    # A model of 62 blocks takes ten seconds.
-    monkeypatch.setitem(own, 2, own[62])
+    own = gguf_families.FAMILIES["gemma3"].fixed
     scale = {"query_head_dim_normalize": False}
+    assert own["query_head_dim_normalize"](62) is False
+    # A model of 62 blocks takes ten seconds.
+    monkeypatch.setitem(own, *scale, lambda blocks: blocks != 2)
     _, path = exported(tmp_path, "gemma3", **scale)
     assert not kwm.load_gguf(path).backbone.query_head_dim_normalize
     with pytest.raises(ValueError, match="query_head_dim_normalize=False"):
