@@ -730,7 +730,8 @@ def report(args, rows):
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels"
         + (", and the head" if dense else ", 2:4"),
         "machine": f"{harness.cpu()}, "
-        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
+        f"{os.environ.get('OMP_NUM_THREADS', len(os.sched_getaffinity(0)))} of "
+        f"{os.cpu_count()} cores",
         "python": platform.python_version(),
         "keras": keras.__version__,
         "keras_hub": keras_hub.__version__,

@@ -153,7 +153,7 @@ FORMS = {**PACKED, **INTEGERS}
 # get a larger type than the name says.
 BY_TOOL = (
     *("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K"),
-    *("Q2_K imatrix", "IQ4_NL imatrix", "Q4_K_M imatrix"),
+    *(f"{x} imatrix" for x in ("Q2_K", "Q4_0", "IQ4_NL", "Q4_K_M")),
 )
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
