@@ -569,9 +569,7 @@ def quantize_by_llama(path, args):
     squares = {}
     if weighted:
         model = make_model(args)
-        rows = quality.mixed_rows(
-            load_tokenizer(), 257, max(8, args.rounding), 0.0, 0, MIXTURE[1]
-        )
+        rows = quality.mixed_rows(load_tokenizer(), 257, 64, 0.0, 0, MIXTURE[1])
         squares = peers.input_squares(model, model_inputs(rows[:, :-1]))
     peers.requantize(path.with_stem("BF16"), path, kind, squares)
 
