@@ -65,8 +65,7 @@ from benchmarks import harness
 from benchmarks.packed_llm import COMPILED, PACKED
 
 PLOT = harness.ROOT / "docs" / "runtimes.png"
-# Beside it.
-SIZES = "sizes.png"
+SIZES = PLOT.with_name("sizes.png")
 CACHE = harness.ROOT / "build" / "runtimes"
 # The shape of Llama 3.2 1B, with SmolLM2's vocabulary for its tokenizer.
 SHAPES = {
@@ -244,7 +243,7 @@ def main():
         report = harness.read_json(args.json)
         print_report(report)
         plot(report, args.plot)
-        plot_sizes(report, args.plot.with_name(SIZES))
+        plot_sizes(report, args.plot.with_name(SIZES.name))
     else:
         compare(args)
 
@@ -883,7 +882,7 @@ def compare(args):
     print_report(report)
     plot(report, args.plot)
     if args.shape != "1b":
-        plot_sizes(report, args.plot.with_name(SIZES))
+        plot_sizes(report, args.plot.with_name(SIZES.name))
 
 
 def start(form, args, rows, leave_out):

@@ -2,13 +2,17 @@
 
 import collections
 
-from benchmarks import harness
 from benchmarks.humaneval import COLUMNS
 from benchmarks.humaneval import cells as humaneval_cells
 from benchmarks.pages.tables import megabytes, table
+from benchmarks.runtimes import PLOT, SIZES
 from benchmarks.runtimes import cells as runtime_cells
 
-PICTURE = harness.ROOT / "docs" / "runtimes.png"
+PICTURES = {
+    PLOT: "Speed against perplexity",
+    SIZES: "Perplexity against the size of the file, for this package and "
+    "llama.cpp",
+}
 
 
 def packed(log):
@@ -85,7 +89,12 @@ def _rounding(log):
 rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
 
 
-def runtimes(log):
+def sizes(log):
+    """The same for files of few bits, beside those of llama.cpp."""
+    return runtimes(log, SIZES)
+
+
+def runtimes(log, picture=PLOT):
     """Every form of runtimes.py: its speed, memory and quality."""
     prompts, about = log["prompts"], log["machine"]
     together = min(log["together"], len(log["rows"]))
@@ -113,8 +122,8 @@ def runtimes(log):
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
-    if is_real and PICTURE.exists():
-        parts.append("![Speed against perplexity](runtimes.png)")
+    if is_real and picture.exists():
+        parts.append(f"![{PICTURES[picture]}]({picture.name})")
     found = dict.fromkeys(row["about"] for row in log["rows"])
     parts.append("Versions: " + "; ".join(found) + ".")
     return "\n\n".join(parts)

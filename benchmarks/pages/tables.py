@@ -32,6 +32,7 @@ COMMANDS = {
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "runtimes_1b": "benchmarks.runtimes --shape 1b",
+    "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
     "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "
     "--threads 1 --isas avx512 "
