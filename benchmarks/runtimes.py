@@ -1066,25 +1066,32 @@ def plot_sizes(report, path):
             kind = "Keras"
         elif name.startswith("llama.cpp") and INT4 not in name:
             kind = "llama.cpp" + ", imatrix" * name.endswith("imatrix")
-        if row["file_bytes"] and row.get("x_dense", 9) < 2:
+        # The others are far away.
+        if (row["file_bytes"] or 1e9) < 2e8 and row.get("x_dense", 9) < 2:
             short = name.removeprefix("llama.cpp ").removesuffix(" imatrix")
+            if short == INT4:
+                short = "int4" if short == name else "int4 in llama.cpp"
             speed = row["tokens_per_second"]["write 1"]
             place = row["file_bytes"] / 1e6, row["x_dense"]
             kinds[kind].append((*place, speed, short))
-    axes = style.new_axes(None, 8, 5)
+    axes = style.new_axes(None, 8, 6)
     for kind, points in kinds.items():
-        if not points:
-            continue
-        x, y, speeds, names = zip(*sorted(points))
-        axes.scatter(x, y, s=speeds, alpha=0.6, label=kind)
-        for rank, point in enumerate(zip(x, y)):
-            axes.annotate(
-                names[rank],
-                point,
-                xytext=(8, 6 if rank % 2 else -10),
-                textcoords="offset points",
-                fontsize=7,
-            )
+        if points:
+            x, y, speeds, _ = zip(*points)
+            axes.scatter(x, y, s=speeds, alpha=0.6, label=kind)
+    # Neighbors have their names on the two sides.
+    every = [point for points in kinds.values() for point in points]
+    every.sort(key=lambda point: point[1])
+    for rank, (x, y, _, name) in enumerate(every):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(-10 if rank % 2 else 10, -3),
+            textcoords="offset points",
+            ha="right" if rank % 2 else "left",
+            fontsize=7,
+        )
+    axes.margins(x=0.15)
     axes.set(
         xlabel="file, MB",
         ylabel="perplexity over that of the dense model (four texts)",
@@ -1095,8 +1102,9 @@ def plot_sizes(report, path):
         "the area is the new tokens a second",
         fontsize=10,
     )
-    for dot in style.legend(axes).legend_handles:
-        dot.set_sizes([40])
+    if axes.collections:
+        for dot in style.legend(axes).legend_handles:
+            dot.set_sizes([40])
     axes.figure.savefig(path, dpi=120)
     pyplot.close(axes.figure)
     print(f"written to {path}")
