@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import peers, runtimes
+from benchmarks import peers, quality, runtimes
 from benchmarks.pages import packed
+from tests import models
 
 pytestmark = pytest.mark.one_backend
 
@@ -98,3 +99,38 @@ def test_page_and_plot(tmp_path):
         draw(fake_report(), tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 1000
         (tmp_path / "plot.png").unlink()
+
+
+def test_squares_of_inputs_have_the_names_of_the_file():
+    pytest.importorskip("keras_hub")
+    model = models.causal_lm("llama3", tie_word_embeddings=True)
+    models.randomize(model)
+    backbone = model.backbone
+    tokens = np.arange(24).reshape(2, 12) % backbone.vocabulary_size
+    found = peers.input_squares(
+        model, {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    )
+    assert len(found) == 7 * backbone.num_layers
+    layer = backbone.get_layer("transformer_layer_0")
+    (scale,) = layer._self_attention_layernorm.weights
+    x = models.numpy(backbone.token_embedding.embeddings)[tokens]
+    norm = np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6)
+    expected = np.mean(np.square(x / norm * models.numpy(scale)), axis=(0, 1))
+    for name in ("attn_q", "attn_k", "attn_v"):
+        squares = found[f"blk.0.{name}.weight"]
+        np.testing.assert_allclose(squares, expected, rtol=1e-3)
+
+
+def test_dense_weights_are_rounded_as_the_quality_is_measured(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(runtimes, "CACHE", tmp_path)
+    args = runtimes.parse_arguments(["--rounding", "256"])
+    path = runtimes.rounded_file("85 MB", args)
+    seen = []
+    monkeypatch.setattr(quality, "run", seen.append)
+    runtimes.write_rounded(path, args)
+    (options,) = seen
+    assert options.save / f"{options.methods} {options.seeds}.npz" == path
+    assert (options.steps, options.self_share) == (256, 0.125)
+    assert set(runtimes.ROUNDED.values()) < set(quality.make_methods(1))
