@@ -2,10 +2,10 @@
 
     python docs/prose.py [FILE ...]
 
-A sentence of more than 35 words fails, and one that begins with a hanging "Of",
-"As" or "That". So does a page whose sentences have more than 18 words in the
-mean, or that has more than 5 numbers in 100 words. Code, tables and headings do
-not count, and names like `2:4` or int8 are words, not numbers.
+A sentence of more than 30 words or 6 numbers fails, and one that begins with a
+hanging "Of", "As" or "That". So does a page whose sentences have more than 18
+words in the mean, or that has more than 5 numbers in 100 words. Code, tables
+and headings do not count, and names like `2:4` or int8 are words, not numbers.
 
 CHANGELOG.md, and the package's comments and docstrings up to their "Args:", are
 read for their sentences alone.
@@ -19,7 +19,7 @@ import tokenize
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 PACKAGE = ROOT / "keras_weightmods"
-LONGEST, MEAN, NUMBERS = 35, 18, 5
+LONGEST, MOST, MEAN, NUMBERS = 30, 6, 18, 5
 # Made by commands.
 EXEMPT = {"api.md", "results.md"}
 # Code, comments, and what a command writes into a page.
@@ -87,10 +87,13 @@ def problems(text, is_page=True):
     for line, sentence in sentences(text):
         length = len(WORD.findall(sentence))
         count, words = count + 1, words + length
-        numbers += len(NUMBER.findall(sentence))
+        own = len(NUMBER.findall(sentence))
+        numbers += own
         begin = f"{line}: {sentence[:60]!r}..."
         if length > LONGEST:
             found.append(f"{begin} has {length} words, {LONGEST} at most")
+        if own > MOST:
+            found.append(f"{begin} has {own} numbers, {MOST} at most")
         if hanging := HANGING.match(sentence):
             found.append(f"{begin} begins with a hanging {hanging[1]!r}")
     if not is_page:

@@ -95,7 +95,7 @@ SLIP = "A kernel that is not a multiple of four words long stays dense. "
     ("text", "problem"),
     [
         (SLIP, None),
-        ("word " * 36 + ".", "has 36 words, 35 at most"),
+        ("word " * 31 + ".", "has 31 words, 30 at most"),
         ("# " + "word " * 36, None),
         ("| " + "word " * 36, None),
         ("```bash\n" + "word " * 36 + "\n```", None),
@@ -104,6 +104,7 @@ SLIP = "A kernel that is not a multiple of four words long stays dense. "
         ("It holds. As it should.", "begins with a hanging 'As'"),
         ("It holds.\nThat it holds is nice.", "2: 'That it holds"),
         ("It has 1.5 of 3 % in int8, 2:4 and [4](5.md) parts. " + SLIP, "12.5"),
+        ("The rows are 1, 2, 3, 4, 5, 6 and 7. " + 9 * SLIP, "7 numbers, 6"),
         ("It is `f(1, 2, 3, 4)` of SmolLM2-135M. " + SLIP, None),
     ],
 )

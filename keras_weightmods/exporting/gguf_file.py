@@ -377,7 +377,7 @@ def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:
         file.add_bos_token_id(tokenizer.start_token_id)
         file.add_eos_token_id(tokenizer.end_token_id)
         file.add_add_bos_token(preprocessor.add_start_token)
-        # An argument of `load_gguf`.
+        # `load_gguf` puts it there.
         template = getattr(tokenizer, "chat_template", None)
         if template:
             file.add_chat_template(template)
