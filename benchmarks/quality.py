@@ -274,7 +274,7 @@ def make_methods(steps, **settings):
         "int4 by GPTQ + blocks": Quantized("blocks"),
         "int4 by GPTQ + blocks + scales": Quantized(("blocks", "scales")),
         **{f"Keras {mode}": ByKeras(mode) for mode in ("int8", "int4", "gptq")},
-        "int4 by GPTQ + blocks + scales, int8 head": Quantized(
+        "int4 by GPTQ + blocks + scales + int8 head": Quantized(
             ("blocks", "scales"), head=False
         ),
         **{f"int{bits}": Quantized(bits=bits) for bits in (2, 3, 5, 6)},

@@ -140,7 +140,7 @@ INTEGERS[INT4] = {"dtype": "int4"}
 # Form: row of `benchmarks.quality` whose weights it packs.
 ROUNDED = {
     INT4: "int4 by GPTQ + blocks + scales",
-    "dense int4, int8 head": "int4 by GPTQ + blocks + scales, int8 head",
+    "dense int4, int8 head": "int4 by GPTQ + blocks + scales + int8 head",
     **{name: name for name in ("45 MB", "60 MB", "85 MB", "int6")},
 }
 BUDGETS: dict[str, dict[str, str]] = {
