@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_weightmods import backend
 from keras_weightmods.core import filters, keras_compat, train_step
+from keras_weightmods.core.free_memory import warn_if_short
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.lift.attach import Plan
@@ -21,6 +22,7 @@ from keras_weightmods.lift.report import PrincipalMaskReport, Refresh
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.ops.random_places import seed_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 
 
@@ -353,6 +355,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             )
         optimizer = inner_optimizer(model.optimizer)
         plan.check_optimizer(optimizer)
+        warn_if_short(
+            *("PrincipalMaskCallback", plan.variables),
+            bytes_of(plan.variables),
+            "Give fewer `targets`, or shorter rows.",
+        )
         is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
         chosen = None
         if is_new or optimizer.mask_step < 0:

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
+from keras_weightmods.core.free_memory import warn_if_short
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import resolve_targets
@@ -23,6 +24,7 @@ from keras_weightmods.sparsity.distillation import LogitsDistiller
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress, Waiting
 
 
@@ -288,7 +290,9 @@ class CAST(LogitsDistiller):
         `epochs`. This plan is fixed from the first step on. A `fit` that goes
         beyond its end gets a warning, before it starts if the number of batches
         is known, else after it. Compiling the step may take a minute: the
-        seconds are shown meanwhile, unless `verbose` is 0.
+        seconds are shown meanwhile, unless `verbose` is 0. A warning comes first
+        where the gradients and the state of the optimizer alone take more than
+        the free memory.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
@@ -343,6 +347,13 @@ class CAST(LogitsDistiller):
                 first = kwargs.get("initial_epoch", 0) * int(steps)
                 last += taken - self._updates(first)
         cast_run.warn_about_the_end(optimizer, last)
+        if not self.optimizer.built:
+            trained = self.trainable_variables
+            warn_if_short(
+                *("CAST.fit", trained, 3 * bytes_of(trained)),
+                "Freeze more layers by `trainable = False`, or call "
+                "`kwm.sparsify(model, data)`, which takes one block at a time.",
+            )
         with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
                 self._build_optimizer()
