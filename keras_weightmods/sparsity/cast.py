@@ -290,9 +290,8 @@ class CAST(LogitsDistiller):
         `epochs`. This plan is fixed from the first step on. A `fit` that goes
         beyond its end gets a warning, before it starts if the number of batches
         is known, else after it. Compiling the step may take a minute: the
-        seconds are shown meanwhile, unless `verbose` is 0. A warning comes first
-        where the gradients and the state of the optimizer alone take more than
-        the free memory.
+        seconds are shown meanwhile, unless `verbose` is 0. A warning comes
+        first where gradients and the optimizer take more than the free memory.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
