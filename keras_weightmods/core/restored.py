@@ -1,5 +1,10 @@
 """Changes of models, made completely or not at all."""
 
+import functools
+import math
+import os
+import tempfile
+import weakref
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -27,6 +32,8 @@ class RestoredOnError:
         values: Iterable of the variables that get other values. Copies of
             these are held meanwhile.
         released: As in `keras_compat.Structure`.
+        on_disk: Bool, whether the copies are in a temporary file, not in
+            memory.
     """
 
     def __init__(
@@ -34,11 +41,17 @@ class RestoredOnError:
         *objects: Any,
         values: Iterable[Any] = (),
         released: Iterable[Any] = (),
+        on_disk: bool = False,
     ) -> None:
         self.structure = keras_compat.Structure(objects, released)
         once = {id(variable): variable for variable in values}.values()
         # Copy: on torch an array shares the memory of the variable.
-        self._values = [(each, np.array(whole(each))) for each in once]
+        copy: Any = np.array
+        if on_disk:
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, file.close)
+            copy = functools.partial(_Stored, file)
+        self._values = [(each, copy(whole(each))) for each in once]
 
     def __enter__(self) -> Self:
         return self
@@ -56,4 +69,18 @@ class RestoredOnError:
     def give_values_back(self) -> None:
         """Restore the values of the variables, also within the scope."""
         for variable, value in self._values:
-            variable.assign(value)
+            variable.assign(np.asarray(value))
+
+
+class _Stored:
+    """An array at the end of a file."""
+
+    def __init__(self, file: Any, array: np.ndarray) -> None:
+        self._file, self._place = file, file.seek(0, os.SEEK_END)
+        self._dtype, self._shape = array.dtype, array.shape
+        array.tofile(file)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        self._file.seek(self._place)
+        size = math.prod(self._shape)
+        return np.fromfile(self._file, self._dtype, size).reshape(self._shape)

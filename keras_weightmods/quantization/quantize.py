@@ -97,9 +97,13 @@ def quantize(
 
     The head of a language model is rounded first. The kernels follow in the
     order of execution, each on the inputs that the rounded kernels before it
-    give. `sparsify` says how much memory this takes. The kernels and blocks of
-    a language model use the first 16,384 positions of the data, 64 rows of 256
-    tokens. The head and the scales use all of them.
+    give. The kernels and blocks of a language model use the first 16,384
+    positions of the data, 64 rows of 256 tokens. The head and the scales use
+    all of them.
+
+    Beside the model, memory holds one layer or block in training, the hidden
+    states of all data, and some copies of the head. The original weights are
+    in a temporary file meanwhile, in the folder of `tempfile.gettempdir()`.
 
     `refine` then trains away a part of the remaining error:
 
@@ -323,7 +327,8 @@ def quantize(
     )
     trained: Any = None
     both: Any = None
-    undo = RestoredOnError(model, values=[each.variable for each in changed])
+    values = [each.variable for each in changed]
+    undo = RestoredOnError(model, values=values, on_disk=True)
     with undo:
         if tables or is_mixed or "scales" in refinements:
             body = end.body if end else model

@@ -101,3 +101,47 @@ def test_a_second_interrupt_does_not_stop_it():
         with RestoredOnError(values=[variable]):
             raise RuntimeError
     assert variable.value.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_copies_on_disk_are_the_same_bits(dtype):
+    given = np.array([[1e30, -0.0, 1e-40], [1.5, -3.0, 7.0]])
+    given = np.minimum(given, 9) if dtype == "int32" else given
+    variables = [
+        keras.Variable(each, dtype=dtype, trainable=False)
+        for each in (given, given[:, :1].T, 3)
+    ]
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+    undo = RestoredOnError(values=variables, on_disk=True)
+    with pytest.raises(RuntimeError):
+        with undo:
+            # In any order, and also within the scope.
+            for _ in range(2):
+                for variable in variables:
+                    variable.assign(keras.ops.zeros_like(variable.value))
+                undo.give_values_back()
+            for variable in variables[::-1]:
+                variable.assign(keras.ops.zeros_like(variable.value))
+            raise RuntimeError
+    after = [keras.ops.convert_to_numpy(v) for v in variables]
+    models.assert_same_bits(after, before)
+
+
+@pytest.mark.one_backend
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="only torch's variables have gradients",
+)
+def test_the_gradients_of_torch_are_given_back():
+    model = models.mlp()
+    first, last = model.layers
+    first.kernel.value.grad = given = keras.ops.ones(first.kernel.shape)
+    with pytest.raises(RuntimeError):
+        with RestoredOnError(model):
+            keras.ops.sum(
+                model(np.ones((1, *model.input_shape[1:])))
+            ).backward()
+            assert last.kernel.value.grad is not None
+            raise RuntimeError
+    assert first.kernel.value.grad is given
+    assert last.kernel.value.grad is None

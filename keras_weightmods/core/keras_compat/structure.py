@@ -18,9 +18,9 @@ _HOLDERS = "ParameterDict", "ListWrapper", "SerializableDict"
 class Structure:
     """The structure of layers, optimizers and variables at one moment.
 
-    It holds classes, attributes, the lists of Keras and torch in them, and
-    flags, but no values. It also holds the open scopes of Keras. Needless if a
-    layer had a public copy of its state.
+    It holds classes, attributes, the lists of Keras and torch in them, flags
+    and torch's gradients, but no values. It also holds the open scopes of
+    Keras. Needless if a layer had a public copy of its state.
 
     Args:
         objects: Iterable of layers, each with all that is in it and with its
@@ -56,8 +56,10 @@ class Structure:
                 # Do not hold the values that a training replaces.
                 if before.get("_value") is not None and id(part) not in kept:
                     del before["_value"]
-                flag = getattr(part._value, "requires_grad", None)
-                self._flags.append((part, flag))
+                if (
+                    flag := getattr(part._value, "requires_grad", None)
+                ) is not None:
+                    self._flags.append((part, flag, part._value.grad))
             else:
                 _find(tuple(before.values()), self._found)
             self._attributes.append((part, before))
@@ -81,9 +83,10 @@ class Structure:
             object.__setattr__(part, "__class__", cls)
         self.restore_attributes()
         _give_back(self._found)
-        for variable, flag in self._flags:
-            if flag is not None:
-                variable._value.requires_grad = flag
+        for variable, flag, gradient in self._flags:
+            variable._value.requires_grad = flag
+            # A training leaves those of its last step, as large as the weights.
+            variable._value.grad = gradient
 
 
 def _find(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
