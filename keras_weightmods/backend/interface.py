@@ -66,6 +66,15 @@ class Backend:
         """
         return function
 
+    def recomputed(self, function: Function) -> Function:
+        """Return a function that is computed again in the backward pass.
+
+        Of what is computed in it nothing but the outputs is kept until then.
+        Other backends than torch return the function itself: they lose the
+        masks that Keras attaches to tensors.
+        """
+        return function
+
     def compiled_call(self, layer: Any) -> Function:
         """Return a compiled function from a layer's inputs to its outputs."""
         return layer.predict_on_batch

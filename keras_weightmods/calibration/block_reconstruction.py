@@ -1,6 +1,7 @@
 """Training a pruned block to give the outputs of the dense one."""
 
 import dataclasses
+import gc
 import math
 import operator
 import warnings
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import keras_compat
@@ -126,6 +128,8 @@ def train_part(
         Pair of floats, the losses on `held` before and after. What was undone
         has a larger second one, or NaN.
     """
+    # The last part, with its optimizer: Keras' models are in cycles.
+    gc.collect()
     steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
     # On JAX a step that fails loses all variables of the part.
@@ -231,13 +235,19 @@ class Part(keras.Model):
         loss: Callable from outputs, those taught and the weights of their
             positions to a loss.
         data: `Batches`.
+        recompute: Bool, whether torch computes the inside of the layers of
+            `run`, a functional model, twice, and holds less. Defaults to
+            `False`.
     """
 
-    def __init__(self, operation, run, loss, data):
+    def __init__(self, operation, run, loss, data, recompute=False):
         # Its layers cast their inputs themselves.
         super().__init__(name="part", dtype="float32", autocast=False)
         self.operation, self.loss_of = operation, loss
         self.run = keras_compat.graph_call(run)
+        if recompute:
+            recomputed = backend.current().recomputed
+            self.run = keras_compat.wrapped_call(run, recomputed)
         self.example, self.places = data.example, data.places
         self.built = True
 

@@ -171,27 +171,36 @@ def attach(
     stored = [
         item.start(target.variable) for item, target in zip(items, targets)
     ]
-    for item in items:
-        item.get_model = weakref.ref(model)
-    pairs = list(zip(targets, stored))
+    variables = [target.variable for target in targets]
     with RestoredOnError(
         model,
         *(target.layer for target in targets),
-        values=[t.variable for t, value in pairs if value is not t.variable],
+        values=[v for v, value in zip(variables, stored) if value is not v],
         released=[
             item.target.variable for item in items if not item.keeps_stored
         ],
     ):
-        for item in items:
-            _create_parameters(item)
-            see(item)
-        for item, (target, value) in zip(items, pairs):
-            if value is not target.variable:
-                target.variable.assign(value)
-            if not item.keeps_stored:
-                _take_out(item)
-            _put_in(item)
-        forget_variables(model)
+        _attach_items(model, items, stored, see)
+
+
+def attach_items(model: Any, items: Sequence[Any]) -> None:
+    """Install some items; on an error the caller restores the model."""
+    stored = (item.start(item.target.variable) for item in items)
+    _attach_items(model, items, stored)
+
+
+def _attach_items(model, items, stored, see=lambda item: None):
+    for item, value in zip(items, stored):
+        item.get_model = weakref.ref(model)
+        variable = item.target.variable
+        _create_parameters(item)
+        see(item)
+        if value is not variable:
+            variable.assign(value)
+        if not item.keeps_stored:
+            _take_out(item)
+        _put_in(item)
+    forget_variables(model)
 
 
 def install(item: Reparameterization) -> None:

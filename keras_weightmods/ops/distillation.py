@@ -55,10 +55,12 @@ def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
     if teacher is not None:
         is_soft = temperature != 1
         soft = ops.log_softmax(student / temperature) if is_soft else log_p
-        taught = teacher / temperature if is_soft else teacher
-        taught = ops.log_softmax(taught, axis=-1)
-        q = ops.exp(taught)
-        kl = ops.sum(weights * ops.sum(q * (taught - soft), axis=-1))
+        # Under one name, so that torch holds one of them at a time.
+        teacher = teacher / temperature if is_soft else teacher
+        teacher = ops.log_softmax(teacher, axis=-1)
+        q = ops.exp(teacher)
+        teacher = teacher - soft
+        kl = ops.sum(weights * ops.sum(q * teacher, axis=-1))
         by_teacher = (share * temperature * weights)[:, None]
     in_place = backend.current().in_place()
     function = in_place.distillation_gradient if in_place else _gradient
@@ -163,8 +165,11 @@ def chunked_losses(
 
     def losses_of(place, logits):
         labels, weights, *taught = (each[place] for each in chunks)
-        known = _in_float32(teacher)(*taught) if taught else None
-        return logits_losses(logits, known, labels, weights, share, temperature)
+        return logits_losses(
+            logits,
+            _in_float32(teacher)(*taught) if taught else None,
+            *(labels, weights, share, temperature),
+        )
 
     def total_of(entropy, kl):
         return ops.stack([share * kl + (1 - share) * entropy, entropy, kl])

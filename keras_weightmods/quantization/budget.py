@@ -177,7 +177,8 @@ def expected_losses(
     variables = [target.variable for target in targets]
     undo = RestoredOnError(whole)
     loss = _score(head) if head else _projection
-    part = Part(whole, head.body if head else whole, loss, data)
+    run = head.body if head else whole
+    part = Part(whole, run, loss, data, recompute=True)
     with undo, calibration.gradients():
         only_trained(whole, variables)
         # Sums the squares of gradients, and changes nothing.

@@ -38,7 +38,8 @@ def train_scales(
     Args:
         model: A functional Keras model, rounded.
         head: `Head` of a language model, or None.
-        values: Dict by id of the values of its variables before.
+        values: Dict by id of the values of its variables before, which is
+            emptied.
         outputs: `Outputs` from before, of the head's body or the model.
         items: List of `GridScales`, not attached.
         steps: Int, about how many are made: in whole epochs, at least one.
@@ -60,15 +61,16 @@ def train_scales(
         for part, size in ((outputs.fit, positions), (outputs.held, None))
     )
     # On an error the caller restores the model.
-    seam.attach(whole, items)
-    loss = _Divergence(head, values, items) if head else relative_error
-    part = Part(whole, head.body if head else whole, loss, fit)
+    seam.attach_items(whole, items)
     trained = [each for item in items for each in item.parameters]
+    loss = _Divergence(head, values, trained) if head else relative_error
+    run = head.body if head else whole
+    part = Part(whole, run, loss, fit, recompute=True)
     epochs = max(1, round(steps / len(fit)))
     before, after = train_part(
         part, trained, fit, held, epochs, learning_rate, (), verbose
     )
-    seam.fold(whole, GridScales)
+    seam.fold_items(whole, items)
     return before, after if after <= before else before
 
 
@@ -77,19 +79,19 @@ class _Divergence(keras.layers.Layer):
 
     Args:
         head: `Head`, as it is now.
-        values: Dict by id of its variables' values before.
-        items: List of `GridScales`, those of the head among them.
+        values: Dict by id of its variables' values before, which is emptied.
+        trained: List of variables, those of the head among them.
     """
 
-    def __init__(self, head: Head, values: Any, items: Any) -> None:
+    def __init__(self, head: Head, values: Any, trained: Any) -> None:
         super().__init__(dtype="float32", autocast=False)
         self.head = head
-        self.items = {id(item.target.variable): item for item in items}
-        parameters = {id(p) for item in items for p in item.parameters}
-        self.stored = [v for v in head.variables if id(v) not in parameters]
+        chosen = set(map(id, trained))
+        self.trained = [v for v in head.variables if id(v) in chosen]
+        self.stored = [v for v in head.variables if id(v) in values]
         self.taught = []
         for variable in self.stored:
-            value = values.get(id(variable), variable.value)
+            value = values.pop(id(variable))
             copy = self.add_weight(
                 shape=value.shape,
                 dtype=keras.backend.standardize_dtype(value.dtype),
@@ -103,21 +105,17 @@ class _Divergence(keras.layers.Layer):
         self.built = True
 
     def call(self, hidden: Any, taught: Any, weights: Any) -> Any:
-        # Compute the head's weights once, not for each chunk.
-        now = [
-            self.items[id(v)].effective(v.value)
-            if id(v) in self.items
-            else ops.convert_to_tensor(v.value)
-            for v in self.stored
-        ]
+        # Each chunk computes the head's weights, and sums the gradients of
+        # what is trained: those of a table would be as large as its values.
+        now = [ops.convert_to_tensor(v) for v in self.trained]
         before = [ops.convert_to_tensor(copy) for copy in self.taught]
-        logits = self.head.function(self.stored, plain=True)
+        plain = self.head.function(self.stored, plain=True)
         weights = ops.reshape(weights, (-1,))
         total = ops.maximum(ops.sum(weights), 1.0)
         return chunked_losses(
-            logits,
+            self.head.function(self.trained),
             now,
-            lambda x: logits(x, *before),
+            lambda x: plain(x, *before),
             ops.reshape(hidden, (-1, hidden.shape[-1])),
             ops.reshape(taught, (-1, taught.shape[-1])),
             ops.zeros_like(weights, dtype="int32"),

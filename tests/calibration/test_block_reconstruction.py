@@ -1,5 +1,9 @@
 """`sparsify(refine=...)`: swaps, and blocks trained one after the other."""
 
+import gc
+import weakref
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -187,3 +191,55 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
     assert_same(weights_of(model), before)
     assert flags == [v.trainable for v in model.variables]
     assert not any(v.constraint for v in model.variables)
+
+
+def test_the_optimizer_of_a_block_is_freed_with_the_next(monkeypatch):
+    """Also the gradients that Keras leaves on torch."""
+    alive, adam = [], keras.optimizers.Adam
+
+    class Seen(adam):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append([each() is not None for each in made])
+            made.append(weakref.ref(self))
+
+    made: list[Any] = []
+    monkeypatch.setattr(keras.optimizers, "Adam", Seen)
+    model = make_net()
+    gc.collect()
+    gc.disable()
+    try:
+        refine(model, data(), epochs=1)
+    finally:
+        gc.enable()
+    assert alive == [[], [False], [False, False]]
+    values = [variable.value for variable in model.variables]
+    assert all(getattr(value, "grad", None) is None for value in values)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_are_computed_again_in_the_backward_pass(recompute):
+    class Counted(keras.layers.Dense):
+        def call(self, inputs):
+            runs.append(self.name)
+            return super().call(inputs)
+
+    layers = Counted(24, "relu", name="a"), Counted(8, name="b")
+    runs: list[str] = []
+    model = models.randomize(sequential((16,), *layers))
+    weights, x = weights_of(model), keras.ops.convert_to_tensor(data(32))
+    taught = keras.ops.stop_gradient(0.5 * model(x))
+    fit = block_reconstruction.Batches([((x,), {})], [taught], [None])
+    found = []
+    for again in (False, recompute):
+        model.set_weights(weights)
+        runs.clear()
+        loss = block_reconstruction.relative_error
+        part = block_reconstruction.Part(model, model, loss, fit, again)
+        losses = block_reconstruction.train_part(
+            part, model.trainable_variables, fit, fit, 1, 1e-2
+        )
+        found.append([losses, *weights_of(model)])
+    # Measured, trained, in the backward pass and measured again.
+    assert "".join(runs) == ("ababbaab" if recompute else "ababab")
+    assert_same(*found)

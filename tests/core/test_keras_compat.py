@@ -7,6 +7,7 @@ import pytest
 
 import keras_weightmods
 from keras_weightmods.core import keras_compat
+from tests import models
 from tests.core.layers import built
 
 one_backend = pytest.mark.one_backend
@@ -181,3 +182,18 @@ def test_the_names_of_layers_are_as_if_none_was_made():
     with keras_compat.without_traces():
         inside = keras.layers.Dense(2).name
     assert keras.layers.Dense(2).name == inside
+
+
+@one_backend
+def test_each_call_of_nested_graphs_is_wrapped():
+    model, wrapped = models.nested_net(), []
+
+    def wrap(call):
+        wrapped.append(call)
+        return call
+
+    x = models.normal(2, 8)
+    found = keras_compat.wrapped_call(model, wrap)(x)
+    models.assert_same([models.numpy(found)], [models.numpy(model(x))])
+    # Two models of a layer each, two sums and the last layer.
+    assert len(wrapped) == 5

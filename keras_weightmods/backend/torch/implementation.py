@@ -2,6 +2,7 @@
 
 import contextlib
 
+import keras
 import torch
 
 from keras_weightmods.backend.interface import Backend
@@ -29,6 +30,9 @@ class _Torch(Backend):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def recomputed(self, function):
+        return keras.remat(function)
 
     def view_of(self, tensor):
         tensor = tensor.detach()

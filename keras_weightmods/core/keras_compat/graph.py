@@ -68,6 +68,29 @@ def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     return call if graph is None else ordered
 
 
+def wrapped_call(
+    operation: Any, wrap: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `graph_call`, with `wrap` around the calls that it consists of.
+
+    Args:
+        operation: Keras operation. A functional model consists of the calls in
+            its graph, and of those in the graphs that it calls.
+        wrap: Callable from one of these calls to another.
+    """
+    call, graph = graph_call(operation), graph_of(operation)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if graph is None or kwargs or len(args) != 1:
+            return wrap(call)(*args, **kwargs)
+        return graph._run_through_graph(
+            graph_inputs(graph, args[0]),
+            operation_fn=lambda each: wrapped_call(each, wrap),
+        )
+
+    return run
+
+
 def in_order(graph: Any, inputs: Any) -> Any:
     """Return `inputs`, if a dict, in the order of those of the graph."""
     own = graph._inputs_struct
