@@ -99,11 +99,9 @@ def quantize(
     order of execution, each on the inputs that the rounded kernels before it
     give. The kernels and blocks of a language model use the first 16,384
     positions of the data, 64 rows of 256 tokens. The head and the scales use
-    all of them.
-
-    Beside the model, memory holds one layer or block in training, the hidden
-    states of all data, and some copies of the head. The original weights are
-    in a temporary file meanwhile, in the folder of `tempfile.gettempdir()`.
+    all of them. Beside the model, memory holds one layer or block in training,
+    the hidden states, and copies of the head. A temporary file holds the
+    original weights.
 
     `refine` then trains away a part of the remaining error:
 
