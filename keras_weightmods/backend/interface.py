@@ -69,9 +69,9 @@ class Backend:
     def recomputed(self, function: Function) -> Function:
         """Return a function that is computed again in the backward pass.
 
-        Of what is computed in it nothing but the outputs is kept until then.
-        Other backends than torch return the function itself: they lose the
-        masks that Keras attaches to tensors.
+        Until then only its inputs and outputs are in memory. JAX and TensorFlow
+        would lose the masks that Keras attaches to tensors: they return the
+        function itself.
         """
         return function
 
