@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 
 from benchmarks import harness
-from benchmarks.pages import packed, sparse_llm, tables, tuning
+from benchmarks.pages import budget, packed, sparse_llm, tables, tuning
 from benchmarks.pages.findings import FINDINGS
 
 LOGS = harness.RESULTS
@@ -94,6 +94,7 @@ PARTS = (
     ("One-shot, without training", "one_shot", sparse_llm.one_shot),
     ("CAST by budget", "cast_llm", sparse_llm.budgets),
     ("Scaling law", "cast_llm", sparse_llm.laws),
+    ("CAST by tokens a weight", "cast_budget", budget.cast_budget),
     ("A step of CAST", "cast_step", packed.cast_step),
     ("Quantized", "cast_llm", sparse_llm.quantized),
     ("Fine-tuned", "finetune_sparse", sparse_llm.fine_tuned),
