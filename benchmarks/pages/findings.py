@@ -53,10 +53,10 @@ other rows then, so that its figures differ a little now.""",
 
 The larger model has one seed, three budgets and no rival: the time was short.
 CAST from the dense model has one seed, and so has all that is of ten tokens a
-weight. Rates were searched at 0.1 and 1 token a weight, and at 0.3 for the larger model.
-Those at three and ten are not their own, so the control may gain more there.
-That at 0.3 in the smaller model was found with larger batches, and is too high
-for 16:32.""",
+weight. Rates were searched at 0.1 and 1 token a weight, and at 0.3 for the
+larger model. Those at three and ten are not their own, so the control may gain
+more there. That at 0.3 in the smaller model was found with larger batches, and
+is too high for 16:32.""",
     "Rounded to few bits, and to budgets": """\
 A budget is worth much: with 60 MB the model is better than with three bits
 everywhere, in 55 MB. Prose, the kind that was read while rounding, loses
