@@ -242,7 +242,7 @@ class Walk:
         inside = _layers_inside(operation)
         targets = [t for t in self.pending if id(t.layer) in inside]
         graph = keras_compat.graph_of(operation)
-        inputs = [_inputs_alone(*call) for call in calls]
+        inputs = [keras_compat.inputs_alone(*call) for call in calls]
         reason = ""
         if graph is None:
             reason = "it is no functional model"
@@ -382,19 +382,6 @@ def _idle_note(moment):
         f"{idle} of its {len(moment)} matrices had no input but zeros, and go "
         "by magnitude"
     )
-
-
-def _inputs_alone(args, kwargs):
-    """Return the only argument of a call, by its place or as `inputs`.
-
-    Masks of None do not count. None if there are more arguments.
-    """
-    rest = dict(kwargs)
-    given = args or (rest.pop("inputs", None),)
-    is_alone = len(given) == 1 and not any(
-        value is not None for value in keras.tree.flatten(rest)
-    )
-    return given[0] if is_alone else None
 
 
 def _each_once(graph, targets):

@@ -3,6 +3,7 @@ import pathlib
 import re
 
 import keras
+import numpy as np
 import pytest
 
 import keras_weightmods
@@ -186,14 +187,23 @@ def test_the_names_of_layers_are_as_if_none_was_made():
 
 @one_backend
 def test_each_call_of_nested_graphs_is_wrapped():
-    model, wrapped = models.nested_net(), []
+    """Also of the model in a language model of KerasHub."""
+    wrapped = []
 
     def wrap(call):
         wrapped.append(call)
         return call
 
-    x = models.normal(2, 8)
-    found = keras_compat.wrapped_call(model, wrap)(x)
-    models.assert_same([models.numpy(found)], [models.numpy(model(x))])
-    # Two models of a layer each, two sums and the last layer.
-    assert len(wrapped) == 5
+    ids = np.ones((2, 12), "int32")
+    texts = {"token_ids": ids, "padding_mask": ids}
+    for model, x, count in (
+        # Two models of a layer each, two sums and the last layer.
+        (models.nested_net(), models.normal(2, 8), 5),
+        # Embedding, block, norm and head.
+        (models.causal_lm("llama"), texts, 4),
+    ):
+        x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        wrapped.clear()
+        found = keras_compat.wrapped_call(model, wrap)(x)
+        models.assert_same([models.numpy(found)], [models.numpy(model(x))])
+        assert len(wrapped) == count

@@ -81,14 +81,28 @@ def wrapped_call(
     call, graph = graph_call(operation), graph_of(operation)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if graph is None or kwargs or len(args) != 1:
+        inputs = None if graph is None else inputs_alone(args, kwargs)
+        if inputs is None:
             return wrap(call)(*args, **kwargs)
         return graph._run_through_graph(
-            graph_inputs(graph, args[0]),
+            graph_inputs(graph, inputs),
             operation_fn=lambda each: wrapped_call(each, wrap),
         )
 
     return run
+
+
+def inputs_alone(args: Any, kwargs: Any) -> Any:
+    """Return the only argument of a call, by its place or as `inputs`.
+
+    Masks of None do not count. None if there are more arguments.
+    """
+    rest = dict(kwargs)
+    given = args or (rest.pop("inputs", None),)
+    is_alone = len(given) == 1 and not any(
+        value is not None for value in keras.tree.flatten(rest)
+    )
+    return given[0] if is_alone else None
 
 
 def in_order(graph: Any, inputs: Any) -> Any:
