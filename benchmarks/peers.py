@@ -1,15 +1,19 @@
 """What others run a language model with, for the benchmarks.
 
 Two kinds: products of torch to put into the layers of a Keras model, and whole
-runtimes that read a GGUF file: llama.cpp and OpenVINO. A runtime has
+runtimes that read a GGUF file, or what their tools make of one. A runtime has
 
     generate(rows, count)   int array (batch, prompt) -> (batch, count), greedy
     perplexity(rows)        of int array (rows, tokens); not of the first ones
 """
 
+import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 
@@ -119,11 +123,11 @@ class LlamaCpp:
     """
 
     def __init__(self, path, threads):
-        self.lib, self.address, self.package = _llama_library()
+        self.lib, self.address, self.package = self.library()
         lib = self.lib
         lib.llama_backend_init()
         options = lib.llama_model_default_params()
-        _no_mmap(options)
+        self.choose(options)
         self.model = lib.llama_model_load_from_file(os.fsencode(path), options)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
@@ -131,6 +135,21 @@ class LlamaCpp:
         vocabulary = lib.llama_model_get_vocab(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(vocabulary)
         self.batch = lib.llama_batch_init(BATCH, 0, 1)
+
+    def library(self):
+        return _llama_library()
+
+    def options(self):
+        """What a context begins with."""
+        return self.lib.llama_context_default_params()
+
+    def choose(self, options):
+        """Choose how the model is loaded."""
+        # The older and the newer name.
+        if hasattr(options, "use_mmap"):
+            options.use_mmap = False
+        else:
+            options.load_mode = 0  # LLAMA_LOAD_MODE_NONE
 
     def about(self):
         """What was built into the library, as a string."""
@@ -184,7 +203,7 @@ class LlamaCpp:
     def begin(self, rows, length):
         """Take a context of this size, and forget what is in it."""
         if (rows, length) not in self.contexts:
-            options = self.lib.llama_context_default_params()
+            options = self.options()
             options.n_ctx = rows * length
             options.n_batch = options.n_ubatch = BATCH
             options.n_seq_max = rows
@@ -237,6 +256,55 @@ class LlamaCpp:
         )
         array = (ctypes.c_float * self.vocabulary).from_address(address)
         return np.frombuffer(array, "float32").copy()
+
+
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp, a fork of llama.cpp, with weights repacked as by `-rtr`.
+
+    From the package ik-llama-cpp-python. Its wheel is for any processor with
+    AVX2. `pip install --no-binary :all: ik-llama-cpp-python` compiles it for
+    this one.
+    """
+
+    def library(self):
+        import ctypes
+        import types
+
+        from ik_llama_cpp import _ctypes_api as api
+
+        about, log = (
+            getattr(api._lib, f"llama_{name}")
+            for name in ("print_system_info", "log_set")
+        )
+        about.restype = ctypes.c_char_p
+        quiet = ctypes.CFUNCTYPE(
+            None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p
+        )(lambda *_: None)
+        log(quiet, None)
+        _KEPT.append(quiet)
+        names = {
+            # A context of the fork holds what llama.cpp calls its memory.
+            "llama_get_memory": lambda context: context,
+            "llama_memory_clear": lambda context, _: api.llama_kv_cache_clear(
+                context
+            ),
+            "llama_print_system_info": about,
+        }
+        return (
+            types.SimpleNamespace(**vars(api) | names),
+            lambda pointer: ctypes.addressof(pointer.contents),
+            "ik-llama-cpp-python",
+        )
+
+    def options(self):
+        options = super().options()
+        # Without VNNI this attention gives wrong values, and aborts.
+        options.flash_attn = "VNNI = 1" in self.about()
+        return options
+
+    def choose(self, options):
+        super().choose(options)
+        options.repack_tensors = True
 
 
 def _llama_library():
@@ -328,14 +396,6 @@ def input_squares(model, data):
 _KEPT: list = []
 
 
-def _no_mmap(options):
-    # The older and the newer name.
-    if hasattr(options, "use_mmap"):
-        options.use_mmap = False
-    else:
-        options.load_mode = 0  # LLAMA_LOAD_MODE_NONE
-
-
 class OpenVino:
     """OpenVINO GenAI, on the folder that `convert_to_openvino` has made.
 
@@ -403,6 +463,96 @@ def convert_to_openvino(gguf, folder):
         str(gguf), "CPU", enable_save_ov_model=True, ATTENTION_BACKEND="SDPA"
     )
     return pathlib.Path(folder) / "openvino_model.xml"
+
+
+class OnnxRuntimeGenAI:
+    """ONNX Runtime GenAI, on the folder that its model builder has made.
+
+    `pip install onnxruntime-genai`.
+    """
+
+    def __init__(self, folder, threads):
+        import onnxruntime_genai
+
+        self.genai = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(folder))
+        options = {"intra_op_num_threads": threads}
+        decoder = {"session_options": options}
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        self.model = onnxruntime_genai.Model(config)
+
+    def about(self):
+        return f"ONNX Runtime GenAI {self.genai.__version__}"
+
+    def generate(self, rows, count):
+        rows = np.asarray(rows, "int32")
+        generator = self.begin(len(rows), rows.shape[1] + count)
+        generator.append_tokens(rows)
+        for _ in range(count):
+            generator.generate_next_token()
+        found = [generator.get_sequence(i) for i in range(len(rows))]
+        return np.stack(found)[:, -count:]
+
+    def perplexity(self, rows):
+        def logits_of(row):
+            generator, found = self.begin(1, len(row) + 1), []
+            # The file has the logits of the last token only.
+            for token in row:
+                generator.append_tokens(np.array([[token]], "int32"))
+                found.append(generator.get_logits().reshape(-1))
+            return np.stack(found)
+
+        return perplexity_of(rows, logits_of)
+
+    def begin(self, rows, length):
+        parameters = self.genai.GeneratorParams(self.model)
+        parameters.set_search_options(
+            batch_size=rows,
+            do_sample=False,
+            max_length=length,
+            # Goes on after a stop token.
+            min_length=length,
+        )
+        return self.genai.Generator(self.model, parameters)
+
+
+def convert_to_onnxruntime(gguf, folder):
+    """Convert a GGUF file by the model builder, which rounds to int4 again.
+
+    In blocks of 32 with zero points, the head in int8, activations in int8.
+    `pip install onnxruntime-genai transformers accelerate`, beside torch.
+    """
+    import transformers
+
+    with tempfile.TemporaryDirectory() as copy:
+        source = {
+            "pretrained_model_name_or_path": gguf.parent,
+            "gguf_file": gguf.name,
+        }
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(
+            copy
+        )
+        transformers.AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype="float32",
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        ).save_pretrained(copy)
+        options = {
+            "accuracy_level": 4,
+            "algo_config": "k_quant_last",
+            "block_size": 32,
+            "is_symmetric": "false",
+            "prune_lm_head": "true",
+        }
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
+                *("-i", copy, "-o", folder, "-c", copy),
+                *("-p", "int4", "-e", "cpu", "--extra_options"),
+                *(f"{key}={value}" for key, value in options.items()),
+            ],
+            check=True,
+        )
 
 
 def perplexity_of(rows, logits_of):

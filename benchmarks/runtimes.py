@@ -108,7 +108,7 @@ class Form:
         name: String.
         file: String, of the file it loads; see `write_files`.
         runtime: `"keras"`, `"torch"` (Keras' model with products of torch),
-            `"llama.cpp"` or `"openvino"`.
+            `"llama.cpp"`, `"ik_llama.cpp"`, `"openvino"` or `"onnxruntime"`.
         option: Of the runtime: name of a function of `peers`.
         needs: Modules, of which one must be there.
         backend: String, of Keras; None where the runtime is no Keras.
@@ -197,6 +197,21 @@ OTHERS = (
             needs=("openvino_genai",),
         )
         for kind in ("Q8_0", "Q4_0", "Q4_1")
+    ),
+    *(
+        Form(
+            f"ik_llama {kind}",
+            f"{kind}.gguf",
+            "ik_llama.cpp",
+            needs=("ik_llama_cpp",),
+        )
+        for kind in ("Q4_0", "IQ4_NL", INT4)
+    ),
+    Form(
+        "ONNX Runtime GenAI int4",
+        "Q4_1.onnxruntime/genai_config.json",
+        "onnxruntime",
+        needs=("onnxruntime_genai",),
     ),
 )
 
@@ -349,6 +364,8 @@ def write_file(name, args):
         write = write_rounded
     elif name.endswith(".xml"):
         write = write_openvino
+    elif name.endswith("genai_config.json"):
+        write = write_onnxruntime
     elif name.endswith(".gguf"):
         write = write_gguf
     else:
@@ -583,6 +600,13 @@ def write_openvino(path, args):
     copy.unlink()
 
 
+def write_onnxruntime(path, args):
+    from benchmarks import peers
+
+    source = path.parent.with_suffix(".gguf")
+    peers.convert_to_onnxruntime(source, path.parent)
+
+
 def sparse_file(args):
     made = folder_of(args) / f"sparse_{args.calibration}.npz"
     return args.sparse or made
@@ -605,7 +629,9 @@ def make_files(wanted, args):
     if set(names) & set(BY_TOOL):
         sources.append("BF16.gguf")
     sources += [
-        file.split(".")[0] + ".gguf" for file in files if file.endswith(".xml")
+        file.split(".")[0] + ".gguf"
+        for file in files
+        if file.endswith((".xml", ".json"))
     ]
     missing = [
         file
@@ -718,6 +744,14 @@ def load(form, path, args):
         _ = keras_hub, keras_weightmods
     elif form.runtime == "llama.cpp":
         made = functools.partial(peers.LlamaCpp, threads=args.cores)
+    elif form.runtime == "ik_llama.cpp":
+        made = functools.partial(peers.IkLlamaCpp, threads=args.cores)
+    elif form.runtime == "onnxruntime":
+        import onnxruntime_genai
+
+        _ = onnxruntime_genai
+        path = path.parent
+        made = functools.partial(peers.OnnxRuntimeGenAI, threads=args.cores)
     else:
         import openvino_genai
 
@@ -755,8 +789,8 @@ def work(args):
         for task in TASKS:
             seconds(task)
         files = [path]
-        if form.runtime == "openvino":
-            files = path.parent.glob("openvino_model.*")
+        if form.runtime in ("openvino", "onnxruntime"):
+            files = path.parent.glob("*model.*")
         # What is made of a loaded model has no file of its own.
         made = getattr(runtime, "held", None)
         return {
@@ -1057,6 +1091,7 @@ def plot_sizes(report, path):
     from matplotlib import pyplot
 
     kinds = {"llama.cpp": [], "llama.cpp, imatrix": [], "Keras": []}
+    kinds["other runtimes"] = []
     kinds = {"keras_weightmods": [], **kinds}
     for row in report["rows"]:
         name = row["form"].partition(": ")[2] or row["form"]
@@ -1066,6 +1101,8 @@ def plot_sizes(report, path):
             kind = "Keras"
         elif name.startswith("llama.cpp") and INT4 not in name:
             kind = "llama.cpp" + ", imatrix" * name.endswith("imatrix")
+        elif name.startswith(("OpenVINO", "ik_llama", "ONNX")):
+            kind = "other runtimes"
         # The others are far away.
         if (row["file_bytes"] or 1e9) < 2e8 and row.get("x_dense", 9) < 2:
             short = name.removeprefix("llama.cpp ").removesuffix(" imatrix")

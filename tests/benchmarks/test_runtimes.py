@@ -1,8 +1,11 @@
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 
+import keras_weightmods as kwm
 from benchmarks import peers, quality, runtimes
 from benchmarks.pages import packed
 from tests import models
@@ -60,6 +63,8 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
         "jax: packed int8, compiled",
         "llama.cpp Q4_0",
         "llama.cpp dense int4, int4 head",
+        "ik_llama dense int4, int4 head",
+        "ONNX Runtime GenAI int4",
         "torch: packed int8, compiled",
         "torch: torchao int4, compiled",
     } < set(labels)
@@ -76,6 +81,9 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
         "llama.cpp Q8_0",
         "OpenVINO Q8_0",
     ]
+    # A wish for llama.cpp is none for its fork.
+    chosen = runtimes.forms(["jax"], rows=["llama.cpp Q4_0"])
+    assert "ik_llama Q4_0" not in [form.label for form in chosen]
 
 
 def test_perplexity_of_logits():
@@ -84,6 +92,73 @@ def test_perplexity_of_logits():
         np.array([[0, 1, 2]]), lambda row: logits[: len(row)] + 7
     )
     assert found == pytest.approx(math.exp(-(math.log(0.25 * 0.8)) / 2))
+
+
+@pytest.mark.parametrize("name", ["LlamaCpp", "IkLlamaCpp"])
+def test_runtimes_of_gguf_agree_with_keras(name, tmp_path):
+    module = {"LlamaCpp": "llama_cpp", "IkLlamaCpp": "ik_llama_cpp"}[name]
+    pytest.importorskip(module)
+    pytest.importorskip("keras_hub")
+    pytest.importorskip("gguf")
+    model = models.causal_lm(
+        "llama3", hidden_dim=64, vocabulary_size=96, num_query_heads=2
+    )
+    models.randomize(model, scale=0.2)
+    path = tmp_path / "model.gguf"
+    kwm.export(model, path, format="gguf", dtype="f32")
+    rows = np.arange(30).reshape(2, 15) * 7 % 96
+    runtime = getattr(peers, name)(path, threads=1)
+    found = runtime.perplexity(rows)
+    expected = kwm.Perplexity(model, batch_size=2)(rows, verbose=0)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert runtime.generate(rows, 3).shape == (2, 3)
+    assert module.replace("_", "-") in runtime.about()
+
+
+class FakeGenerator:
+    """Next token: one more. As that of ONNX Runtime GenAI."""
+
+    def __init__(self, model, parameters):
+        self.rows = np.zeros((parameters.options["batch_size"], 0), int)
+        self.length = parameters.options["max_length"]
+
+    def append_tokens(self, tokens):
+        self.rows = np.concatenate([self.rows, tokens], axis=1)
+        assert self.rows.shape[1] <= self.length
+
+    def generate_next_token(self):
+        self.append_tokens(self.rows[:, -1:] + 1)
+
+    def get_sequence(self, index):
+        return self.rows[index]
+
+    def get_logits(self):
+        # The next token has a quarter of the probability.
+        shares = np.full(7, 0.75 / 6)
+        shares[self.rows[0, -1] + 1] = 0.25
+        return np.log(shares)[None, None].astype("float32")
+
+
+def test_calls_of_onnxruntime_genai(monkeypatch, tmp_path):
+    seen = []
+    parameters = types.SimpleNamespace(
+        set_search_options=lambda **options: vars(parameters).update(
+            options=options
+        )
+    )
+    genai = types.SimpleNamespace(
+        Config=lambda folder: types.SimpleNamespace(overlay=seen.append),
+        Model=lambda config: "model",
+        GeneratorParams=lambda model: parameters,
+        Generator=FakeGenerator,
+        __version__="0",
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
+    runtime = peers.OnnxRuntimeGenAI(tmp_path, threads=3)
+    assert '"intra_op_num_threads": 3' in seen[0]
+    found = runtime.generate(np.array([[1, 2], [5, 6]]), 3)
+    np.testing.assert_array_equal(found, [[3, 4, 5], [7, 8, 9]])
+    assert runtime.perplexity(np.array([[1, 2, 3]])) == pytest.approx(4)
 
 
 def test_page_and_plot(tmp_path):
