@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import time
 import warnings
 
@@ -724,8 +725,8 @@ def report(args, rows):
     import keras
     import keras_hub
 
-    kinds = "dense", "int4", "Keras"
-    dense = all(row["method"].startswith(kinds) for row in rows)
+    kinds = r"dense|int\d|Keras|\d+ MB$"
+    dense = all(re.match(kinds, row["method"]) for row in rows)
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels"
         + (", and the head" if dense else ", 2:4"),
