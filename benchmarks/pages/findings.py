@@ -147,6 +147,19 @@ AVX-512, before any timing:
   keep_packed=True)` writes from int4. It needs an older NumPy than the other
   rows, and so an environment of its own, which the program does not have. So it
   has no row.""",
+    "Runtimes: ONNX Runtime GenAI": """\
+Made by
+
+```bash
+python -m benchmarks.runtimes --backends jax --rows \\
+  "jax: dense int4, int4 head;85 MB;llama.cpp Q4_0;ONNX" \\
+  --rounding 256 --rounds 2 --together 6 \\
+  --json benchmarks/results/runtimes_engines.json
+```
+
+with llama.cpp compiled for this processor. ONNX Runtime GenAI is as fast as
+llama.cpp, in a larger file. Its text is behind, as its tool rounds the weights
+of Q4_1 to nearest.""",
     "The example of the README": """\
 Other programs ran beside it on both cores, so that the minutes of the clock
 are many.""",
