@@ -105,7 +105,7 @@ PARTS = (
         packed.packed,
     ),
     ("Runtimes: speed, memory and quality", "runtimes", packed.runtimes),
-    ("Runtimes: ONNX Runtime GenAI", "runtimes_engines", packed.runtimes),
+    ("Runtimes: ONNX Runtime GenAI", "runtimes_engines", packed.engines),
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),

@@ -94,6 +94,11 @@ def sizes(log):
     return runtimes(log, SIZES)
 
 
+def engines(log):
+    """The same without a picture."""
+    return runtimes(log, None)
+
+
 def runtimes(log, picture=PLOT):
     """Every form of runtimes.py: its speed, memory and quality."""
     prompts, about = log["prompts"], log["machine"]
@@ -122,7 +127,7 @@ def runtimes(log, picture=PLOT):
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
-    if is_real and picture.exists():
+    if is_real and picture and picture.exists():
         parts.append(f"![{PICTURES[picture]}]({picture.name})")
     found = dict.fromkeys(row["about"] for row in log["rows"])
     parts.append("Versions: " + "; ".join(found) + ".")
