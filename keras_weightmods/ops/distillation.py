@@ -194,8 +194,10 @@ def chunked_losses(
             logits, pullback = vjp(
                 _in_float32(student), states[place], *parameters
             )
-            *losses, gradient = losses_of(place, logits)
-            here, *own = pullback(gradient())
+            losses = [*losses_of(place, logits)]
+            # On torch nothing of a chunk but its gradient is held meanwhile.
+            del logits
+            here, *own = pullback(losses.pop()())
             by_hidden = ops.slice_update(by_hidden, (place, 0, 0), here[None])
             by_parameters = [
                 total + ops.cast(each, "float32")

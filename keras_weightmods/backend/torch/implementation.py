@@ -13,10 +13,12 @@ class _Torch(Backend):
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
         with torch.enable_grad():
             output = function(*inputs)
+        # It holds no values of the output.
+        edge = torch.autograd.graph.get_gradient_edge(output)
 
         def pullback(upstream):
             return torch.autograd.grad(
-                output, inputs, upstream, materialize_grads=True
+                edge, inputs, upstream, materialize_grads=True
             )
 
         return output.detach(), pullback
