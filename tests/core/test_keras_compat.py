@@ -207,3 +207,27 @@ def test_each_call_of_nested_graphs_is_wrapped():
         found = keras_compat.wrapped_call(model, wrap)(x)
         models.assert_same([models.numpy(found)], [models.numpy(model(x))])
         assert len(wrapped) == count
+
+
+@one_backend
+def test_wrapped_calls_have_the_precision_of_their_model():
+    """Keras casts the weights of a layer outside of a model in another way."""
+
+    class Seen(keras.layers.Embedding):
+        def call(self, inputs):
+            dtype = self.embeddings.value.dtype
+            types.append(keras.backend.standardize_dtype(dtype))
+            return super().call(inputs)
+
+    types: list[str] = []
+    layer = Seen(5, 4, dtype="mixed_bfloat16")
+    inputs = keras.Input((3,))
+    inner = keras.Model(inputs, layer(inputs))
+    inner.dtype_policy = "mixed_bfloat16"
+    model = keras.Model(inputs, inner(inputs))
+    x = keras.ops.ones((2, 3))
+    types.clear()
+    model(x)
+    keras_compat.wrapped_call(model, lambda call: call)(x)
+    assert len(types) == 2
+    assert types[0] == types[1]

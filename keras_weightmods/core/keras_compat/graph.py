@@ -80,13 +80,23 @@ def wrapped_call(
     """
     call, graph = graph_call(operation), graph_of(operation)
 
+    def within(own: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if operation.compute_dtype == operation.variable_dtype:
+                return own(*args, **kwargs)
+            # Outside of the model `autocast=False` would have no effect.
+            with backend.AutocastScope(operation.compute_dtype):
+                return own(*args, **kwargs)
+
+        return wrap(run)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         inputs = None if graph is None else inputs_alone(args, kwargs)
         if inputs is None:
             return wrap(call)(*args, **kwargs)
         return graph._run_through_graph(
             graph_inputs(graph, inputs),
-            operation_fn=lambda each: wrapped_call(each, wrap),
+            operation_fn=lambda each: wrapped_call(each, within),
         )
 
     return run
