@@ -9,9 +9,8 @@ packages on PyPI. It prunes block by block, then trains on 30,720 tokens with
 the dense model as the teacher, in minutes on two cores. It prints the
 perplexity of the dense model, of one-shot magnitude pruning, and of CAST before
 and after the prune. The texts are prose and two kinds that are never trained
-on. It also prints a sentence of each model, and saves the sparse one. That is
-then packed. Its size, perplexity and tokens per second are printed
-beside those of the dense form.
+on. It also prints a sentence of each model, saves the sparse one, and packs it.
+It prints the size, perplexity and tokens per second of both forms.
 """
 
 import json
@@ -282,7 +281,7 @@ def pack(model, held_out, args, console):
     record(f"{args.pattern}, stored dense", output)
     forms = [("packed, int8 values and head", {"dtype": "int8"})]
     if args.pattern in ("2:4", "1:4", "1:2") and not args.smoke:
-        # Floats of other patterns multiply as fast as dense ones.
+        # Floats of other patterns are smaller in a file alone.
         forms.insert(0, ("packed", {}))
     for name, options in forms:
         kwm.pack(model, **options)
