@@ -78,7 +78,16 @@ class _Stored:
     def __init__(self, file: Any, array: np.ndarray) -> None:
         self._file, self._place = file, file.seek(0, os.SEEK_END)
         self._dtype, self._shape = array.dtype, array.shape
-        array.tofile(file)
+        try:
+            # `tofile` says nothing on a full disk.
+            file.write(np.ascontiguousarray(array).reshape(-1).view("uint8"))
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                "The original weights must fit into the folder of temporary "
+                f"files. Received: {error}. Free disk space there, or set "
+                "TMPDIR to another folder before Python starts."
+            ) from error
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         self._file.seek(self._place)

@@ -1,3 +1,6 @@
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -145,3 +148,14 @@ def test_the_gradients_of_torch_are_given_back():
             raise RuntimeError
     assert first.kernel.value.grad is given
     assert last.kernel.value.grad is None
+
+
+@pytest.mark.one_backend
+@pytest.mark.skipif(sys.platform != "linux", reason="has no full device")
+def test_a_full_disk_says_which_folder(monkeypatch):
+    model = models.mlp(8, 16, 4)
+    full = pathlib.Path("/dev/full")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: full.open("w+b", 0))
+
+    with pytest.raises(OSError, match="TMPDIR"):
+        RestoredOnError(model, values=model.variables, on_disk=True)
