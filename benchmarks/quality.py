@@ -1,20 +1,21 @@
-"""What is left of a real LLM's quality when it is made 2:4, by method.
+"""What is left of a real LLM's quality when it is made sparse or rounded.
 
     python -m benchmarks.quality
     python -m benchmarks.quality --methods CAST,SR-STE --seeds 0,1 --resume
+    python -m benchmarks.quality --model gemma3 --methods "int4 to nearest"
 
-Every method trains SmolLM2-135M-Instruct on the same rows, in the same order,
-for the same number of tokens, and ends exactly 2:4. One-shot methods are
-calibrated on the first rows. `--self-share` of the rows are text that the dense
-model wrote itself, `--documentation-share` docstrings of Python packages, the
-others prose. The perplexity is measured on held-out prose and on three kinds of
-text that are never trained on: the Python reference, news and source code.
-*The* number of a row is the geometric mean of the four over those of the dense
-model. Beside it are the mean and the 99.9 % quantile of the Kullback-Leibler
-divergence from the dense model per token, in nats. Another column is the share
-of positions where both models have the same first token. The baselines SR-STE
-(arXiv 2102.04010) and AST (arXiv 2407.20584) live here, because they are no
-part of the library.
+Every method trains the model on the same rows, in the same order, for the same
+number of tokens. One-shot methods are calibrated on the first rows.
+`--self-share` of the rows are text that the dense model wrote itself,
+`--documentation-share` docstrings of Python packages, `--source-share` their
+code, the others prose. The perplexity is measured on held-out prose and on
+three kinds of text that are never trained on: the Python reference, news and
+source code. *The* number of a row is the geometric mean of the four over those
+of the dense model. Beside it are the mean and the 99.9 % quantile of the
+Kullback-Leibler divergence from the dense model per token, in nats. Another
+column is the share of positions where both models have the same first token.
+The baselines SR-STE (arXiv 2102.04010) and AST (arXiv 2407.20584) live here,
+because they are no part of the library.
 """
 
 import math
@@ -29,6 +30,11 @@ from benchmarks import harness
 from examples.data.prose import UNSEEN, load_rows, model_inputs
 
 TEXTS = ("held_out", *UNSEEN)
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "gemma3": "Gemma3-270M",
+    "qwen_coder": "Qwen2.5-Coder-0.5B-Instruct",
+}
 
 
 def main():
@@ -40,6 +46,7 @@ def main():
 def parse_arguments(arguments=None):
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--dtype", default="float32", help="Keras policy")
     parser.add_argument("--methods", help="comma-separated, default: all")
     parser.add_argument("--seeds", default="0")
@@ -53,6 +60,9 @@ def parse_arguments(arguments=None):
         type=float,
         default=0.0,
         help="of rows of docstrings",
+    )
+    parser.add_argument(
+        "--source-share", type=float, default=0.0, help="of rows of code"
     )
     parser.add_argument(
         "--rate", type=float, help="peak learning rate of CAST, for its own"
@@ -91,8 +101,6 @@ def run(args):
     import keras
     import numpy as np
 
-    from examples.data.smollm2 import load_smollm2
-
     methods = make_methods(
         args.steps,
         start=args.start,
@@ -104,7 +112,7 @@ def run(args):
     unknown = set(chosen) - set(methods)
     if unknown:
         raise SystemExit(f"unknown: {unknown}; there are {list(methods)}")
-    model = load_smollm2(dtype=args.dtype)
+    model = load(args.model, args.dtype)
     preprocessor, model.preprocessor = model.preprocessor, None
     dense = model.get_weights()
     texts = load_rows(
@@ -116,14 +124,7 @@ def run(args):
     old = harness.read_json(args.json) if args.resume else None
     rows = old["rows"] if old else []
     for seed in map(int, args.seeds.split(",")):
-        train = mixed_rows(
-            preprocessor.tokenizer,
-            args.length + 1,
-            args.steps * args.batch,
-            args.self_share,
-            seed,
-            args.documentation_share,
-        )
+        train = mixed_rows(args, preprocessor.tokenizer, seed)
         for name in chosen:
             if any(r["method"] == name and r["seed"] == seed for r in rows):
                 continue
@@ -151,37 +152,53 @@ def run(args):
     print_table(report(args, rows))
 
 
-def mixed_rows(
-    tokenizer, length, count, self_share, seed, documentation_share=0.0
-):
-    """Rows of prose, self-generated text and docstrings, in random order."""
+def load(name, dtype=None):
+    """Load a model of `MODELS`, with its tokenizer."""
+    from examples.data import gemma3, qwen_coder, smollm2
+
+    loaders = {
+        "smollm2": smollm2.load_smollm2,
+        "gemma3": gemma3.load_gemma3,
+        "qwen_coder": qwen_coder.load_qwen_coder,
+    }
+    return loaders[name](dtype)
+
+
+def mixed_rows(args, tokenizer, seed):
+    """Rows of prose, self-generated text, docstrings and code, mixed."""
     import numpy as np
 
-    own = round(self_share * count)
-    other = round(documentation_share * count)
+    count, length = args.steps * args.batch, args.length + 1
     (rows,) = load_rows(tokenizer, length, seed=seed + 1, train=count)
-    if own:
-        rows[:own] = own_rows(own, length, seed)
-    if other:
-        (rows[own : own + other],) = load_rows(
-            tokenizer, length, seed=seed + 1, documentation=other
-        )
+    shares = {
+        "own": args.self_share,
+        "documentation": args.documentation_share,
+        "source": args.source_share,
+    }
+    end = 0
+    for kind, share in shares.items():
+        start, end = end, end + round(share * count)
+        if end == start:
+            continue
+        if kind == "own":
+            found = own_rows(args.model, end, length, seed)
+        else:
+            limit = {kind: end - start}
+            (found,) = load_rows(tokenizer, length, seed=seed + 1, **limit)
+        rows[start:end] = found
     return np.random.default_rng(seed).permutation(rows)
 
 
-def own_rows(rows, length, seed):
+def own_rows(name, rows, length, seed):
     """Self-generated rows, kept in a file, as they take minutes."""
     import numpy as np
 
     import keras_weightmods as kwm
-    from examples.data.smollm2 import load_smollm2
 
-    file = harness.ROOT / f"build/self_generated_{length}_{seed}.npy"
+    file = harness.ROOT / f"build/self_generated_{name}_{length}_{seed}.npy"
     if not file.exists() or len(np.load(file)) < rows:
         file.parent.mkdir(exist_ok=True)
-        np.save(
-            file, kwm.self_generated(load_smollm2(), rows, length, seed=seed)
-        )
+        np.save(file, kwm.self_generated(load(name), rows, length, seed=seed))
     return np.load(file)[:rows]
 
 
@@ -675,11 +692,10 @@ def schedule(peak, steps):
 
 
 def make_teacher(model):
-    """A second SmolLM2, since a Distiller freezes its teacher."""
-    from examples.data.smollm2 import load_smollm2
-
-    teacher = load_smollm2(dtype=model.dtype_policy.name)
-    teacher.preprocessor = None
+    """A copy of the model, since a Distiller freezes its teacher."""
+    backbone = type(model.backbone).from_config(model.backbone.get_config())
+    teacher = type(model)(backbone=backbone, preprocessor=None)
+    teacher.set_weights(model.get_weights())
     return teacher
 
 
@@ -728,7 +744,7 @@ def report(args, rows):
     kinds = r"dense|int\d|Keras|\d+ MB$"
     dense = all(re.match(kinds, row["method"]) for row in rows)
     return {
-        "model": "SmolLM2-135M-Instruct, all 210 in-block kernels"
+        "model": f"{MODELS[args.model]}, all kernels of its blocks"
         + (", and the head" if dense else ", 2:4"),
         "machine": f"{harness.cpu()}, "
         f"{os.environ.get('OMP_NUM_THREADS', len(os.sched_getaffinity(0)))} of "
@@ -742,6 +758,7 @@ def report(args, rows):
         "tokens_per_step": args.batch * args.length,
         "self_share": args.self_share,
         "documentation_share": args.documentation_share,
+        "source_share": args.source_share,
         "evaluated_rows": args.rows,
         "rows": rows,
     }

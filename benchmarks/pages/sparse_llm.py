@@ -54,8 +54,9 @@ def texts(log):
             f"{log['model']}. What trains has {log['steps']} steps of "
             f"{log['tokens_per_step']} tokens, the same rows in the same "
             f"order. The dense model wrote {log['self_share']:.1%} of these, "
-            f"{log.get('documentation_share', 0):.1%} are docstrings, and the "
-            f"others are prose. {log['dtype']}, {log['backend']}; "
+            f"{log.get('documentation_share', 0):.1%} are docstrings, "
+            f"{log.get('source_share', 0):.1%} source code, and the others "
+            f"prose. {log['dtype']}, {log['backend']}; "
             f"{log['machine']}. "
             + (f"Seeds: {log['seeds']}. " if "seeds" in log else "")
             + "The texts' columns are perplexities. *x dense* is the "

