@@ -42,7 +42,11 @@ def test_split_is_by_year_and_without_repeats(messages):
 
 @pytest.mark.parametrize(
     "name",
-    [*prose.UNSEEN, pytest.param("documentation", marks=pytest.mark.heavy)],
+    [
+        *prose.UNSEEN,
+        pytest.param("documentation", marks=pytest.mark.heavy),
+        pytest.param("source", marks=pytest.mark.heavy),
+    ],
 )
 def test_texts_of_other_kinds(name):
     try:
