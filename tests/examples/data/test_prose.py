@@ -46,6 +46,7 @@ def test_split_is_by_year_and_without_repeats(messages):
         *prose.UNSEEN,
         pytest.param("documentation", marks=pytest.mark.heavy),
         pytest.param("source", marks=pytest.mark.heavy),
+        pytest.param("functions", marks=pytest.mark.heavy),
     ],
 )
 def test_texts_of_other_kinds(name):
