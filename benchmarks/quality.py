@@ -277,14 +277,19 @@ def make_methods(steps, **settings):
         "one-shot SparseGPT + swaps + blocks": OneShot(
             "sparsegpt", ("swaps", "blocks")
         ),
-        "one-shot SparseGPT + swaps + 4-bit": Rounded(
-            OneShot("sparsegpt", "swaps")
+        "one-shot SparseGPT + swaps + 4-bit": Quantized(
+            None, head=False, first=OneShot("sparsegpt", "swaps")
         ),
-        "one-shot SparseGPT + swaps + blocks + 4-bit": Rounded(
-            OneShot("sparsegpt", ("swaps", "blocks"))
+        "one-shot SparseGPT + swaps + blocks + 4-bit": Quantized(
+            None, head=False, first=OneShot("sparsegpt", ("swaps", "blocks"))
         ),
-        "one-shot SparseGPT + swaps + blocks + 4-bit blocks": Rounded(
-            OneShot("sparsegpt", ("swaps", "blocks")), "blocks"
+        "one-shot SparseGPT + swaps + blocks + 4-bit blocks": Quantized(
+            "blocks",
+            head=False,
+            first=OneShot("sparsegpt", ("swaps", "blocks")),
+        ),
+        "16:32 by SparseGPT + swaps + blocks + int4 blocks + scales": Quantized(
+            first=OneShot("sparsegpt", ("swaps", "blocks"), "16:32")
         ),
         "int4 to nearest": to_nearest,
         "int4 by GPTQ": Quantized(),
@@ -370,48 +375,37 @@ def recipes_from_blocks(steps):
 class OneShot:
     """No training; calibrated on the rows that a CAST start is made on."""
 
-    def __init__(self, method, refine=None):
-        self.method, self.refine = method, refine
+    def __init__(self, method, refine=None, pattern="2:4"):
+        self.method, self.refine, self.pattern = method, refine, pattern
 
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
         data = model_inputs(train[:128, :-1])
         options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
-        kwm.sparsify(model, "2:4", data, criterion=self.method, **options)
-        kwm.assert_sparse(model)
-
-
-class Rounded:
-    """Another method, and its kept weights rounded to four bits."""
-
-    def __init__(self, method, refine=None):
-        self.method, self.refine = method, refine
-
-    def __call__(self, model, train):
-        import keras_weightmods as kwm
-
-        details = self.method(model, train)
-        data = model_inputs(train[:128, :-1])
-        options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
-        options |= {"head": False}
-        kwm.quantize(model, data, **options)
-        kwm.assert_sparse(model)
-        return details
+        options |= {"criterion": self.method}
+        kwm.sparsify(model, self.pattern, data, **options)
+        kwm.assert_sparse(model, self.pattern)
 
 
 class Quantized:
-    """All kernels and the head of the dense model, rounded to a few bits.
+    """All kernels and the head of a model, rounded to a few bits.
 
-    Without `head` that is rounded to int8.
+    Without `head` that is rounded to int8. The model is the dense one, or what
+    a `OneShot` makes of it first.
     """
 
-    def __init__(self, refine=("blocks", "scales"), head=True, **options):
+    def __init__(
+        self, refine=("blocks", "scales"), head=True, first=None, **options
+    ):
         self.options = {"refine": refine, "head": head, **options}
+        self.first = first
 
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
+        if self.first:
+            self.first(model, train)
         data = model_inputs(train[:, :-1])
         began = time.process_time()
         report = kwm.quantize(model, data, verbose=0, **self.options)
@@ -424,6 +418,8 @@ class Quantized:
             model, head="auto" if self.options["head"] else "int8", verbose=0
         )
         kwm.unpack(model, verbose=0)
+        if self.first:
+            kwm.assert_sparse(model, self.first.pattern)
         return {**details, "bytes": packed.model_bytes}
 
 
@@ -741,7 +737,7 @@ def report(args, rows):
     import keras
     import keras_hub
 
-    kinds = r"dense|int\d|Keras|\d+ MB$"
+    kinds = r"dense|int\d|Keras|\d+ MB$|16:32"
     dense = all(re.match(kinds, row["method"]) for row in rows)
     return {
         "model": f"{MODELS[args.model]}, all kernels of its blocks"
