@@ -8,7 +8,6 @@ the standard deviation. A part whose logs are missing says which program
 writes them.
 """
 
-import json
 import pathlib
 import subprocess
 
@@ -32,13 +31,9 @@ def main():
 
 def make_page(logs):
     """The page as a string, from a folder of logs."""
-    runs = [
-        json.loads(file.read_text())
-        for file in sorted((logs / "cast_llm").glob("*.json"))
-    ]
     parts = [HEAD]
     for title, name, write in PARTS:
-        log = runs if name == "cast_llm" else read(logs, name)
+        log = read(logs, name)
         parts += [f"## {title}", write(log) if log else tables.missing(name)]
         if log and title in FINDINGS:
             parts.append(FINDINGS[title])
@@ -59,6 +54,9 @@ def date_of(logs, name):
 
 
 def read(logs, name):
+    """Return a log, or a list of those in a folder of that name."""
+    if (logs / name).is_dir():
+        return [*map(harness.read_json, sorted((logs / name).glob("*.json")))]
     return harness.read_json(logs / f"{name}.json")
 
 
@@ -90,6 +88,7 @@ PARTS = (
     ("Rounded on 256 rows", "quality_256", sparse_llm.texts),
     ("Rounded to few bits, and to budgets", "quality_64", sparse_llm.texts),
     ("Rounded on TensorFlow", "quality_32", sparse_llm.texts),
+    ("Beside rounding to nearest", "quality_nearest", sparse_llm.nearest),
     ("Keras' own int8 and int4", "quality_8", sparse_llm.texts),
     ("One-shot, without training", "one_shot", sparse_llm.one_shot),
     ("CAST by budget", "cast_llm", sparse_llm.budgets),

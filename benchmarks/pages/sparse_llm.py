@@ -120,6 +120,31 @@ def one_shot(log):
     )
 
 
+def nearest(logs):
+    """How quantize compares with rounding to nearest, by model and backend."""
+    rows = []
+    for log in logs:
+        found = {row["method"]: row for row in log["rows"]}
+        other = found.pop("int4 to nearest")
+        for row in found.values():
+            ratios = [
+                row["perplexity"][text] / value
+                for text, value in other["perplexity"].items()
+            ]
+            rows.append(
+                [
+                    log["model"].split(",")[0],
+                    *(log["backend"], log["dtype"], log["steps"]),
+                    *(f"{each['x_dense']:.3f}" for each in (other, row)),
+                    f"{max(ratios):.3f}",
+                    f"{row['processor_seconds'] / 60:.1f}",
+                ]
+            )
+    columns = "model | backend | policy | rows | to nearest | `quantize`"
+    columns += " | worst text | processor minutes"
+    return table(columns, rows, text_columns=3)
+
+
 def budgets(runs):
     """Every run of cast_llm.py."""
     parts = []

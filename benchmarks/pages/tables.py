@@ -31,6 +31,7 @@ COMMANDS = {
     "cast_quality": "benchmarks.quality",
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
+    "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "runtimes_1b": "benchmarks.runtimes --shape 1b",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
@@ -44,7 +45,6 @@ def command(name):
     """Return the command that writes a log."""
     file = f"benchmarks/results/{name}.json"
     program = COMMANDS.get(name, f"benchmarks.{name}")
-    if name.startswith("quality_"):
-        steps = name.removeprefix("quality_")
+    if (steps := name.removeprefix("quality_")).isdigit():
         program = f"benchmarks.quality --steps {steps} --json FILE"
     return f"python -m {program.replace('FILE', file)}"
