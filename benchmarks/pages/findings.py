@@ -201,7 +201,7 @@ memory of the machine. An earlier run, whose log was not kept, had 1.19
 times Q4_0 for 2:4 int4 with its head in int8, where this one has 1.26.
 
 ```bash
-python -m benchmarks.runtimes --shape 1b --together 7 --rounds 3 \\
+python -m benchmarks.runtimes --model 1b --together 7 --rounds 3 \\
   --backends jax --rows "packed int4, int8 head;packed int4, int4 head;\\
 dense int4, int8 head;dense int4, int4 head;llama.cpp Q4_0;llama.cpp Q8_0"
 ```""",

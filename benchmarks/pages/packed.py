@@ -5,7 +5,8 @@ import collections
 from benchmarks.humaneval import COLUMNS
 from benchmarks.humaneval import cells as humaneval_cells
 from benchmarks.pages.tables import megabytes, table
-from benchmarks.runtimes import PLOT, SIZES
+from benchmarks.quality import MODELS
+from benchmarks.runtimes import PLOT, SIZES, SOURCES
 from benchmarks.runtimes import cells as runtime_cells
 
 PICTURES = {
@@ -84,7 +85,12 @@ def _rounding(log):
         return " ".join(["Not all perplexities are of this run.", *later])
     rows = log.get("rounding_rows")
     if not rows:
-        return "What is packed in int4 was rounded to nearest."
+        given = [
+            f"{name} is the file {file}"
+            for name, file in log.get("files", {}).items()
+        ]
+        found = ["What is packed in int4 was rounded to nearest", *given]
+        return ", but ".join(found) + "."
     return f"""What is packed in int4 was rounded by `quantize` on {rows}
 rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
 
@@ -107,10 +113,10 @@ def runtimes(log, picture=PLOT):
         "form | weights | write | write, batch 8 | read | resident, MB | "
         "of the model, MB | file, MB | x dense"
     )
-    is_real = log["shape"] == "135m"
-    model = "SmolLM2-135M-Instruct" if is_real else "Random weights"
+    is_real = log["model"] in MODELS
     parts = [
-        f"{model}; tokens a second: {log['new_tokens']} new "
+        f"{MODELS.get(log['model'], 'Random weights')}; "
+        f"tokens a second: {log['new_tokens']} new "
         f"ones after a prompt of {prompts['short']}, and a prompt of "
         f"{prompts['long']} read up to the first new token; a process for "
         f"each form, {together} of them in turns, medians of "
@@ -119,15 +125,16 @@ def runtimes(log, picture=PLOT):
         + (
             "*x dense* is the perplexity over that of the dense model, "
             "geometric mean of the four texts. The dense weights come from a "
-            "file in Q4_1, so that these are exact in llama.cpp, and other "
-            "formats of 4 bits round a second time.\n\n" + _rounding(log)
+            f"file in {SOURCES[log['model']]}, so that these are exact in "
+            "llama.cpp, and other formats of 4 bits round a second time.\n\n"
+            + _rounding(log)
             if is_real
             else "They say nothing of quality."
         ),
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
-    if is_real and picture and picture.exists():
+    if log["model"] == "smollm2" and picture and picture.exists():
         parts.append(f"![{PICTURES[picture]}]({picture.name})")
     found = dict.fromkeys(row["about"] for row in log["rows"])
     parts.append("Versions: " + "; ".join(found) + ".")

@@ -32,7 +32,8 @@ COMMANDS = {
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
-    "runtimes_1b": "benchmarks.runtimes --shape 1b",
+    "runtimes_1b": "benchmarks.runtimes --model 1b",
+    "runtimes_qwen_coder": "benchmarks.runtimes --model qwen_coder",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
     "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "

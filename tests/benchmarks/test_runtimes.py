@@ -32,6 +32,7 @@ def fake_report():
         row("jax: dense float32", "dense", 20.0, 10.0),
         row("jax: packed int8", "2:4", 60.0, 25.0),
     ]
+    rows[0]["file_bytes"] = 400e6
     rows.append(row("torch: dynamic int8", "dense", 50.0, 10.1))
     rows[-1] |= {"file_bytes": None, "weight_bytes": 150e6}
     runtimes.add_ratios(rows)
@@ -44,7 +45,7 @@ def fake_report():
             "system": "Linux",
             "python": "3.11",
         },
-        "shape": "135m",
+        "model": "smollm2",
         "new_tokens": 128,
         "rounds": 5,
         "together": 8,
@@ -81,6 +82,7 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
         "llama.cpp Q8_0",
         "OpenVINO Q8_0",
     ]
+    assert set(runtimes.SOURCES) == set(quality.MODELS)
     # A wish for llama.cpp is none for its fork.
     chosen = runtimes.forms(["jax"], rows=["llama.cpp Q4_0"])
     assert "ik_llama Q4_0" not in [form.label for form in chosen]
@@ -169,6 +171,12 @@ def test_page_and_plot(tmp_path):
         "| 2.500 |" in page
     )
     assert "| 900 | 300 |  | 1.010 |" in page
+    assert "Q4_1" in page
+    other = {"model": "qwen_coder", "rounding_rows": 48}
+    page = packed.runtimes(fake_report() | other)
+    assert page.startswith("Qwen2.5-Coder-0.5B")
+    assert "Q4_K_M" in page
+    assert "to nearest" not in page
     assert "not installed" in page
     for draw in (runtimes.plot, runtimes.plot_sizes):
         draw(fake_report(), tmp_path / "plot.png")
