@@ -37,6 +37,7 @@ class Steps:
     def __init__(self, model, rounds_inputs):
         self.model = model
         self.rounds_inputs = rounds_inputs
+        self.has_pairs = False
 
     def generate(self, inputs, length, prefill, stop_token_ids):
         """Run `generate_step` of the model, to a length.
@@ -55,7 +56,8 @@ class Steps:
         call = functools.partial(self.call_with_cache, prefill)
         sampler = self.sampler(length)
         view = view_of(self.model, call_with_cache=call, sampler=sampler)
-        return view.generate_step(inputs, stop_token_ids)
+        outputs = view.generate_step(inputs, stop_token_ids)
+        return {name: x for name, x in outputs.items() if x is not None}
 
     def sampler(self, length):
         """Return the model's sampler, bounded by a length."""
@@ -74,28 +76,69 @@ class Steps:
     def call_with_cache(
         self, prefill, token_ids, cache=None, cache_update_index=None, **others
     ):
-        check_arguments(cache, others)
-        if ops.is_tensor(cache_update_index):
+        is_first = not ops.is_tensor(cache_update_index)
+        if is_first:
+            self.has_pairs = is_pairs(cache)
+        check_arguments(cache, others, self.has_pairs)
+        if not is_first:
             return self.step(token_ids, cache, cache_update_index)
         if cache_update_index != 0:
             raise CannotCompile("it does not begin at the start of its cache")
+        if self.has_pairs:
+            cache = _stacked(cache)
         logits, hidden_states, cache = self.first(token_ids[:, :prefill], cache)
         padding = (0, 0), (0, token_ids.shape[1] - prefill), (0, 0)
         return logits, ops.pad(hidden_states, padding), cache
 
     def first(self, token_ids, cache):
         """Read the first tokens."""
-        return self.model.call_with_cache(token_ids, cache, 0)
+        return self._call(token_ids, cache, 0)
 
     def step(self, token_ids, cache, index):
         """Read one token."""
-        return self.model.call_with_cache(token_ids, cache, index)
+        return self._call(token_ids, cache, index)
+
+    def _call(self, token_ids, cache, index):
+        if not self.has_pairs:
+            return self.model.call_with_cache(token_ids, cache, index)
+        layers = (cache[:, i] for i in range(cache.shape[1]))
+        pairs = tuple((layer[:, 0], layer[:, 1]) for layer in layers)
+        *outputs, pairs = self.model.call_with_cache(token_ids, pairs, index)
+        return *outputs, _stacked(pairs)
 
 
-def check_arguments(cache: Any, others: dict[str, Any]) -> None:
+def is_pairs(cache: Any) -> bool:
+    """Return whether a cache has keys and values for each layer, as Gemma 3's.
+
+    Args:
+        cache: What `call_with_cache` takes.
+    """
+    return (
+        isinstance(cache, tuple)
+        and all(isinstance(pair, tuple) and len(pair) == 2 for pair in cache)
+        and len({tuple(x.shape) for pair in cache for x in pair}) == 1
+    )
+
+
+def _stacked(pairs):
+    return ops.stack([ops.stack(pair, axis=1) for pair in pairs], axis=1)
+
+
+# What text needs none of. Causal attention sees no padding. The keys and values
+# that are not to be updated are those of a prompt, which stay the same.
+_MASKS = {"padding_mask", "cache_update_mask"}
+
+
+def check_arguments(
+    cache: Any, others: dict[str, Any], has_pairs: bool
+) -> None:
     """Raise `CannotCompile` for a call with more arguments than a step gets."""
-    given = any(x is not None for x in others.values())
-    if given or not hasattr(cache, "shape"):
+    given = {name for name, x in others.items() if x is not None}
+    if has_pairs:
+        given -= _MASKS
+    elif not hasattr(cache, "shape"):
+        given.add("several caches")
+    if given:
         raise CannotCompile(
             "its `call_with_cache` gets more than tokens, one cache and a "
             "place in it"

@@ -72,8 +72,8 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
 
     Where `generate` cannot be compiled it runs as before, and a warning says
     why. This concerns images, beam search and other samplers that keep several
-    caches. It also concerns models that have a cache for each layer (Gemma 3)
-    or do what cannot be repeated.
+    caches. It also concerns models that keep more than keys and values, or do
+    what cannot be repeated.
 
     `save_model` does not save this: call it again after loading.
 

@@ -12,6 +12,7 @@ from keras_weightmods.backend.generation import (
     CannotCompile,
     check_arguments,
     difference,
+    is_pairs,
     view_of,
 )
 from keras_weightmods.core.keras_compat import layers_of
@@ -131,15 +132,16 @@ class GenerateFunction:
         """
 
         def call_with_cache(token_ids, cache, cache_update_index, **more):
-            check_arguments(cache, more)
+            check_arguments(cache, more, is_pairs(cache))
             if ops.is_tensor(cache_update_index):
                 raise CannotCompile("it does not read the prompt at first")
 
-            def read(token_ids):
-                return self.model.call_with_cache(token_ids, cache, 0)[0]
+            def read(token_ids, **more):
+                call = self.model.call_with_cache
+                return call(token_ids, cache, 0, **more)[0]
 
             token_ids = token_ids[:, :length]
-            whole, short = read(token_ids), read(token_ids[:, :prefill])
+            whole, short = read(token_ids, **more), read(token_ids[:, :prefill])
             pair = short[:, :known], whole[:, :known]
             reason = difference(*pair, self.rounds_inputs)
             if self.rounds_inputs and not reason:

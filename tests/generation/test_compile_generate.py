@@ -168,14 +168,31 @@ def check_falls_back(model, match, inputs=None, **kwargs):
         generated(model, inputs, **kwargs)
 
 
+def test_a_cache_of_pairs_and_a_sliding_window():
+    """Gemma 3 has keys and values for each layer, and gives masks with them."""
+    model = language_model(
+        "gemma3",
+        preprocessor=models.gemma3_preprocessor(length=32),
+        num_layers=2,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
+    )
+    # Of unequal lengths, one beyond what the first pass reads.
+    texts = ["abc", "bad cab dab " * 4]
+    options = {"max_length": 28, "stop_token_ids": None}
+    expected = model.generate(texts, **options)
+    kwm.compile_generate(model)
+    with no_warning():
+        assert model.generate(texts, **options) == expected
+
+
 @pytest.mark.one_backend
-def test_a_cache_in_parts_falls_back():
-    """Gemma 3 has one for each layer, and gives masks with it."""
-    model = language_model("gemma3", preprocessor=models.gemma3_preprocessor())
-    expected = model.generate("abc", max_length=8)
+def test_what_is_given_beside_a_cache_falls_back():
+    model = language_model("gemma4_moe")
+    inputs = prompts(3)
     kwm.compile_generate(model)
     with pytest.warns(UserWarning, match="gets more than tokens, one cache"):
-        assert model.generate("abc", max_length=8) == expected
+        model.generate(inputs, stop_token_ids=None)
 
 
 @pytest.mark.one_backend
