@@ -39,6 +39,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -240,10 +241,13 @@ def write_file(path, args):
             kwm.pack(model, **PACKED[row])
         elif row in ROUNDED:
             rounding, packing = ROUNDED[row]
-            print(kwm.quantize(model, tokens, **rounding), flush=True)
+            blocks = path.with_suffix("")
+            print(kwm.quantize(model, tokens, resume=blocks, **rounding))
             kwm.pack(model, **packing)
         kwm.save_model(model, part)
     part.replace(path)
+    if row in ROUNDED:
+        shutil.rmtree(blocks)
 
 
 def calibration_rows(path, count=48, length=256):
