@@ -18,7 +18,7 @@ import tempfile
 import time
 
 from benchmarks import harness
-from examples.data.smollm2 import find_gguf
+from examples.data import qwen_coder
 
 
 def main():
@@ -46,7 +46,8 @@ def run(backend):
     source, written = re.findall(r'"(\S+\.(?:gguf|safetensors))"', code)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        (folder / source).symlink_to(find_gguf())
+        (folder / source).parent.mkdir()
+        (folder / source).symlink_to(qwen_coder.find_gguf())
         began = time.perf_counter()
         subprocess.run(
             [sys.executable, "-c", code],

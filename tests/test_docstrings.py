@@ -142,7 +142,9 @@ def write_stand_in(text, folder):
     }
     fields = {f"tokenizer.ggml.{key}": fields[key] for key in fields}
     gguf_files.rewritten(file, gguf_files.byte_pairs(**fields))
-    file.rename(folder / re.search(r'"(\S+\.gguf)"', text)[1])
+    path = folder / re.search(r'"(\S+\.gguf)"', text)[1]
+    path.parent.mkdir()
+    file.rename(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*exported in dense form")

@@ -147,7 +147,8 @@ def readme(log):
     found = ", ".join(f"{k} {v}" for k, v in log["versions"].items())
     return "\n\n".join(
         [
-            f"SmolLM2-135M-Instruct, from the GGUF file to the saved file; "
+            f"Qwen2.5-Coder-0.5B-Instruct in int8, from the GGUF file to the "
+            f"saved file; "
             f"{log['backend']}; {about['cpu']}, {about['cores']} cores, with a "
             f"load of {about['load'][0]:.0f} at the start; {found}.",
             table(
