@@ -1091,6 +1091,13 @@ def cells(row):
     ]
 
 
+def subject(report):
+    """Return what a picture is about: the model, processor and threads."""
+    model, about = report["model"], report["machine"]
+    name = MODELS.get(model, model)
+    return f"{name}, {about['cpu']}, {about['threads']} threads"
+
+
 def plot(report, path):
     """Draw speed against perplexity, the size of a file as that of its dot."""
     rows = [row for row in report["rows"] if "x_dense" in row]
@@ -1121,8 +1128,7 @@ def plot(report, path):
     axes.set_xlabel("perplexity over that of the dense model (four texts)")
     axes.set_ylabel("new tokens a second, batch 1")
     axes.set_title(
-        f"{MODELS[report['model']]}, {report['machine']['cpu']}, "
-        f"{report['machine']['threads']} threads; the area is the file's size",
+        f"{subject(report)}; the area is the file's size",
         fontsize=10,
     )
     axes.figure.savefig(path, dpi=120)
@@ -1185,9 +1191,7 @@ def plot_sizes(report, path):
         ylabel="perplexity over that of the dense model (four texts)",
     )
     axes.set_title(
-        f"{MODELS[report['model']]}, {report['machine']['cpu']}, "
-        f"{report['machine']['threads']} threads; "
-        "the area is the new tokens a second",
+        f"{subject(report)}; the area is the new tokens a second",
         fontsize=10,
     )
     if axes.collections:
