@@ -4,6 +4,7 @@ import inspect
 import warnings
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -17,6 +18,7 @@ from keras_weightmods.backend.generation import (
 )
 from keras_weightmods.core.keras_compat import layers_of
 from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.utils import huge_pages
 from keras_weightmods.utils.progress import Waiting
 
 _SHORTEST_PREFILL = 16
@@ -46,6 +48,10 @@ class GenerateFunction:
         if [*map(id, structure)] != [*map(id, self.structure)]:
             self.structure, self.reason, self.shapes = structure, "", set()
             self.rounds_inputs = _rounds_inputs(self.model)
+            # On TensorFlow a view is a copy.
+            if keras.backend.backend() != "tensorflow":
+                view = backend.current().view_of
+                huge_pages.collapse(view(v.value) for v in self.model.variables)
             generation = backend.current().generation()
             self.length_step = generation.LENGTH_STEP
             self.compiled = generation.CompiledGenerate(

@@ -7,7 +7,8 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.utils import progress
+from keras_weightmods import backend
+from keras_weightmods.utils import huge_pages, progress
 from tests import models
 
 pytest.importorskip("keras_hub")
@@ -101,6 +102,20 @@ def test_packed_and_lora():
     # KerasHub itself goes on with what it compiled before.
     model.compile(sampler="greedy")
     models.assert_same(received, generated(model, prompts(4)))
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it shows copies alone")
+def test_weights_move_to_huge_pages(monkeypatch):
+    seen = []
+    monkeypatch.setattr(huge_pages, "collapse", seen.extend)
+    model = language_model(dtype="bfloat16")
+    kwm.compile_generate(model)
+    for _ in range(2):
+        generated(model, prompts(3))
+    assert len(seen) == len(model.variables)
+    for view, variable in zip(seen, model.variables):
+        own = backend.current().view_of(variable.value)
+        assert np.shares_memory(view, own)
 
 
 @pytest.mark.one_backend
