@@ -25,11 +25,15 @@ def processes() -> Any:
 def whole(value: Any) -> Any:
     """Return a variable, tensor or array as a NumPy array.
 
-    All processes must call it, because each may hold a part.
+    All processes must call it, because each may hold a part. On torch it may
+    share the memory of a variable.
     """
-    from keras import ops
+    import keras
 
     group = processes()
-    if group is None:
-        return ops.convert_to_numpy(value)
-    return group.whole(ops.convert_to_tensor(value))
+    if group is not None:
+        return group.whole(keras.ops.convert_to_tensor(value))
+    if isinstance(value, keras.Variable):
+        # Keras copies a variable twice, through float32 for bfloat16.
+        return current().array_of(value.value)
+    return keras.ops.convert_to_numpy(value)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from keras_weightmods import backend
 from keras_weightmods.backend import whole
 from keras_weightmods.core import keras_compat
 
@@ -69,7 +70,9 @@ class RestoredOnError:
     def give_values_back(self) -> None:
         """Restore the values of the variables, also within the scope."""
         for variable, value in self._values:
-            variable.assign(np.asarray(value))
+            if isinstance(value, _Stored):
+                value = value.read()
+            variable.assign(value)
 
 
 class _Stored:
@@ -89,7 +92,10 @@ class _Stored:
                 "TMPDIR to another folder before Python starts."
             ) from error
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    def read(self) -> Any:
+        """Return it as a tensor."""
         self._file.seek(self._place)
         size = math.prod(self._shape)
-        return np.fromfile(self._file, self._dtype, size).reshape(self._shape)
+        array = np.fromfile(self._file, self._dtype, size)
+        # `assign` would copy an array twice, through float32 for bfloat16.
+        return backend.current().tensor_of(array.reshape(self._shape))

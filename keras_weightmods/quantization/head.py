@@ -80,7 +80,7 @@ def round_table(
         damping *= _LOOKED_UP
     fit, measured = map(hidden.moment, (hidden.fit, hidden.held))
     axes = target.contraction_axes
-    table = ops.cast(to_matrix(target.variable.value, axes), "float32")
+    table = to_matrix(target.variable.value, axes)
     parts, scales, sums = [], [], np.zeros(3)
     starts = range(0, table.shape[1], UNITS)
     with (
@@ -89,7 +89,7 @@ def round_table(
         inputs.compiled(),
     ):
         for start in progress.each(starts):
-            units = table[:, start : start + UNITS]
+            units = ops.cast(table[:, start : start + UNITS], "float32")
             after = round_kept(units, fit, grid, damping)
             nearest = round_kept(units, None, grid)
             errors = []
@@ -101,9 +101,10 @@ def round_table(
             if errors[1] > errors[0]:
                 after, errors[1] = nearest, errors[0]
             sums += (*errors, whole)
-            parts.append(ops.convert_to_numpy(after.values))
+            # The grid is exact in the type of the table.
+            parts.append(ops.cast(after.values, target.variable.dtype))
             scales.append(after.scales)
-    rounded = np.concatenate(parts, axis=1)
+    rounded = ops.concatenate(parts, axis=1)
     target.variable.assign(from_matrix(rounded, target.shape, axes))
     nearest, error = sums[:2] / (sums[2] or 1)
     stack = ops.concatenate(scales, axis=1)[None]

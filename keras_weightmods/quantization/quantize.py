@@ -440,14 +440,15 @@ class _Quantizer:
         """Round each weight to nearest."""
         for target in targets:
             axes = target.contraction_axes, target.stack_axes
-            grid = self.grid_for(target)
+            grid, dtype = self.grid_for(target), target.variable.dtype
             (matrix,) = to_stack(target.variable.value, *axes, 1)
             # On torch it keeps no gradients.
             with inputs.eager_forward(), inputs.compiled():
-                parts = [
-                    round_kept(matrix[:, i : i + UNITS], None, grid).values
+                rounded = (
+                    round_kept(matrix[:, i : i + UNITS], None, grid)
                     for i in range(0, matrix.shape[1], UNITS)
-                ]
+                )
+                parts = [ops.cast(each.values, dtype) for each in rounded]
             stack = ops.concatenate(parts, axis=1)[None]
             target.variable.assign(from_stack(stack, target.shape, *axes))
 

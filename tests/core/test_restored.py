@@ -159,3 +159,17 @@ def test_a_full_disk_says_which_folder(monkeypatch):
 
     with pytest.raises(OSError, match="TMPDIR"):
         RestoredOnError(model, values=model.variables, on_disk=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_come_back_from_disk_bit_for_bit(dtype):
+    """A NaN, too, and as often as they are asked for."""
+    layer = keras.layers.Dense(3, dtype=dtype)
+    layer.build((None, 2))
+    layer.kernel.assign([[1, -0.0, np.nan], [np.inf, 1 / 3, 1e-30]])
+    value = np.array(layer.kernel)
+    with RestoredOnError(layer, values=[layer.kernel], on_disk=True) as undo:
+        for _ in range(2):
+            layer.kernel.assign(np.zeros((2, 3)))
+            undo.give_values_back()
+            models.assert_same_bits([np.array(layer.kernel)], [value])

@@ -1,5 +1,7 @@
 """Rounding of the head of a language model, by the logits that it gives."""
 
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -129,6 +131,27 @@ def test_with_the_kernels(head):
         assert [weight.rounding_error for weight in weights] == [0, 0]
         found = numpy(model.get_layer("embedding").embeddings)
         models.assert_same(found, after)
+
+
+@pytest.mark.filterwarnings("ignore:All was rounded to nearest")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numpy_holds_a_large_table_once(dtype):
+    """When the weights are given back after the measure of nearest."""
+    model, _ = make()
+    kwm.quantize(model, TOKENS, targets=[], refine=None, verbose=0)
+    tokens = keras.Input((None,), dtype="int32")
+    embedding = keras.layers.ReversibleEmbedding(2**15, 64, dtype=dtype)
+    logits = embedding(embedding(tokens), reverse=True)
+    model, table = keras.Model(tokens, logits), embedding.embeddings
+    tracemalloc.start()
+    try:
+        kwm.quantize(model, TOKENS, refine=None, verbose=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert references.is_on_grid(numpy(table).T, 4, 64)
+    size = 2**15 * 64 * {"float32": 4, "bfloat16": 2}[dtype]
+    assert peak < 1.4 * size
 
 
 def test_what_gives_no_table_is_refused_and_after_errors_it_is_as_it_was(
