@@ -131,6 +131,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "--method": {"default": "linear"},
     "--pattern": {"default": "2:4"},
+    "--policy": {
+        "metavar": "POLICY",
+        "help": "the dtype policy of a .gguf file or a preset: bfloat16 takes "
+        "half of the memory of float32; default: that of Keras",
+    },
     "--quiet": {**SET, "help": "no progress bars"},
     "--rank": {"type": int, "default": 16},
     "--refine": {"type": names("swaps", "blocks"), "help": "swaps,blocks"},

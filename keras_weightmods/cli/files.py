@@ -16,20 +16,28 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.checks import cut
 
 
-def load_model(path):
+def load_model(path, policy=None):
     """Load a model from a file or preset of any kind.
 
     Args:
         path: String: a `.keras` file, a file of `save_model`, a GGUF file, the
             folder of a KerasHub preset, or the name of one.
+        policy: String, the dtype policy of a GGUF file or preset. Other files
+            have their own. Defaults to `None`, for Keras' global policy.
     """
     kind, reader = kind_of(path) if os.path.exists(path) else ("a preset", "")
     if kind == "a preset":
-        return _load_preset(path)
+        return _load_preset(path, policy)
+    if reader == "`keras_weightmods.load_gguf`":
+        return kwm.load_gguf(path, policy)
+    if policy is not None:
+        raise ValueError(
+            "`--policy` needs a .gguf file or a preset. Received: --policy "
+            f"{policy} with {path}, {kind}, whose layers have their own. Leave "
+            "it out."
+        )
     if reader == "`keras_weightmods.load_model`":
         return kwm.load_model(path)
-    if reader == "`keras_weightmods.load_gguf`":
-        return kwm.load_gguf(path)
     if reader and kind not in ("a .keras file", "an HDF5 file"):
         raise ValueError(f"{path} is no model: {kind}, which {reader} reads")
     from keras_weightmods.saving.model import load_keras_file
@@ -38,7 +46,7 @@ def load_model(path):
     return load_keras_file(path)
 
 
-def _load_preset(path):
+def _load_preset(path, policy):
     try:
         from keras_hub import models
     except ImportError as error:
@@ -57,7 +65,7 @@ def _load_preset(path):
             f"{task} must be JSON with the `class_name` of a task of KerasHub"
         ) from error
     try:
-        return cls.from_preset(path)
+        return cls.from_preset(path, dtype=policy)
     # A damaged file fails in many ways.
     except Exception as error:
         raise ValueError(

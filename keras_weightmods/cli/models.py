@@ -22,7 +22,7 @@ from keras_weightmods.saving import model_card
 
 @command(
     "quantize",
-    f"model --bits {DATA} {CARD} --quiet",
+    f"model --bits {DATA} --policy {CARD} --quiet",
     MODELS,
     refine={
         "type": names("blocks", "scales", "none"),
@@ -52,7 +52,7 @@ def _quantize(args):
     # It imports Keras.
     from keras_weightmods.quantization.record import remove_record
 
-    model = load_model(args.model)
+    model = load_model(args.model, args.policy)
     report = kwm.quantize(
         model,
         read_data(model, args),
@@ -70,7 +70,8 @@ def _quantize(args):
 
 @command(
     "sparsify",
-    f"model --pattern --criterion --refine --targets {DATA} {CARD} --quiet",
+    "model --pattern --criterion --refine --targets "
+    f"{DATA} --policy {CARD} --quiet",
     MODELS,
 )
 def _sparsify(args):
@@ -81,7 +82,7 @@ def _sparsify(args):
       keras-weightmods sparsify llm.safetensors --data prose.txt \\
           --criterion sparsegpt --refine swaps,blocks -o sparse.safetensors
     """
-    model = load_model(args.model)
+    model = load_model(args.model, args.policy)
     report = kwm.sparsify(
         model,
         args.pattern,
@@ -96,7 +97,7 @@ def _sparsify(args):
 
 @command(
     "pack",
-    f"model --activations --targets {CARD} --quiet",
+    f"model --activations --targets --policy {CARD} --quiet",
     (".safetensors",),
     dtype={
         "choices": (
@@ -113,7 +114,7 @@ def _pack(args):
       keras-weightmods pack rounded.safetensors -o packed.safetensors
       keras-weightmods pack model.keras --dtype int8 -o packed.safetensors
     """
-    model = load_model(args.model)
+    model = load_model(args.model, args.policy)
     report = kwm.pack(
         model,
         args.dtype,
@@ -161,14 +162,14 @@ def _merge(args):
     return reported(report, args.output, model_card.path_of(args.output))
 
 
-@command("generate", "model prompt --max-length --sampler --seed")
+@command("generate", "model prompt --max-length --sampler --seed --policy")
 def _generate(args):
     """Let a language model of KerasHub continue a text.
 
     examples:
       keras-weightmods generate llm.safetensors "Once upon a time"
     """
-    model = load_model(args.model)
+    model = load_model(args.model, args.policy)
     if getattr(model, "preprocessor", None) is None:
         raise ValueError(
             "`generate` needs a CausalLM of KerasHub with a preprocessor. "
@@ -185,7 +186,7 @@ def _generate(args):
     return "\n".join(texts), {"texts": list(texts)}
 
 
-@command("export", f"model --format --keep-packed --set {CARD}", ())
+@command("export", f"model --format --keep-packed --set --policy {CARD}", ())
 def _export(args):
     """Write a model for another runtime.
 
@@ -197,7 +198,7 @@ def _export(args):
 
     format = format_of(args.output, args.format)
     kwm.export(
-        load_model(args.model),
+        load_model(args.model, args.policy),
         args.output,
         format,
         keep_packed=args.keep_packed,

@@ -65,6 +65,13 @@ def test_language_models(run, tmp_path, monkeypatch):
     kwm.export(models.backbone("qwen"), "qwen.gguf")
     run("sparsify qwen.gguf -o d.safetensors")
     kwm.assert_sparse(kwm.load_model("d.safetensors"), "2:4")
+    for name in ("preset", "qwen.gguf"):
+        line = f"sparsify {name} --policy bfloat16 --overwrite"
+        run(f"{line} -o d.safetensors")
+        half = kwm.load_model("d.safetensors")
+        assert {w.dtype for w in half.trainable_weights} == {"bfloat16"}
+    line = "generate d.safetensors a --policy bfloat16"
+    assert "whose layers have their own" in run(line, code=1)
     models.mlp(8, 4).save("a.keras")
     assert "a.keras, a Sequential" in run("generate a.keras a", code=1)
     assert "no file a.gguf" in run("generate a.gguf a", code=1)
