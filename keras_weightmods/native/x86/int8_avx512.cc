@@ -30,7 +30,28 @@ using kwm::Packed;
 using kwm::kBlockRows;
 using kwm::kLanes;
 
-constexpr int64_t kPrefetchBytes = 8192;
+// Values are fetched ahead of their use. For a row or two they are read once, as
+// fast as the memory gives them. Found on Zen 4: bytes come fastest by way of
+// the second-level cache, and what is unpacked past it. More rows read them
+// again for each tile.
+template <int kStored, int R>
+struct Fetch {
+  static constexpr bool kIsOnce = R <= 2;
+  static constexpr bool kIsPast = kIsOnce && kStored < 8;
+  static constexpr int64_t kAhead = kIsPast ? 4096 : kIsOnce ? 2048 : 8192;
+
+  static void line(const char* at) {
+    if (kIsPast) {
+      _mm_prefetch(at + kAhead, _MM_HINT_NTA);
+    } else {
+      _mm_prefetch(at + kAhead, _MM_HINT_T1);
+    }
+  }
+  // Looks the address of a small page up before its lines are fetched.
+  static void page(const char* at) {
+    if (kIsOnce) _mm_prefetch(at + 12288, _MM_HINT_T1);
+  }
+};
 
 // A load that stays in a register. Compilers fold a load into every instruction
 // that reads it, and a 64-byte one takes a cycle each time.
@@ -109,93 +130,77 @@ __m512 add_block(__m512 total, __m512i sum, float step, __m512 scale) {
   return _mm512_fmadd_ps(_mm512_mul_ps(floats, steps), scale, total);
 }
 
-// R rows, C blocks of columns.
-template <int kBits, int R, int C>
+// R rows by a block of columns.
+template <int kBits, int R>
 void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
                  float* y, int64_t y_stride) {
+  using Next = Fetch<kBits, R>;
   constexpr bool kInt4 = kBits == 4;
   constexpr int64_t kBytes = 32 * kBits;
-  constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
   auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
   const uint8_t* bytes = x.bytes;
   const float* steps = x.steps;
-  __m512 total[C][R];
-  for (int c = 0; c < C; ++c) {
-    for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
-  }
-  __m512 scale[C] = {};
+  __m512 total[R];
+  for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
+  __m512 scale = _mm512_setzero_ps();
   const auto multiply_block = [&](int64_t b, __m512i half) {
-    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
+    const char* block = values + b * kBytes;
+    Next::line(meta + b * 64);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const char* block = values + (c * row_blocks + b) * kBytes;
-      const char* next_block = values + (c * row_blocks + next) * kBytes;
-      _mm_prefetch(meta + (c * row_blocks + next) * 64, _MM_HINT_T1);
+    for (int64_t line = 0; line < kBytes; line += 64) Next::line(block + line);
+    __m512i value[4], index[4];
+    if (kInt4) {
+      const __m512i high = _mm512_set1_epi8(-16);
+      for (int p = 0; p < 2; ++p) {
+        const __m512i pair = load_once(block + 64 * p);
+        value[p] = _mm512_and_si512(_mm512_slli_epi32(pair, 4), high);
+        value[p + 2] = _mm512_and_si512(pair, high);
+      }
+    } else {
+      for (int p = 0; p < 4; ++p) {
+        value[p] = load_once(block + 64 * p);
+      }
+    }
+    const __m512i words = load_once(meta + b * 64);
+    __m512i value_sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kBytes; line += 64) {
-        _mm_prefetch(next_block + line, _MM_HINT_T1);
-      }
-      __m512i value[4], index[4];
-      if (kInt4) {
-        const __m512i high = _mm512_set1_epi8(-16);
-        for (int p = 0; p < 2; ++p) {
-          const __m512i pair = load_once(block + 64 * p);
-          value[p] = _mm512_and_si512(_mm512_slli_epi32(pair, 4), high);
-          value[p + 2] = _mm512_and_si512(pair, high);
-        }
-      } else {
-        for (int p = 0; p < 4; ++p) {
-          value[p] = load_once(block + 64 * p);
-        }
-      }
-      const __m512i words = load_once(meta + (c * row_blocks + b) * 64);
-      __m512i value_sum = _mm512_setzero_si512();
+    for (int p = 0; p < 4; ++p) {
+      value_sum =
+          _mm512_dpbusd_epi32(value_sum, _mm512_set1_epi8(-128), value[p]);
+      // Byte q is slot p + 4q, of group p / 2 + 2q.
+      const __m512i group = _mm512_or_si512(
+          half, _mm512_set1_epi32(0x18100800 + p / 2 * 0x04040404));
+      constexpr int kAndOr = 0xea;  // (a & b) | c
+      index[p] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 2 * p),
+                                           _mm512_set1_epi32(0x03030303),
+                                           group, kAndOr);
+    }
+    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), value_sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const __m512i table = load_once(bytes + r * 64);
+      __m512i sum = start;
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        value_sum =
-            _mm512_dpbusd_epi32(value_sum, _mm512_set1_epi8(-128), value[p]);
-        // Byte q is slot p + 4q, of group p / 2 + 2q.
-        const __m512i group = _mm512_or_si512(
-            half, _mm512_set1_epi32(0x18100800 + p / 2 * 0x04040404));
-        constexpr int kAndOr = 0xea;  // (a & b) | c
-        index[p] = _mm512_ternarylogic_epi32(
-            _mm512_srli_epi32(words, 2 * p), _mm512_set1_epi32(0x03030303),
-            group, kAndOr);
+        sum = _mm512_dpbusd_epi32(
+            sum, _mm512_permutexvar_epi8(index[p], table), value[p]);
       }
-      const __m512i start =
-          _mm512_sub_epi32(_mm512_setzero_si512(), value_sum);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512i table = load_once(bytes + r * 64);
-        __m512i sum = start;
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) {
-          sum = _mm512_dpbusd_epi32(
-              sum, _mm512_permutexvar_epi8(index[p], table), value[p]);
-        }
-        total[c][r] = add_block<kBits>(total[c][r], sum, steps[b * R + r],
-                                      scale[c]);
-      }
+      total[r] = add_block<kBits>(total[r], sum, steps[b * R + r], scale);
     }
   };
   const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi8(32);
   for (int64_t b = 0; b < row_blocks; b += kwm::kScaleBlocks) {
-    for (int c = 0; kInt4 && c < C; ++c) {
-      scale[c] = group_scale(w, column_block + c, b);
-    }
+    if (kInt4) scale = group_scale(w, column_block, b);
     multiply_block(b, first);
     if (b + 1 < row_blocks) multiply_block(b + 1, second);
     bytes += R * 64;
   }
-  for (int c = 0; c < C; ++c) {
-    for (int r = 0; r < R; ++r) {
-      __m512 last = _mm512_set1_ps(1.0f / 16);
-      if (!kInt4) last = _mm512_loadu_ps(w.int8_scale(column_block + c));
-      _mm512_storeu_ps(y + r * y_stride + c * kLanes,
-                       _mm512_mul_ps(total[c][r], last));
-    }
+  __m512 last = _mm512_set1_ps(1.0f / 16);
+  if (!kInt4) last = _mm512_loadu_ps(w.int8_scale(column_block));
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(y + r * y_stride, _mm512_mul_ps(total[r], last));
   }
 }
 
@@ -310,75 +315,62 @@ struct Ahead {
 };
 
 // `ahead` is of a matrix with a mask; else null.
-template <int kBits, int kStored, bool kMasked, int R, int C>
+template <int kBits, int kStored, bool kMasked, int R>
 void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
                 float* y, int64_t y_stride, Ahead<kMasked ? kBits : 8>* ahead) {
+  // Those of a mask go through the cache, to be spread.
+  using Next = Fetch<kStored, kMasked ? kwm::kMostTileRows : R>;
   constexpr int64_t kBytes = (kMasked ? 32 : 64) * kStored;
-  constexpr int64_t kAhead = kPrefetchBytes / kBytes;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
-  __m512 total[C][R];
-  for (int c = 0; c < C; ++c) {
-    for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
-  }
+  __m512 total[R];
+  for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
   const char* masks = nullptr;
   if (kMasked) masks = reinterpret_cast<const char*>(w.meta_of(column_block));
   for (int64_t b = 0; b < row_blocks; ++b) {
-    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
     const uint8_t* bytes = x.bytes + b * R * kBlockRows;
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const char* block = values + (c * row_blocks + b) * kBytes;
-      const char* next_block = values + (c * row_blocks + next) * kBytes;
+    const char* block = values + b * kBytes;
 #pragma GCC unroll 8
-      for (int line = 0; line < kBytes / 64; ++line) {
-        _mm_prefetch(next_block + 64 * line, _MM_HINT_T1);
-      }
-      if constexpr (kMasked) {
-        _mm_prefetch(masks + (c * row_blocks + next) * 64, _MM_HINT_T1);
-      }
-      __m512i sum[R];
-      for (int r = 0; r < R; ++r) {
-        sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
-      }
-      const auto add_word = [&](int word, __m512i value) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          int32_t activations;
-          memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
-          sum[r] = _mm512_dpbusd_epi32(sum[r], value,
-                                       _mm512_set1_epi32(activations));
-        }
-      };
-      if constexpr (kMasked) {
-        const int64_t place = (column_block + c) * row_blocks + b;
-        ahead->at(place).words(masks + (c * row_blocks + b) * 64, add_word);
-        ahead->load(place + ahead->kBlocks);
-      } else {
-#pragma GCC unroll 8
-        for (int n = 0; n < 8; ++n) {
-          const int word = kwm::word_in_order(kStored, n);
-          add_word(word, unsigned_word<kBits, kStored>(block, word));
-        }
-      }
-      __m512 scale = _mm512_setzero_ps();
-      if (kBits != 8) scale = group_scale(w, column_block + c, b);
+    for (int line = 0; line < kBytes / 64; ++line) Next::line(block + 64 * line);
+    Next::page(block);
+    if constexpr (kMasked) Next::line(masks + b * 64);
+    __m512i sum[R];
+    for (int r = 0; r < R; ++r) {
+      sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
+    }
+    const auto add_word = [&](int word, __m512i value) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        total[c][r] =
-            add_block<kBits>(total[c][r], sum[r], x.steps[b * R + r], scale);
+        int32_t activations;
+        memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
+        sum[r] = _mm512_dpbusd_epi32(sum[r], value,
+                                     _mm512_set1_epi32(activations));
       }
+    };
+    if constexpr (kMasked) {
+      const int64_t place = column_block * row_blocks + b;
+      ahead->at(place).words(masks + b * 64, add_word);
+      ahead->load(place + ahead->kBlocks);
+    } else {
+#pragma GCC unroll 8
+      for (int n = 0; n < 8; ++n) {
+        const int word = kwm::word_in_order(kStored, n);
+        add_word(word, unsigned_word<kBits, kStored>(block, word));
+      }
+    }
+    __m512 scale = _mm512_setzero_ps();
+    if (kBits != 8) scale = group_scale(w, column_block, b);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      total[r] = add_block<kBits>(total[r], sum[r], x.steps[b * R + r], scale);
     }
   }
-  for (int c = 0; c < C; ++c) {
-    for (int r = 0; r < R; ++r) {
-      __m512 sum = total[c][r];
-      if (kBits == 8) {
-        const __m512 scale = _mm512_loadu_ps(w.int8_scale(column_block + c));
-        sum = _mm512_mul_ps(sum, scale);
-      }
-      _mm512_storeu_ps(y + r * y_stride + c * kLanes, sum);
+  for (int r = 0; r < R; ++r) {
+    __m512 sum = total[r];
+    if (kBits == 8) {
+      sum = _mm512_mul_ps(sum, _mm512_loadu_ps(w.int8_scale(column_block)));
     }
+    _mm512_storeu_ps(y + r * y_stride, sum);
   }
 }
 
@@ -387,30 +379,24 @@ enum class Form { kSparse, kDense, kMasked };
 template <Form kForm, int kBits, int kStored, int R>
 void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
                       float* y, int64_t y_stride) {
-  constexpr bool kMasked = kForm == Form::kMasked;
-  constexpr int C = R <= 2 ? 2 : 1;
   const int64_t end =
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
-  if constexpr (kMasked) {
-    Ahead<kBits> ahead(w, column_block * w.row_blocks(), end * w.row_blocks());
-    for (; column_block < end; ++column_block, y += kLanes) {
-      dense_tile<kBits, kStored, true, R, 1>(x, w, column_block, y, y_stride,
-                                             &ahead);
-    }
+  const auto each = [&](const auto& tile) {
+    for (; column_block < end; ++column_block, y += kLanes) tile();
+  };
+  if constexpr (kForm == Form::kSparse) {
+    each([&] { sparse_tile<kBits, R>(x, w, column_block, y, y_stride); });
+  } else if constexpr (kForm == Form::kDense) {
+    each([&] {
+      dense_tile<kBits, kStored, false, R>(x, w, column_block, y, y_stride,
+                                           nullptr);
+    });
   } else {
-    const auto tile = [&](auto blocks) {
-      constexpr int kBlocks = decltype(blocks)::value;
-      if constexpr (kForm == Form::kSparse) {
-        sparse_tile<kBits, R, kBlocks>(x, w, column_block, y, y_stride);
-      } else {
-        dense_tile<kBits, kStored, false, R, kBlocks>(x, w, column_block, y,
-                                                      y_stride, nullptr);
-      }
-      column_block += kBlocks;
-      y += kBlocks * kLanes;
-    };
-    while (column_block + C <= end) tile(std::integral_constant<int, C>());
-    while (column_block < end) tile(std::integral_constant<int, 1>());
+    Ahead<kBits> ahead(w, column_block * w.row_blocks(), end * w.row_blocks());
+    each([&] {
+      dense_tile<kBits, kStored, true, R>(x, w, column_block, y, y_stride,
+                                          &ahead);
+    });
   }
 }
 
