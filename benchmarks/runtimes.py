@@ -231,7 +231,8 @@ def forms(backends, rows=None, plain=False):
     Args:
         backends: Strings, backends of Keras.
         rows: Strings; those forms whose label has one of them in it, and the
-            dense model. By default all.
+            dense model. One that begins with "-" is in none of the labels. By
+            default all.
         plain: Bool, whether to have all of them both ways.
     """
     made = [
@@ -251,7 +252,11 @@ def forms(backends, rows=None, plain=False):
     return found[:1] + [
         form
         for form in found[1:]
-        if not rows or any(row in form.label for row in rows)
+        if not rows
+        or (
+            any(row in form.label for row in rows)
+            and not any(row[1:] in form.label for row in rows if row[0] == "-")
+        )
     ]
 
 
@@ -281,7 +286,8 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--rows",
         type=lambda text: text.split(";"),
-        help="parts of names, with semicolons between; by default all",
+        help="parts of names, with semicolons between, and after a - parts "
+        "that none has; by default all",
     )
     parser.add_argument(
         "--plain",

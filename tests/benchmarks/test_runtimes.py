@@ -83,6 +83,9 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
         "OpenVINO Q8_0",
     ]
     assert set(runtimes.SOURCES) == set(quality.MODELS)
+    chosen = runtimes.forms(["jax"], rows=["llama.cpp Q4", "-imatrix"])
+    labels = [form.label for form in chosen[1:]]
+    assert labels == [f"llama.cpp {x}" for x in ("Q4_0", "Q4_1", "Q4_K_M")]
     # A wish for llama.cpp is none for its fork.
     chosen = runtimes.forms(["jax"], rows=["llama.cpp Q4_0"])
     assert "ik_llama Q4_0" not in [form.label for form in chosen]
