@@ -31,13 +31,13 @@ using kwm::kBlockRows;
 using kwm::kLanes;
 
 // Values are fetched ahead of their use. For a row or two they are read once, as
-// fast as the memory gives them. Found on Zen 4: bytes come fastest by way of
-// the second-level cache, and what is unpacked past it. More rows read them
-// again for each tile.
+// fast as the memory gives them. Found on Zen 4: bytes for one row come fastest
+// by way of the second-level cache, all else past it. More rows read them again
+// for each tile.
 template <int kStored, int R>
 struct Fetch {
   static constexpr bool kIsOnce = R <= 2;
-  static constexpr bool kIsPast = kIsOnce && kStored < 8;
+  static constexpr bool kIsPast = kIsOnce && (R == 2 || kStored < 8);
   static constexpr int64_t kAhead = kIsPast ? 4096 : kIsOnce ? 2048 : 8192;
 
   static void line(const char* at) {
