@@ -159,6 +159,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "architecture: train MODEL on corrupted data, BASE on clean data",
     },
     "--targets": {"nargs": "+", "help": "regexes for the paths of kernels"},
+    "--tie-weights": {
+        **SET,
+        "help": "load one table where a .gguf file has that of the head twice",
+    },
     "--weights": {"type": float, "nargs": "+", "help": "one for each model"},
     "--whole": {
         "nargs": "+",
@@ -167,6 +171,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 DATA = "--data --rows --length"
+# How a model is loaded.
+LOAD = "--policy --tie-weights"
 MODELS = (".keras", ".safetensors")
 PATCHES = (".safetensors",)
 # Those of commands that write a model, with its card.

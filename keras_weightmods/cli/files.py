@@ -16,7 +16,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.checks import cut
 
 
-def load_model(path, policy=None):
+def load_model(path, policy=None, tie_weights=False):
     """Load a model from a file or preset of any kind.
 
     Args:
@@ -24,12 +24,18 @@ def load_model(path, policy=None):
             folder of a KerasHub preset, or the name of one.
         policy: String, the dtype policy of a GGUF file or preset. Other files
             have their own. Defaults to `None`, for Keras' global policy.
+        tie_weights: Bool, as of `load_gguf`. Defaults to `False`.
     """
     kind, reader = kind_of(path) if os.path.exists(path) else ("a preset", "")
+    if reader == "`keras_weightmods.load_gguf`":
+        return kwm.load_gguf(path, policy, tie_weights=tie_weights)
+    if tie_weights:
+        raise ValueError(
+            "`--tie-weights` needs a .gguf file. Received: --tie-weights with "
+            f"{path}, {kind}. Leave it out."
+        )
     if kind == "a preset":
         return _load_preset(path, policy)
-    if reader == "`keras_weightmods.load_gguf`":
-        return kwm.load_gguf(path, policy)
     if policy is not None:
         raise ValueError(
             "`--policy` needs a .gguf file or a preset. Received: --policy "

@@ -6,6 +6,7 @@ import keras_weightmods as kwm
 from keras_weightmods.cli.command import (
     CARD,
     DATA,
+    LOAD,
     MODELS,
     command,
     names,
@@ -22,7 +23,7 @@ from keras_weightmods.saving import model_card
 
 @command(
     "quantize",
-    f"model --bits {DATA} --policy {CARD} --quiet",
+    f"model --bits {DATA} {LOAD} {CARD} --quiet",
     MODELS,
     refine={
         "type": names("blocks", "scales", "none"),
@@ -52,7 +53,7 @@ def _quantize(args):
     # It imports Keras.
     from keras_weightmods.quantization.record import remove_record
 
-    model = load_model(args.model, args.policy)
+    model = load_model(args.model, args.policy, args.tie_weights)
     report = kwm.quantize(
         model,
         read_data(model, args),
@@ -71,7 +72,7 @@ def _quantize(args):
 @command(
     "sparsify",
     "model --pattern --criterion --refine --targets "
-    f"{DATA} --policy {CARD} --quiet",
+    f"{DATA} {LOAD} {CARD} --quiet",
     MODELS,
 )
 def _sparsify(args):
@@ -82,7 +83,7 @@ def _sparsify(args):
       keras-weightmods sparsify llm.safetensors --data prose.txt \\
           --criterion sparsegpt --refine swaps,blocks -o sparse.safetensors
     """
-    model = load_model(args.model, args.policy)
+    model = load_model(args.model, args.policy, args.tie_weights)
     report = kwm.sparsify(
         model,
         args.pattern,
@@ -97,7 +98,7 @@ def _sparsify(args):
 
 @command(
     "pack",
-    f"model --activations --targets --policy {CARD} --quiet",
+    f"model --activations --targets {LOAD} {CARD} --quiet",
     (".safetensors",),
     dtype={
         "choices": (
@@ -114,7 +115,7 @@ def _pack(args):
       keras-weightmods pack rounded.safetensors -o packed.safetensors
       keras-weightmods pack model.keras --dtype int8 -o packed.safetensors
     """
-    model = load_model(args.model, args.policy)
+    model = load_model(args.model, args.policy, args.tie_weights)
     report = kwm.pack(
         model,
         args.dtype,
@@ -162,14 +163,14 @@ def _merge(args):
     return reported(report, args.output, model_card.path_of(args.output))
 
 
-@command("generate", "model prompt --max-length --sampler --seed --policy")
+@command("generate", f"model prompt --max-length --sampler --seed {LOAD}")
 def _generate(args):
     """Let a language model of KerasHub continue a text.
 
     examples:
       keras-weightmods generate llm.safetensors "Once upon a time"
     """
-    model = load_model(args.model, args.policy)
+    model = load_model(args.model, args.policy, args.tie_weights)
     if getattr(model, "preprocessor", None) is None:
         raise ValueError(
             "`generate` needs a CausalLM of KerasHub with a preprocessor. "
@@ -186,7 +187,7 @@ def _generate(args):
     return "\n".join(texts), {"texts": list(texts)}
 
 
-@command("export", f"model --format --keep-packed --set --policy {CARD}", ())
+@command("export", f"model --format --keep-packed --set {LOAD} {CARD}", ())
 def _export(args):
     """Write a model for another runtime.
 
@@ -198,7 +199,7 @@ def _export(args):
 
     format = format_of(args.output, args.format)
     kwm.export(
-        load_model(args.model, args.policy),
+        load_model(args.model, args.policy, args.tie_weights),
         args.output,
         format,
         keep_packed=args.keep_packed,

@@ -63,6 +63,10 @@ def test_language_models(run, tmp_path, monkeypatch):
     assert found["totals"]["packed_share"] < 0.3
     assert run("generate c.safetensors a --max-length 99").startswith("a")
     kwm.export(models.backbone("qwen"), "qwen.gguf")
+    twice = models.backbone("qwen", tie_word_embeddings=False)
+    table = twice.token_embedding
+    table.reverse_embeddings.assign(np.transpose(table.embeddings))
+    kwm.export(twice, "twice.gguf")
     run("sparsify qwen.gguf -o d.safetensors")
     kwm.assert_sparse(kwm.load_model("d.safetensors"), "2:4")
     for name in ("preset", "qwen.gguf"):
@@ -70,6 +74,12 @@ def test_language_models(run, tmp_path, monkeypatch):
         run(f"{line} -o d.safetensors")
         half = kwm.load_model("d.safetensors")
         assert {w.dtype for w in half.trainable_weights} == {"bfloat16"}
+    for line, size in (("", 640), (" --tie-weights", 320)):
+        run(f"sparsify twice.gguf{line} --overwrite -o d.safetensors")
+        tables = kwm.load_model("d.safetensors").backbone.token_embedding
+        assert tables.count_params() == size
+    line = "generate preset a --tie-weights"
+    assert "needs a .gguf file" in run(line, code=1)
     line = "generate d.safetensors a --policy bfloat16"
     assert "whose layers have their own" in run(line, code=1)
     models.mlp(8, 4).save("a.keras")
