@@ -68,7 +68,7 @@ def train_scales(
     part = Part(whole, run, loss, fit, recompute=True)
     epochs = max(1, round(steps / len(fit)))
     before, after = train_part(
-        part, trained, fit, held, epochs, learning_rate, (), verbose
+        part, trained, fit, held, epochs, learning_rate, verbose=verbose
     )
     seam.fold_items(whole, items)
     return before, after if after <= before else before

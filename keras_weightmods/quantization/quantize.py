@@ -91,9 +91,8 @@ def quantize(
     N:M pattern keeps it.
 
     Rounding to nearest raises the perplexity of a small language model by a
-    quarter. This function rounds a kernel so that its outputs on the data
-    change least. It runs GPTQ (arXiv 2210.17323) without the zeros. Then it
-    sets each integer and each scale in turn to its best value.
+    quarter. Here the outputs of a kernel on the data change least: GPTQ (arXiv
+    2210.17323) rounds it, then each integer and scale is set to its best value.
 
     The head of a language model is rounded first. The kernels follow in the
     order of execution, each on the inputs that the rounded kernels before it
@@ -161,8 +160,9 @@ def quantize(
             ten times as much. Defaults to `0.01`.
         epochs: Int, passes of `"blocks"` over its data. Defaults to `None`, for
             `2` with a language model and `6` with others.
-        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
-            Defaults to `4e-4`.
+        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`, where a
+            kernel's weights have a root mean square of 0.2; for others in
+            proportion. Defaults to `4e-4`.
         resume: String or path of a folder. Each block is written there once it
             is done. After a kill or an error the same call continues from there
             and gives the same weights, bit for bit on the same machine. The

@@ -38,6 +38,19 @@ def refine(model, x, refine="blocks", **options):
     )
 
 
+@pytest.mark.parametrize("size", [0.01, 10.0])
+def test_the_size_of_the_weights_changes_nothing(size):
+    x, errors = data(), []
+    for factor in (1.0, size):
+        layer = keras.layers.Dense(8, use_bias=False)
+        model = models.randomize(sequential((16,), layer))
+        model.set_weights([factor * model.get_weights()[0]])
+        (block,) = refine(model, x, learning_rate=1e-2).blocks
+        errors.append((block.before, block.after))
+    assert errors[0][1] < 0.9 * errors[0][0]
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
+
+
 def test_a_linear_layer_ends_at_its_least_squares():
     """Weighted by the energy of each position, on the support it has.
 
