@@ -323,7 +323,8 @@ class _SharedOutAdam(keras.optimizers.Adam):
     """Adam with a multiple of the learning rate for some variables."""
 
     def __init__(self, learning_rate, shares):
-        super().__init__(learning_rate)
+        # TensorFlow takes no name with a leading underscore.
+        super().__init__(learning_rate, name="adam")
         self.shares, self.own_shares = shares, []
 
     def build(self, variables):

@@ -58,6 +58,13 @@ def test_compiled_functions_compute_the_same():
         np.testing.assert_allclose(got, [2, 5, 10], rtol=1e-6)
 
 
+def test_a_tensor_of_memory_that_is_not_aligned():
+    array = np.arange(-5.0, 4096.0, dtype="float32")[1:]
+    tensor = backend.current().tensor_of(array)
+    # TensorFlow would abort here.
+    np.testing.assert_array_equal(ops.abs(tensor), np.abs(array))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_tensors_and_arrays_have_the_same_bits(dtype):
     bits = np.arange(256, dtype="uint8").reshape(8, 32)

@@ -54,6 +54,9 @@ class _TensorFlow(Backend):
         return np.asarray(tensor)
 
     def tensor_of(self, array):
+        if array.ctypes.data % 64:
+            # Its operations abort Python on memory that is not aligned.
+            return tf.constant(array)
         if array.dtype == "bfloat16":
             # Dtypes of ml_dtypes are not part of DLPack's interface in NumPy.
             bits = self.tensor_of(array.view("uint16"))
