@@ -35,5 +35,6 @@ def whole(value: Any) -> Any:
         return group.whole(keras.ops.convert_to_tensor(value))
     if isinstance(value, keras.Variable):
         # Keras copies a variable twice, through float32 for bfloat16.
-        return current().array_of(value.value)
+        # On TensorFlow a variable of several devices is no array.
+        return current().array_of(keras.ops.convert_to_tensor(value))
     return keras.ops.convert_to_numpy(value)
