@@ -47,6 +47,19 @@ def blocks_table(blocks):
     return Table("Blocks, reconstructed", blocks, columns)
 
 
+def warn_of_undone(blocks, stacklevel):
+    """Warn where the training of most blocks was undone."""
+    undone = sum(block.after == block.before > 0 for block in blocks)
+    if 2 * undone > len(blocks):
+        warnings.warn(
+            f"On rows held out the training of {undone} of {len(blocks)} "
+            "blocks gave larger errors, and was undone. Pass a smaller "
+            "`learning_rate` or more `data`, or leave 'blocks' out of "
+            "`refine`, which takes less time.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def train_block(
     operation, targets, fit, held, epochs, learning_rate, positions=None
 ):
@@ -93,7 +106,7 @@ def train_block(
         item = slots(target.layer).get(target.attribute)
         trained += item.parameters if item else ()
     kept = [(target.variable, _Zeros(target.variable)) for target in targets]
-    shares = {
+    factors = {
         id(target.variable): _root_mean_square(target.variable)
         / _ROOT_MEAN_SQUARE
         for target in targets
@@ -107,7 +120,7 @@ def train_block(
         epochs,
         learning_rate,
         kept,
-        shares,
+        factors,
     )
     if not math.isfinite(after):
         raise ValueError(
@@ -128,7 +141,7 @@ def train_part(
     epochs,
     learning_rate,
     kept=(),
-    shares=None,
+    factors=None,
     verbose=0,
 ):
     """Train some variables of a `Part`, by Adam; return two losses.
@@ -140,7 +153,7 @@ def train_part(
             the latter after the training is undone.
         epochs, learning_rate: As in `train_block`.
         kept: List of pairs of a variable and its constraint meanwhile.
-        shares: Dict from the id of a variable to what its rate is multiplied
+        factors: Dict from the id of a variable to what its rate is multiplied
             by. Defaults to `None`, for the same rate everywhere.
         verbose: 0 or 1. 1 shows Keras' progress bars. Defaults to `0`.
 
@@ -160,9 +173,11 @@ def train_part(
         only_trained(part.operation, trained)
         for variable, constraint in kept:
             variable.constraint = constraint
-        # Adam itself is faster on torch.
-        adam = keras.optimizers.Adam(schedule)
-        part.compile(_SharedOutAdam(schedule, shares) if shares else adam)
+        # Keras' own Adam takes one step for all variables on torch.
+        if factors:
+            part.compile(_VariableRateAdam(schedule, factors))
+        else:
+            part.compile(keras.optimizers.Adam(schedule))
         before = part.evaluate(held, verbose=0)
         # `Batches` shuffles, by a seed; Keras by the generator of Python.
         part.fit(fit, epochs=epochs, verbose=verbose, shuffle=False)
@@ -319,21 +334,21 @@ def _root_mean_square(variable):
     return float(ops.sqrt(energy / count)) if float(count) else 1.0
 
 
-class _SharedOutAdam(keras.optimizers.Adam):
+class _VariableRateAdam(keras.optimizers.Adam):
     """Adam with a multiple of the learning rate for some variables."""
 
-    def __init__(self, learning_rate, shares):
+    def __init__(self, learning_rate, factors):
         # TensorFlow takes no name with a leading underscore.
         super().__init__(learning_rate, name="adam")
-        self.shares, self.own_shares = shares, []
+        self.factors, self.own_factors = factors, []
 
     def build(self, variables):
         super().build(variables)
-        self.own_shares = [self.shares.get(id(v), 1.0) for v in variables]
+        self.own_factors = [self.factors.get(id(v), 1.0) for v in variables]
 
     def update_step(self, gradient, variable, learning_rate):
-        share = self.own_shares[self._get_variable_index(variable)]
-        super().update_step(gradient, variable, learning_rate * share)
+        factor = self.own_factors[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, learning_rate * factor)
 
 
 class _Zeros(keras.constraints.Constraint):

@@ -15,6 +15,7 @@ from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
     is_float,
     train_block,
+    warn_of_undone,
 )
 from keras_weightmods.calibration.held_out import HeldOut
 from keras_weightmods.calibration.self_generated import self_generated
@@ -107,8 +108,7 @@ def quantize(
     - `"blocks"` trains one layer or transformer block after the other. Each
       learns to give the outputs that it has in the original model. The weights,
       as floats behind their rounding, and the scales are trained. This takes
-      about as long as `epochs + 3` epochs of training on these data. The
-      progress bar shows the remaining time.
+      about as long as `epochs + 3` epochs of training on these data.
     - `"scales"` trains the scales of all kernels and of the head at once, and
       leaves the integers alone. The model learns to give the outputs of the
       original one. The loss is KL(original || rounded) of the logits for a
@@ -160,9 +160,8 @@ def quantize(
             ten times as much. Defaults to `0.01`.
         epochs: Int, passes of `"blocks"` over its data. Defaults to `None`, for
             `2` with a language model and `6` with others.
-        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`, where a
-            kernel's weights have a root mean square of 0.2; for others in
-            proportion. Defaults to `4e-4`.
+        learning_rate: Float > 0. Adam's peak rate for `"blocks"` is this times
+            the root mean square of a kernel / 0.2. Defaults to `4e-4`.
         resume: String or path of a folder. Each block is written there once it
             is done. After a kill or an error the same call continues from there
             and gives the same weights, bit for bit on the same machine. The
@@ -402,6 +401,7 @@ def quantize(
                 trained = None
                 after = plain
             both = None if math.isnan(plain) else (plain, after)
+    warn_of_undone(record.blocks, 2)
     done = tuple(rows), skipped, tuple(record.blocks), note, both, trained
     if is_mixed:
         weights = [math.prod(row.shape) for row in rows]

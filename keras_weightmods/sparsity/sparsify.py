@@ -13,6 +13,7 @@ from keras_weightmods.calibration.block_reconstruction import (
     ReconstructedBlock,
     blocks_table,
     train_block,
+    warn_of_undone,
 )
 from keras_weightmods.calibration.walk import (
     change_kernels,
@@ -172,9 +173,8 @@ def sparsify(
             mean of the second moment's diagonal that is added to it. Defaults
             to `0.01`.
         epochs: Int, passes of `"blocks"` over the data. Defaults to `4`.
-        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`, where a
-            kernel's weights have a root mean square of 0.2; for others in
-            proportion. Defaults to `1e-3`.
+        learning_rate: Float > 0. Adam's peak rate for `"blocks"` is this times
+            the root mean square of a kernel / 0.2. Defaults to `1e-3`.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
@@ -325,6 +325,7 @@ def prune(
             f"{plain:.1%} there. Pass more `data`, or use that.",
             stacklevel=3,
         )
+    warn_of_undone(blocks, 3)
     name = "{}:{}".format(*parse_pattern(pattern))
     found = tuple(kernels), targets.skipped, tuple(blocks)
     return SparsifyReport(name, criterion, *found)

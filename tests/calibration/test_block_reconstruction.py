@@ -51,6 +51,18 @@ def test_the_size_of_the_weights_changes_nothing(size):
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
 
 
+@pytest.mark.parametrize("method", ["sparsify", "quantize"])
+def test_training_that_is_undone_is_no_secret(method):
+    call = {"sparsify": refine, "quantize": kwm.quantize}[method]
+    options = {"refine": "blocks", "learning_rate": 50.0, "verbose": 0}
+    with pytest.warns(UserWarning, match="of 3 of 3 blocks") as seen:
+        call(make_net(), data(), **options)
+    # The line that calls it, and for sparsify that of `refine`.
+    assert {each.filename for each in seen if "of 3" in str(each.message)} == {
+        __file__
+    }
+
+
 def test_a_linear_layer_ends_at_its_least_squares():
     """Weighted by the energy of each position, on the support it has.
 
@@ -208,7 +220,7 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
 
 def test_the_optimizer_of_a_block_is_freed_with_the_next(monkeypatch):
     """Also the gradients that Keras leaves on torch."""
-    alive, adam = [], keras.optimizers.Adam
+    alive, adam = [], block_reconstruction._VariableRateAdam
 
     class Seen(adam):
         def __init__(self, *args):
@@ -217,7 +229,7 @@ def test_the_optimizer_of_a_block_is_freed_with_the_next(monkeypatch):
             made.append(weakref.ref(self))
 
     made: list[Any] = []
-    monkeypatch.setattr(keras.optimizers, "Adam", Seen)
+    monkeypatch.setattr(block_reconstruction, "_VariableRateAdam", Seen)
     model = make_net()
     gc.collect()
     gc.disable()
