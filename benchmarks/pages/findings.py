@@ -219,7 +219,8 @@ divergence from the dense model is a third of that of rounding to nearest, so it
 says little about solving problems. The training of blocks and scales was undone
 in this row, as it made the rows held out worse. For the blocks its rate was too
 high for weights as small as these. The rate now goes by the size of the
-weights. The row has not been made again.
+weights. The row has not been made again. The rows were made on three days,
+beside other work, so only *by CPU* compares their speeds.
 
 ```bash
 OMP_NUM_THREADS=1 python -m benchmarks.humaneval --backend torch --cores 1 \\
