@@ -33,6 +33,8 @@ COMMANDS = {
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
+    "runtimes_engines": "benchmarks.runtimes --json FILE",
+    "runtimes_gemma3": "benchmarks.runtimes --model gemma3",
     "runtimes_qwen_coder": "benchmarks.runtimes --model qwen_coder",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
