@@ -29,8 +29,8 @@ def parse_arguments():
     parser = command_line.make_parser(__doc__)
     parser.add_argument(
         "--model",
-        help="a .keras file of a 2:4 KerasHub model, such as "
-        "sparsify_llm.py writes; by default SmolLM2-135M made 2:4 in one shot",
+        help="a .keras file of a 2:4 KerasHub model, such as sparsify_llm.py "
+        "--pattern 2:4 writes; by default SmolLM2-135M made 2:4 in one shot",
     )
     command_line.add_backend(parser)
     parser.add_argument("--steps", type=int, default=40, help="default: 40")

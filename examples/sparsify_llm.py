@@ -1,16 +1,22 @@
-"""Makes a language model exactly 2:4 sparse with CAST, and measures it.
+"""Makes a language model 16:32 sparse, and shows what that is worth.
 
     python -m examples.sparsify_llm
+    python -m examples.sparsify_llm --pattern 2:4
     python -m examples.sparsify_llm --backend torch --steps 800
     python -m examples.sparsify_llm --preset gemma3_1b --text my_corpus.txt
 
 The default takes SmolLM2-135M-Instruct, and English prose and docstrings from
-packages on PyPI. It prunes block by block, then trains on 30,720 tokens with
-the dense model as the teacher, in minutes on two cores. It prints the
-perplexity of the dense model, of one-shot magnitude pruning, and of CAST before
-and after the prune. The texts are prose and two kinds that are never trained
-on. It also prints a sentence of each model, saves the sparse one, and packs it.
-It prints the size, perplexity and tokens per second of both forms.
+packages on PyPI. It keeps 16 of every 32 weights: it prunes block by block,
+then trains on 30,720 tokens with the dense model as the teacher. That takes
+minutes on two cores. It saves the sparse model.
+
+The table at the end has the sparse model in integers beside the dense one in
+float32, in four bits and in three. `kwm.quantize` rounds them on the rows that
+the pruning reads. Each form has its perplexity on three texts, the geometric
+mean over that of the dense model, the size of its file, the new tokens per
+second of a compiled `generate`, and the minutes of one core that it took to
+make. The texts are prose and two kinds that are never trained on. Below is a
+sentence of each form.
 """
 
 import json
@@ -22,7 +28,7 @@ import numpy as np
 
 from examples import command_line
 from examples.data.prose import load_rows, model_inputs
-from examples.sizes import nbytes, peak_bytes
+from examples.sizes import peak_bytes
 
 # One of the kind that is trained on, and two of other kinds.
 TEXTS = ("held-out", "reference", "code")
@@ -39,7 +45,7 @@ def parse_arguments():
     parser = command_line.make_parser(__doc__)
     command_line.add_preset(parser)
     command_line.add_backend(parser)
-    parser.add_argument("--pattern", default="2:4", help="default: 2:4")
+    parser.add_argument("--pattern", default="16:32", help="default: 16:32")
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="of a row")
@@ -61,11 +67,17 @@ def parse_arguments():
         default=32,
         help="rows that a one-shot start is calibrated on, default: 32",
     )
+    parser.add_argument(
+        "--rounding",
+        default="",
+        help="how kwm.quantize refines, such as scales, or blocks,scales, "
+        "which take minutes more; default: not at all",
+    )
     parser.add_argument("--text", help="a UTF-8 file to train on instead")
     parser.add_argument(
         "--dtype",
-        help="Keras policy, default: mixed_bfloat16 on torch where the "
-        "processor multiplies in bfloat16, else float32",
+        help="Keras policy of the training, default: mixed_bfloat16 on torch "
+        "where the processor multiplies in bfloat16, else float32",
     )
     parser.add_argument(
         "--teacher-dtype",
@@ -79,6 +91,10 @@ def parse_arguments():
         "--smoke", action="store_true", help="a few steps, to test the script"
     )
     args = parser.parse_args()
+    args.refine, args.rounding = (
+        tuple(filter(None, names.split(","))) or None
+        for names in (args.refine, args.rounding)
+    )
     counts = ("steps", "batch_size", "length", "init_rows")
     command_line.check(parser, args, counts, files=("output", "json"))
     output = pathlib.Path(args.output)
@@ -86,7 +102,7 @@ def parse_arguments():
         parser.error(f"--output must end in .keras. Received: {output}")
     if args.smoke:
         args.steps, args.length = min(args.steps, 2), 64
-        args.init, args.refine = "magnitude", ""
+        args.init, args.refine, args.rounding = "magnitude", None, None
     return args
 
 
@@ -101,7 +117,6 @@ def run(args):
     import keras
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     import keras_weightmods as kwm
 
@@ -115,19 +130,45 @@ def run(args):
     console = Console()
     start = time.monotonic()
     keras.utils.set_random_seed(args.seed)
-    model = load_model(args)
+    model = load_model(args, "float32")
+    texts, train = load_texts(args, model.preprocessor.tokenizer)
+    sparse, seconds = make_sparse(args, train, console)
+    results = compare(model, sparse, seconds, texts, train, args, console)
+    console.print(make_table(results, args))
+    for row in results:
+        console.print(f"[bold]{row['form']}[/bold]: {escape(row['text'])}")
     console.print(
-        f"{model.name}: {model.count_params():,} parameters, "
-        f"{len(kwm.find_targets(model))} kernels to make {args.pattern}; Keras "
-        f"{keras.__version__} on {keras.backend.backend()}, {args.dtype}"
+        f"Saved: the sparse model in {args.output}, and the last form in "
+        f"{packed_file(args)}, which kwm.load_model reads."
     )
+    memory = peak_bytes() / 2**30
+    minutes = (time.monotonic() - start) / 60
+    processor = time.process_time() / 60
+    console.print(
+        f"{minutes:.1f} minutes, {processor:.1f} of the processor, peak memory "
+        f"{memory:.1f} GiB."
+    )
+    if args.json:
+        report = {
+            "backend": keras.backend.backend(),
+            "arguments": vars(args),
+            "results": results,
+            "minutes": minutes,
+            "processor_minutes": processor,
+            "peak_memory_gib": memory,
+        }
+        pathlib.Path(args.json).write_text(json.dumps(report, indent=1))
+
+
+def load_texts(args, tokenizer):
+    """Return the rows of each of `TEXTS`, and those to train on."""
     rows = 2 if args.smoke else 16
     count = args.steps * args.batch_size
     # Half are docstrings, unless the user gives a text.
     documentation = 0 if args.text or args.smoke else count // 2
     limits = {"documentation": documentation} if documentation else {}
     *texts, train = load_rows(
-        model.preprocessor.tokenizer,
+        tokenizer,
         args.length + 1,
         args.text,
         args.seed,
@@ -139,33 +180,20 @@ def run(args):
     )
     train = np.concatenate([train, *texts[len(TEXTS) :]])
     train = np.random.default_rng(args.seed).permutation(train)
-    texts = dict(zip(TEXTS, texts))
-    measure = kwm.Perplexity(model)
-    results = []
+    return dict(zip(TEXTS, texts)), train
 
-    def record(name, measure=measure, tokens=0, seconds=0.0, text=True):
-        console.rule(name)
-        results.append(
-            {
-                "model": name,
-                **{text: measure(rows, text) for text, rows in texts.items()},
-                "tokens": tokens,
-                "seconds": seconds,
-                "text": generate(model, args) if text else None,
-            }
-        )
 
-    record("dense")
-    dense_weights = model.get_weights()
-    kwm.sparsify(model, args.pattern, criterion="magnitude")
-    record("one-shot magnitude")
-    model.set_weights(dense_weights)
-    del dense_weights
+def make_sparse(args, train, console):
+    """Train by CAST, save the model, and return its weights.
 
-    console.rule("CAST")
-    refine = tuple(filter(None, args.refine.split(","))) or None
-    if args.init == "dense":
-        refine = None
+    Returns:
+        Tuple (weights, seconds of the processor that it took).
+    """
+    import keras_weightmods as kwm
+
+    model = load_model(args, args.dtype)
+    console.rule(f"{args.pattern} by CAST")
+    refine = None if args.init == "dense" else args.refine
     cast = kwm.CAST(
         model,
         pattern=args.pattern,
@@ -175,20 +203,19 @@ def run(args):
         teacher_dtype=args.teacher_dtype,
     )
     console.print(
-        f"{len(cast.targets)} kernels, teacher "
-        f"{cast.teacher_bytes / 2**20:,.0f} MiB; start: {args.init}, "
+        f"{model.name}: {model.count_params():,} parameters, "
+        f"{len(cast.targets)} kernels to make {args.pattern} in {args.dtype}; "
+        f"teacher {cast.teacher_bytes / 2**20:,.0f} MiB; start: {args.init}, "
         f"recipe: {cast.default_recipe(args.init, refine)}"
     )
     cast.compile()
-    inputs, labels = model_inputs(train[:, :-1]), train[:, 1:]
-    began = time.monotonic()
+    began = time.process_time()
     cast.fit(
-        inputs,
-        labels,
+        model_inputs(train[:, :-1]),
+        train[:, 1:],
         batch_size=args.batch_size,
         callbacks=[kwm.SparsityMonitor()],
     )
-    seconds = time.monotonic() - began
     if cast.init_report is not None:
         kernels = cast.init_report.kernels
         errors = [k.error for k in kernels if k.error is not None]
@@ -196,128 +223,129 @@ def run(args):
             f"The start changed the kernels' outputs by "
             f"{statistics.mean(errors):.1%} of their energy."
         )
-    record("CAST, before the prune", kwm.Perplexity(model), text=False)
     sparse = cast.finalize()
-    record("CAST", tokens=labels.size, seconds=seconds)
+    seconds = time.process_time() - began
     kwm.assert_sparse(sparse, args.pattern)
-    totals = kwm.sparsity_report(sparse, args.pattern).totals
+    totals = cast.report.totals
+    console.print(
+        f"{totals['exact']} of {totals['kernels']} kernels are exactly "
+        f"{args.pattern}."
+    )
+    sparse.save(args.output)
+    return sparse.get_weights(), seconds
 
-    table = Table(title=f"{model.name}, {args.pattern}")
-    for name in ("model", *TEXTS, "x dense", "tokens", "time"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+
+def compare(model, sparse, spent, texts, train, args, console):
+    """Measure the dense and the sparse weights in each form.
+
+    Args:
+        spent: Float, the seconds of the processor that `sparse` took.
+
+    Returns:
+        List of dicts, one for each form.
+    """
+    import keras_weightmods as kwm
+
+    measure = kwm.Perplexity(model)
+    kwm.compile_generate(model)
+    dense = model.get_weights()
+
+    def quantize(bits):
+        # The rows that `make_sparse` prunes on.
+        rows = model_inputs(train[: args.init_rows, :-1])
+        kwm.quantize(model, rows, bits, refine=args.rounding)
+        kwm.pack(model)
+
+    forms = [
+        ("dense float32", dense, lambda: None),
+        ("dense int4", dense, lambda: quantize(4)),
+        ("dense int3", dense, lambda: quantize(3)),
+        (f"{args.pattern} int8", sparse, lambda: kwm.pack(model, "int8")),
+        (f"{args.pattern} int4", sparse, lambda: quantize(4)),
+    ]
+    if args.pattern == "2:4":
+        # Floats of other patterns are smaller in a file alone.
+        forms.insert(3, ("2:4 float32", sparse, lambda: kwm.pack(model)))
+    if args.smoke:
+        forms = forms[::3]
+    results = []
+    for name, weights, make in forms:
+        console.rule(name)
+        model.set_weights(weights)
+        began = time.process_time()
+        make()
+        seconds = time.process_time() - began + spent * (weights is sparse)
+        kwm.save_model(model, packed_file(args))
+        speed, text = generate(model, args)
+        results.append(
+            {
+                "form": name,
+                **{kind: measure(rows, kind) for kind, rows in texts.items()},
+                "file_bytes": packed_file(args).stat().st_size,
+                "tokens_per_second": speed,
+                "seconds": seconds,
+                "text": text,
+            }
+        )
+        kwm.unpack(model)
+    return results
+
+
+def make_table(results, args):
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    steps = " + ".join(("GPTQ", *(args.rounding or ())))
+    table = Table(
+        title="What each form is worth",
+        caption=f"int4 and int3: kwm.quantize by {steps} on {args.init_rows} "
+        f"rows. {args.pattern}: trained on {args.steps * args.batch_size} rows "
+        "before. Minutes of one core, to make it.",
+        box=SIMPLE,
+        padding=0,
+    )
+    table.add_column("form", no_wrap=True)
+    for name in ("x dense", *TEXTS, "MB", "tokens/s", "minutes"):
+        table.add_column(name, justify="right")
     for row in results:
         ratios = [row[text] / results[0][text] for text in TEXTS]
         table.add_row(
-            row["model"],
-            *(f"{row[text]:.1f}" for text in TEXTS),
+            row["form"],
             f"{statistics.geometric_mean(ratios):.2f}",
-            f"{row['tokens']:,}" if row["tokens"] else "",
-            f"{row['seconds']:.0f} s" if row["seconds"] else "",
+            *(f"{row[text]:.1f}" for text in TEXTS),
+            f"{row['file_bytes'] / 1e6:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds'] / 60:.1f}",
         )
-    console.print(table)
-    for row in results:
-        if row["text"]:
-            text = escape(row["text"])
-            console.print(f"[bold]{row['model']}[/bold]: {text}")
-    memory = peak_bytes() / 2**30
-    sparse.save(args.output)
-    console.print(
-        f"{totals['exact']} of {totals['kernels']} kernels are exactly "
-        f"{args.pattern}; saved to {args.output}."
-    )
-    packed = pack(sparse, texts["held-out"], args, console)
-    minutes = (time.monotonic() - start) / 60
-    console.print(f"{minutes:.1f} minutes, peak memory {memory:.1f} GiB.")
-    if args.json:
-        report = {
-            "backend": keras.backend.backend(),
-            "arguments": vars(args),
-            "results": results,
-            "packed": packed,
-            "minutes": minutes,
-            "peak_memory_gib": memory,
-            "totals": totals,
-        }
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1))
+    return table
 
 
-def load_model(args):
+def load_model(args, dtype):
     from examples.data.smollm2 import load_causal_lm
 
-    model = load_causal_lm(args.preset, args.dtype)
+    model = load_causal_lm(args.preset, dtype)
     model.compile(sampler="greedy")
     return model
 
 
-def generate(model, args):
-    new_tokens = 4 if args.smoke else 24
-    prompt_length = len(model.preprocessor.tokenizer(PROMPT))
-    return model.generate(PROMPT, max_length=prompt_length + new_tokens)
-
-
-def pack(model, held_out, args, console):
-    """Size, perplexity and speed of the sparse model, dense and packed."""
-    from rich.table import Table
-
-    import keras_weightmods as kwm
-
+def packed_file(args):
     output = pathlib.Path(args.output)
-    file = output.with_name(f"{output.stem}.packed.safetensors")
-    measure = kwm.Perplexity(model)
-    rows = []
-
-    def record(name, path):
-        rows.append(
-            {
-                "model": name,
-                "weights_bytes": nbytes(model.weights),
-                "file_bytes": path.stat().st_size,
-                "tokens_per_second": tokens_per_second(model, args),
-                "held_out": measure(held_out, "held-out"),
-            }
-        )
-
-    console.rule("packed")
-    record(f"{args.pattern}, stored dense", output)
-    forms = [("packed, int8 values and head", {"dtype": "int8"})]
-    if args.pattern in ("2:4", "1:4", "1:2") and not args.smoke:
-        # Floats of other patterns are smaller in a file alone.
-        forms.insert(0, ("packed", {}))
-    for name, options in forms:
-        kwm.pack(model, **options)
-        kwm.save_model(model, file)
-        record(name, file)
-        if not options:
-            kwm.unpack(model)
-    table = Table(title=f"{model.name}, {args.pattern}: batch 1")
-    table.add_column("model")
-    for name in ("weights", "file", "tokens/s", "x dense", "held-out"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        speed = row["tokens_per_second"]
-        table.add_row(
-            row["model"],
-            f"{row['weights_bytes'] / 1e6:.0f} MB",
-            f"{row['file_bytes'] / 1e6:.0f} MB",
-            f"{speed:.1f}",
-            f"{speed / rows[0]['tokens_per_second']:.2f}",
-            f"{row['held_out']:.1f}",
-        )
-    console.print(table)
-    console.print(f"The last one is in {file}; kwm.load_model brings it back.")
-    return rows
+    return output.with_name(f"{output.stem}.packed.safetensors")
 
 
-def tokens_per_second(model, args):
-    """Return the median over texts; the first compiles and is left out."""
-    new_tokens, texts = (4, 2) if args.smoke else (24, 4)
+def generate(model, args):
+    """Return the median tokens per second over texts, and the last text.
+
+    The first one compiles and is left out.
+    """
+    new_tokens, texts = (4, 2) if args.smoke else (32, 4)
     length = len(model.preprocessor.tokenizer(PROMPT)) + new_tokens
     seconds = []
     for _ in range(texts):
         start = time.monotonic()
-        model.generate(PROMPT, max_length=length, stop_token_ids=None)
+        text = model.generate(PROMPT, max_length=length, stop_token_ids=None)
         seconds.append(time.monotonic() - start)
-    return new_tokens / statistics.median(seconds[1:])
+    return new_tokens / statistics.median(seconds[1:]), text
 
 
 if __name__ == "__main__":
