@@ -91,19 +91,20 @@ class Steps:
         return logits, ops.pad(hidden_states, padding), cache
 
     def first(self, token_ids, cache):
-        """Read the first tokens."""
-        return self._call(token_ids, cache, 0)
+        """Read the first tokens. The logits are not used: one is enough."""
+        call = logits_at(self.model, slice(1))
+        return self._call(call, token_ids, cache, 0)
 
     def step(self, token_ids, cache, index):
         """Read one token."""
-        return self._call(token_ids, cache, index)
+        return self._call(self.model.call_with_cache, token_ids, cache, index)
 
-    def _call(self, token_ids, cache, index):
+    def _call(self, call, token_ids, cache, index):
         if not self.has_pairs:
-            return self.model.call_with_cache(token_ids, cache, index)
+            return call(token_ids, cache, index)
         layers = (cache[:, i] for i in range(cache.shape[1]))
         pairs = tuple((layer[:, 0], layer[:, 1]) for layer in layers)
-        *outputs, pairs = self.model.call_with_cache(token_ids, pairs, index)
+        *outputs, pairs = call(token_ids, pairs, index)
         return *outputs, _stacked(pairs)
 
 
@@ -155,6 +156,47 @@ def view_of(obj: Any, **attributes: Any) -> Any:
     view = object.__new__(type(obj))
     vars(view).update(vars(obj), **attributes)
     return view
+
+
+def logits_at(model: Any, places: slice) -> Any:
+    """Return `call_with_cache` of a model, with logits of some places alone.
+
+    Those of a whole prompt take most memory where the vocabulary is large.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`. Others than KerasHub's own, which
+            may do more with the logits, compute all of them.
+        places: Slice of the positions.
+    """
+    cut = model.call_with_cache
+    backbone = getattr(model, "backbone", None)
+    table = getattr(backbone, "token_embedding", None)
+    if table is not None and cut.__module__.startswith("keras_hub."):
+        table = _Table(table, places)
+        # The names without `_` are properties.
+        backbone = view_of(backbone, _token_embedding=table)
+        cut = view_of(model, _backbone=backbone).call_with_cache
+
+    def call(token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        logits, *others = cut(token_ids, *args, **kwargs)
+        if logits.shape[1] == token_ids.shape[1]:
+            logits = logits[:, places]
+        return logits, *others
+
+    return call
+
+
+class _Table:
+    """A table that gives the logits of some places alone."""
+
+    def __init__(self, table, places):
+        self.table, self.places = table, places
+
+    def __call__(self, x, reverse=False):
+        return self.table(x[:, self.places] if reverse else x, reverse=reverse)
+
+    def __getattr__(self, name):
+        return getattr(self.table, name)
 
 
 def difference(received: Any, expected: Any, rounds_inputs: bool) -> str:

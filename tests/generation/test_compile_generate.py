@@ -273,6 +273,38 @@ def test_first_tokens_that_depend_on_what_follows(packed, off, match):
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prompt_gives_the_logits_of_some_places_alone(family, monkeypatch):
+    """Those of all take most of the memory with a large vocabulary."""
+    model = language_model(family)
+    table, seen = model.backbone.token_embedding, []
+
+    def call(x, reverse=False):
+        seen.append(x.shape[1] if reverse else 1)
+        return type(table).call(table, x, reverse)
+
+    monkeypatch.setattr(table, "call", call)
+    kwm.compile_generate(model)
+    with no_warning():
+        generated(model, prompts(70, 90, size=100))
+    assert max(seen) == 32
+
+
+@pytest.mark.one_backend
+def test_own_models_of_keras_hub_whose_tokens_see_later_ones_fall_back(
+    monkeypatch,
+):
+    model = language_model()
+    norm = model.backbone.layer_norm
+
+    def call(x):
+        return type(norm).call(norm, x + ops.mean(x, axis=1, keepdims=True))
+
+    monkeypatch.setattr(norm, "call", call)
+    check_falls_back(model, "at most", prompts(3, size=40))
+
+
+@pytest.mark.one_backend
 def test_refuses_other_models():
     with pytest.raises(ValueError, match=r"CausalLM.*Received: Sequential"):
         kwm.compile_generate(models.mlp())

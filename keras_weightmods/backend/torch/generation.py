@@ -94,11 +94,7 @@ class CompiledGenerate(Steps):
         if key not in recorded:
             while len(recorded) >= _RECORDINGS:
                 recorded.pop(next(iter(recorded)))
-            # Record with other numbers, so that these do not become constants.
-            others = [torch.zeros_like(x) for x in (token_ids, cache)]
-            others = [x.contiguous() for x in others]
-            others += [i - 1 if i > 0 else i + 1 for i in index]
-            made = self._record(function, others)
+            made = self._record(function, token_ids, cache, *index)
             received, expected = (
                 f(token_ids.clone(), cache.clone(), *index)[0]
                 for f in (made, function)
@@ -112,7 +108,11 @@ class CompiledGenerate(Steps):
             recorded[key] = made
         return recorded[key](token_ids, cache, *index)
 
-    def _record(self, function, inputs):
+    def _record(self, function, token_ids, cache, *index):
+        # Record with other numbers, so that these do not become constants.
+        inputs = [torch.zeros_like(x) for x in (token_ids, cache)]
+        inputs = [x.contiguous() for x in inputs]
+        inputs += [i - 1 if i > 0 else i + 1 for i in index]
         variables = self.model.variables
         weights = [v.value for v in variables]
 
