@@ -17,6 +17,10 @@ from keras_weightmods.native import layout
 from keras_weightmods.native import packed as native_format
 from keras_weightmods.ops.sparse_matmul import sparse_matmul
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
+
+# Columns that are packed or unpacked at a time, whole blocks of them.
+_COLUMNS = 2**12
 
 Specs = dict[str, tuple[tuple[int, ...], str]]
 
@@ -128,15 +132,26 @@ class NativeFormat(Format):
         return layout.packed_arrays(shape, self.dtype, self.pattern)
 
     def pack(self, matrix, scale=None):
-        if self.pattern is None:
-            packed = native_format.pack_dense(matrix, self.dtype, scale)
-        else:
-            packed = native_format.pack_kernel(
-                matrix, self.dtype, scale=scale, pattern=self.pattern
-            )
-        return {
-            name: getattr(packed, name) for name in self.arrays(packed.shape)
+        arrays = {
+            name: np.empty(shape, numpy_dtype(dtype))
+            for name, (shape, dtype) in self.arrays(matrix.shape).items()
         }
+        for columns, blocks in self._parts(matrix.shape[1]):
+            own = None if scale is None else scale[:, columns]
+            if self.pattern is None:
+                packed = native_format.pack_dense(
+                    matrix[:, columns], self.dtype, own
+                )
+            else:
+                packed = native_format.pack_kernel(
+                    matrix[:, columns],
+                    self.dtype,
+                    scale=own,
+                    pattern=self.pattern,
+                )
+            for name, array in arrays.items():
+                array[blocks] = getattr(packed, name)
+        return arrays
 
     def pack_integers(self, codes, scale):
         if self.dtype not in layout.INTEGERS:
@@ -168,10 +183,24 @@ class NativeFormat(Format):
         return codes, scale.repeat(group, axis=0)[:rows]
 
     def unpack(self, arrays, shape, xp):
-        packed = self.packed(arrays, shape)
-        if xp is np:
-            return native_format.unpack_kernel(packed)
-        return native_format.unpack_tensor(packed)
+        if xp is not np:
+            return native_format.unpack_tensor(self.packed(arrays, shape))
+        matrix = np.empty(shape, np.float32)
+        for columns, blocks in self._parts(shape[1]):
+            part = matrix[:, columns]
+            own = {name: array[blocks] for name, array in arrays.items()}
+            part[:] = native_format.unpack_kernel(self.packed(own, part.shape))
+        return matrix
+
+    def _parts(self, count):
+        """Yield slices of columns, and of their blocks, that fit in memory.
+
+        Each step on the whole of a table would take as much as the table does.
+        """
+        for start in range(0, count, _COLUMNS):
+            stop = min(start + _COLUMNS, count)
+            blocks = slice(start // self.columns, -(-stop // self.columns))
+            yield slice(start, stop), blocks
 
     def packed(self, arrays, shape, activations="float32"):
         """Return the `Packed` of arrays, which `ops.sparse_matmul` takes."""

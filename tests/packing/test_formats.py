@@ -86,3 +86,20 @@ def test_formats_that_are_none_or_there_already_are_refused():
     for wrong in ("ternary", formats.NativeFormat("int8", None)):
         with pytest.raises(ValueError, match=r"a `Format`|a name other than"):
             formats.register_format(wrong)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4", "16:32"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int3"])
+def test_a_table_in_parts_is_packed_as_the_whole(dtype, pattern, monkeypatch):
+    form = formats.formats_of(dtype).get(pattern)
+    if form is None:
+        pytest.skip("not a format")
+    matrix = normal(96, 50)
+    if pattern:
+        matrix = models.numpy(kwm.ops.nm_project(matrix, pattern))
+    whole = form.pack(matrix)
+    rounded = form.unpack(whole, matrix.shape, np)
+    monkeypatch.setattr(formats, "_COLUMNS", 16)
+    parts = form.pack(matrix)
+    models.assert_same(parts, whole)
+    models.assert_same(form.unpack(parts, matrix.shape, np), rounded)
