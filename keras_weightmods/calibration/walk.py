@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -15,6 +16,8 @@ from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.utils.report import Skipped
 
 _METRIC = "output error"
+# The most entries of a weight that are checked at once.
+_ENTRIES = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +157,19 @@ def check_finite(variables, way_out="Load finite weights first."):
         variables: Iterable of variables.
         way_out: String, what to do then.
     """
-    bad = [v.path for v in variables if not ops.all(ops.isfinite(v.value))]
+    bad = [v.path for v in variables if not _is_finite(v.value)]
     if bad:
         raise ValueError(
             "Weights must be finite to be pruned or rounded. Received: NaN or "
             f"infinity in {len(bad)} of them, {bad[:5]}. {way_out}"
         )
+
+
+def _is_finite(value):
+    # At once, a table would take several times its memory.
+    size = max(1, _ENTRIES // math.prod(value.shape[1:]))
+    parts = (value[i : i + size] for i in range(0, value.shape[0], size))
+    return all(ops.all(ops.isfinite(part)) for part in parts)
 
 
 class Walk:

@@ -1,11 +1,13 @@
 """Rounding the head of a language model for the least change of logits."""
 
+import math
 import time
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.calibration import inputs
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import Head, reversible_embeddings
@@ -13,12 +15,13 @@ from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import reconstruction_error
-from keras_weightmods.utils.matrix import from_matrix, to_matrix
+from keras_weightmods.utils.dtypes import numpy_dtype
+from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
-# Units of the head rounded at a time.
-UNITS = 4096
+# Units of a weight that are changed at a time.
+_UNITS = 4096
 # More damping if the table is also used for lookups: a row must then stay close
 # to itself for any input of the head.
 _LOOKED_UP = 10
@@ -79,17 +82,13 @@ def round_table(
     if target.attribute == "embeddings":
         damping *= _LOOKED_UP
     fit, measured = map(hidden.moment, (hidden.fit, hidden.held))
-    axes = target.contraction_axes
-    table = to_matrix(target.variable.value, axes)
-    parts, scales, sums = [], [], np.zeros(3)
-    starts = range(0, table.shape[1], UNITS)
-    with (
-        Progress(len(starts), "part of the head", verbose, began) as progress,
-        inputs.eager_forward(),
-        inputs.compiled(),
-    ):
-        for start in progress.each(starts):
-            units = ops.cast(table[:, start : start + UNITS], "float32")
+    scales, sums = [], np.zeros(3)
+    count = -(-math.prod(target.shape) // target.contraction_size // _UNITS)
+    with Progress(count, "part of the head", verbose, began) as progress:
+
+        def rounded(units: Any) -> Any:
+            nonlocal sums
+            units = ops.cast(units, "float32")
             after = round_kept(units, fit, grid, damping)
             nearest = round_kept(units, None, grid)
             errors = []
@@ -101,14 +100,36 @@ def round_table(
             if errors[1] > errors[0]:
                 after, errors[1] = nearest, errors[0]
             sums += (*errors, whole)
-            # The grid is exact in the type of the table.
-            parts.append(ops.cast(after.values, target.variable.dtype))
             scales.append(after.scales)
-    rounded = ops.concatenate(parts, axis=1)
-    target.variable.assign(from_matrix(rounded, target.shape, axes))
+            progress.add()
+            return after.values
+
+        change_units(target, rounded)
     nearest, error = sums[:2] / (sums[2] or 1)
     stack = ops.concatenate(scales, axis=1)[None]
     return stack, float(nearest), float(error)
+
+
+def change_units(target: Target, change: Any) -> None:
+    """Change a weight by parts, so that no second tensor is as large.
+
+    Args:
+        target: `Target`.
+        change: Callable from some units, a tensor (K, `_UNITS` at most), to
+            others, exact in the type of the weight.
+    """
+    axes = target.contraction_axes, target.stack_axes
+    dtype = target.variable.dtype
+    (matrix,) = to_stack(target.variable.value, *axes, 1)
+    new = np.empty(matrix.shape, numpy_dtype(dtype))
+    # On torch it keeps no gradients.
+    with inputs.eager_forward(), inputs.compiled():
+        for start in range(0, matrix.shape[1], _UNITS):
+            part = slice(start, start + _UNITS)
+            units = ops.cast(change(matrix[:, part]), dtype)
+            new[:, part] = backend.current().array_of(units)
+    stack = backend.current().tensor_of(new[None])
+    target.variable.assign(from_stack(stack, target.shape, *axes))
 
 
 class Outputs:

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.calibration import inputs
 from keras_weightmods.calibration.block_reconstruction import (
     is_float,
     train_block,
@@ -42,15 +41,15 @@ from keras_weightmods.quantization.budget import (
 from keras_weightmods.quantization.end_to_end import train_scales, values_of
 from keras_weightmods.quantization.grid_weights import GridScales, GridWeights
 from keras_weightmods.quantization.head import (
-    UNITS,
     Outputs,
+    change_units,
     find_table,
     round_table,
 )
 from keras_weightmods.quantization.record import Record
 from keras_weightmods.quantization.report import QuantizedKernel, QuantizeReport
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.matrix import from_stack, to_stack
+from keras_weightmods.utils.matrix import to_stack
 from keras_weightmods.utils.report import skipped_text
 
 # Significant bits of floats that hold a product of scale and integer.
@@ -439,18 +438,10 @@ class _Quantizer:
     def to_nearest(self, targets: list[Target]) -> None:
         """Round each weight to nearest."""
         for target in targets:
-            axes = target.contraction_axes, target.stack_axes
-            grid, dtype = self.grid_for(target), target.variable.dtype
-            (matrix,) = to_stack(target.variable.value, *axes, 1)
-            # On torch it keeps no gradients.
-            with inputs.eager_forward(), inputs.compiled():
-                rounded = (
-                    round_kept(matrix[:, i : i + UNITS], None, grid)
-                    for i in range(0, matrix.shape[1], UNITS)
-                )
-                parts = [ops.cast(each.values, dtype) for each in rounded]
-            stack = ops.concatenate(parts, axis=1)[None]
-            target.variable.assign(from_stack(stack, target.shape, *axes))
+            grid = self.grid_for(target)
+            change_units(
+                target, lambda x, grid=grid: round_kept(x, None, grid).values
+            )
 
     def round(
         self, group: list[Target], moments: Any, note: str

@@ -265,3 +265,18 @@ def test_a_kernel_that_no_data_reach_is_named(name):
     told = [str(each.message) for each in caught]
     told += [f"{k.path}: {k.note}" for k in getattr(report, "kernels", ())]
     assert any("spare/kernel: the data do not reach it" in x for x in told)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("place", [None, (0, 0), (6, 2)])
+def test_weights_are_checked_in_parts(monkeypatch, dtype, place):
+    monkeypatch.setattr(walk, "_ENTRIES", 6)
+    value = normal(7, 3)
+    if place:
+        value[place] = np.nan
+    variable = keras.Variable(value, dtype=dtype)
+    if place is None:
+        walk.check_finite([variable])
+    else:
+        with pytest.raises(ValueError, match=variable.path):
+            walk.check_finite([variable])
