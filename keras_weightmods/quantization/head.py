@@ -111,7 +111,7 @@ def round_table(
 
 
 def change_units(target: Target, change: Any) -> None:
-    """Change a weight by parts, so that no second tensor is as large.
+    """Change a weight by parts: no step takes as much memory as a table.
 
     Args:
         target: `Target`.
@@ -120,8 +120,16 @@ def change_units(target: Target, change: Any) -> None:
     """
     axes = target.contraction_axes, target.stack_axes
     dtype = target.variable.dtype
-    (matrix,) = to_stack(target.variable.value, *axes, 1)
-    new = np.empty(matrix.shape, numpy_dtype(dtype))
+    value = target.variable.value
+    (matrix,) = to_stack(value, *axes, 1)
+    own, new = map(backend.current().view_of, (value, matrix))
+    # On torch the weight itself, where it has a matrix without a copy.
+    if (
+        new is None
+        or not new.flags.writeable
+        or not np.may_share_memory(own, new)
+    ):
+        new = np.empty(matrix.shape, numpy_dtype(dtype))
     # On torch it keeps no gradients.
     with inputs.eager_forward(), inputs.compiled():
         for start in range(0, matrix.shape[1], _UNITS):
