@@ -323,54 +323,69 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   constexpr int64_t kBytes = (kMasked ? 32 : 64) * kStored;
   const int64_t row_blocks = w.row_blocks();
   auto values = static_cast<const char*>(w.values_of(column_block));
-  __m512 total[R];
-  for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
   const char* masks = nullptr;
   if (kMasked) masks = reinterpret_cast<const char*>(w.meta_of(column_block));
-  for (int64_t b = 0; b < row_blocks; ++b) {
-    const uint8_t* bytes = x.bytes + b * R * kBlockRows;
-    const char* block = values + b * kBytes;
+  // All loops over rows are unrolled, so that these stay in registers.
+  __m512 total[R], part[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) total[r] = part[r] = _mm512_setzero_ps();
+  for (int64_t first = 0; first < row_blocks; first += kwm::kScaleBlocks) {
+    const int64_t end = kwm::min(first + kwm::kScaleBlocks, row_blocks);
+    for (int64_t b = first; b < end; ++b) {
+      const uint8_t* bytes = x.bytes + b * R * kBlockRows;
+      const char* block = values + b * kBytes;
 #pragma GCC unroll 8
-    for (int line = 0; line < kBytes / 64; ++line) Next::line(block + 64 * line);
-    Next::page(block);
-    if constexpr (kMasked) Next::line(masks + b * 64);
-    __m512i sum[R];
-    for (int r = 0; r < R; ++r) {
-      sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
-    }
-    const auto add_word = [&](int word, __m512i value) {
+      for (int line = 0; line < kBytes / 64; ++line) {
+        Next::line(block + 64 * line);
+      }
+      Next::page(block);
+      if constexpr (kMasked) Next::line(masks + b * 64);
+      __m512i sum[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        int32_t activations;
-        memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
-        sum[r] = _mm512_dpbusd_epi32(sum[r], value,
-                                     _mm512_set1_epi32(activations));
+        sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
       }
-    };
-    if constexpr (kMasked) {
-      const int64_t place = column_block * row_blocks + b;
-      ahead->at(place).words(masks + b * 64, add_word);
-      ahead->load(place + ahead->kBlocks);
-    } else {
+      const auto add_word = [&](int word, __m512i value) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int32_t activations;
+          memcpy(&activations, bytes + r * kBlockRows + 4 * word, 4);
+          sum[r] = _mm512_dpbusd_epi32(sum[r], value,
+                                       _mm512_set1_epi32(activations));
+        }
+      };
+      if constexpr (kMasked) {
+        const int64_t place = column_block * row_blocks + b;
+        ahead->at(place).words(masks + b * 64, add_word);
+        ahead->load(place + ahead->kBlocks);
+      } else {
 #pragma GCC unroll 8
-      for (int n = 0; n < 8; ++n) {
-        const int word = kwm::word_in_order(kStored, n);
-        add_word(word, unsigned_word<kBits, kStored>(block, word));
+        for (int n = 0; n < 8; ++n) {
+          const int word = kwm::word_in_order(kStored, n);
+          add_word(word, unsigned_word<kBits, kStored>(block, word));
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]),
+                                  _mm512_set1_ps(x.steps[b * R + r]), part[r]);
       }
     }
-    __m512 scale = _mm512_setzero_ps();
-    if (kBits != 8) scale = group_scale(w, column_block, b);
+    if (kBits == 8) continue;
+    // The scale comes last: so denormal steps lose nothing.
+    const __m512 scale = group_scale(w, column_block, first);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      total[r] = add_block<kBits>(total[r], sum[r], x.steps[b * R + r], scale);
+      total[r] = _mm512_fmadd_ps(part[r], scale, total[r]);
+      part[r] = _mm512_setzero_ps();
     }
   }
+  __m512 last = _mm512_setzero_ps();
+  if (kBits == 8) last = _mm512_loadu_ps(w.int8_scale(column_block));
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    __m512 sum = total[r];
-    if (kBits == 8) {
-      sum = _mm512_mul_ps(sum, _mm512_loadu_ps(w.int8_scale(column_block)));
-    }
-    _mm512_storeu_ps(y + r * y_stride, sum);
+    _mm512_storeu_ps(y + r * y_stride,
+                     kBits == 8 ? _mm512_mul_ps(part[r], last) : total[r]);
   }
 }
 
@@ -400,12 +415,15 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
-using Tiles = TileRows<1, 2, 4, 6, 8, 12, 16>;
+// For a dense matrix the sums of more rows do not fit into the registers.
+template <bool kDense>
+using Tiles = std::conditional_t<kDense, TileRows<1, 2, 4, 6, 8, 9>,
+                                 TileRows<1, 2, 4, 6, 8, 12, 16>>;
 
 template <Form kForm, int kBits, int kStored>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  Tiles::run(x.rows, [&](auto rows) {
+  Tiles<kForm != Form::kSparse>::run(x.rows, [&](auto rows) {
     multiply_columns<kForm, kBits, kStored, decltype(rows)::value>(
         x, w, column_block, y, y_stride);
   });
@@ -415,7 +433,7 @@ template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr int kMaskedBits = kStored == 8 ? kBits : 8;
   static constexpr Int8Kernels kernels{
-      Tiles::kSizes, quantize<kDense ? 1 << (kBits - 1) : 0>,
+      Tiles<kDense>::kSizes, quantize<kDense ? 1 << (kBits - 1) : 0>,
       multiply<kDense ? Form::kDense : Form::kSparse, kBits, kStored>,
       expand<kMaskedBits>, multiply<Form::kMasked, kMaskedBits, kMaskedBits>};
 };
