@@ -42,9 +42,7 @@ void kwm_attend(const float* q, const float* keys, const float* values,
   const int64_t tile = std::min<int64_t>(queries, kwm::HeadOfKeys::kQueries),
                 tiles = kwm::ceil_div(queries, tile),
                 cost = 2 * tile * group * places * size / kwm::kLanes,
-                room = queries == 1
-                           ? kwm::HeadOfKeys::scratch(group, places)
-                           : kwm::HeadOfKeys::scratch_of_many(places, size);
+                room = kwm::HeadOfKeys::scratch(places, size);
   threads.run(
       batch * key_heads * tiles, kwm::grain(cost),
       [&](int64_t begin, int64_t end) {
@@ -69,15 +67,14 @@ void kwm_attend(const float* q, const float* keys, const float* values,
               ((row * queries + first) * heads + head * group) * size;
           const kwm::HeadOfKeys of{keys + from, values + from, seen,
                                    last,        key_heads * size, size};
-          if (queries == 1) {
-            kernels.attend(q + query, static_cast<int>(group), of, scale,
-                           scratch.get(), out + query);
-          } else {
-            kernels.attend_many(q + query, heads * size,
-                                static_cast<int>(count),
-                                static_cast<int>(group), of, places, scale,
-                                scratch.get(), out + query);
-          }
+          // The heads of one query are as many queries with one mask.
+          const bool is_one =
+              queries == 1 && group <= kwm::HeadOfKeys::kQueries;
+          kernels.attend(q + query, is_one ? size : heads * size,
+                         static_cast<int>(is_one ? group : count),
+                         static_cast<int>(is_one ? 1 : group), of,
+                         is_one ? 0 : places, scale, scratch.get(),
+                         out + query);
         }
       });
 }

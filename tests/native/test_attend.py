@@ -41,6 +41,8 @@ def make(rng, batch, queries, places, heads, key_heads, size):
         (2, 1, 7, 9, 3, 64),
         (1, 1, 215, 16, 2, 128),
         (2, 7, 7, 3, 3, 80),
+        # More heads of one query than a tile of queries has.
+        (1, 1, 20, 49, 1, 16),
         # More than one tile of queries.
         (2, 53, 65, 2, 1, 64),
     ],

@@ -38,35 +38,6 @@ inline void exponentials(float* x, int64_t count) {
   }
 }
 
-// scores [places] = scale * keys @ q; places in blocks of a vector. `square` has
-// room for two of kLanes x kLanes.
-template <class S>
-void scores_of(const float* q, const HeadOfKeys& head, float scale,
-               float* square, float* scores) {
-  constexpr int kWidth = S::kWidth;
-  float* parts = square;
-  float* columns = square + kLanes * kLanes;
-  const auto factor = S::broadcast(scale);
-  for (int64_t first = 0; first < head.places; first += kWidth) {
-    for (int j = 0; j < kWidth; ++j) {
-      // Scores beyond the last place have room, and are not read.
-      const int64_t place = first + j < head.places ? first + j : first;
-      const float* key = head.keys + place * head.stride;
-      auto sum = S::zero();
-      for (int64_t i = 0; i < head.size; i += kWidth) {
-        sum = S::fma(S::load(q + i), S::load(key + i), sum);
-      }
-      S::store(parts + j * kWidth, sum);
-    }
-    S::transpose(parts, kWidth, columns, kWidth);
-    auto sum = S::load(columns);
-    for (int i = 1; i < kWidth; ++i) {
-      sum = S::add(sum, S::load(columns + i * kWidth));
-    }
-    S::store(scores + first, S::mul(sum, factor));
-  }
-}
-
 // c [kRows, kVectors vectors] = a [kRows, depth] @ b [depth, kVectors vectors],
 // each row times a factor.
 template <class S, int kRows, int kVectors>
@@ -92,40 +63,6 @@ void multiply_small(const float* a, int64_t a_stride, const float* b,
     const auto factor = S::broadcast(factors[r]);
     for (int v = 0; v < kVectors; ++v) {
       S::store(c + r * c_stride + v * S::kWidth, S::mul(sum[r][v], factor));
-    }
-  }
-}
-
-template <class S>
-void attend(const float* q, int queries, const HeadOfKeys& head, float scale,
-            float* scratch, float* out) {
-  const int64_t room = HeadOfKeys::room(head.places);
-  float* square = scratch;
-  float* inverse = square + 2 * kLanes * kLanes;
-  float* scores = inverse + HeadOfKeys::room(queries);
-  for (int query = 0; query < queries; ++query) {
-    float* own = scores + query * room;
-    scores_of<S>(q + query * head.size, head, scale, square, own);
-    float largest = -kwm::kHidden;
-    for (int64_t i = 0; i < head.places; ++i) {
-      if (head.mask != nullptr && head.mask[i] == 0) own[i] = -kwm::kHidden;
-      largest = own[i] > largest ? own[i] : largest;
-    }
-    for (int64_t i = 0; i < head.places; ++i) own[i] -= largest;
-    exponentials(own, head.places);
-    float sum = 0;
-    for (int64_t i = 0; i < head.places; ++i) sum += own[i];
-    inverse[query] = 1 / sum;
-  }
-  constexpr int kVectors = kLanes / S::kWidth;
-  for (int query = 0; query < queries; query += 2) {
-    const auto average =
-        query + 1 < queries ? multiply_small<S, 2, kVectors>
-                            : multiply_small<S, 1, kVectors>;
-    for (int64_t at = 0; at < head.size; at += kLanes) {
-      average(scores + query * room, room, head.values + at, head.stride,
-              head.places, inverse + query, out + query * head.size + at,
-              head.size);
     }
   }
 }
@@ -166,9 +103,19 @@ void multiply_rows(const float* a, int64_t a_stride, int rows, const float* b,
 template <class S>
 void keys_across(const HeadOfKeys& head, float* square, float* columns) {
   constexpr int kWidth = S::kWidth;
+  constexpr int64_t kAhead = 2 * kLanes;
   const int64_t room = HeadOfKeys::room(head.places);
   for (int64_t place = 0; place < room; place += kWidth) {
     const int64_t left = head.places - place;
+    // The values of these places, and the next keys.
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const int64_t here = kwm::min(place + j, head.places - 1);
+      const int64_t next = kwm::min(place + kAhead + j, head.places - 1);
+      for (int64_t i = 0; i < head.size; i += kLanes) {
+        S::prefetch(head.values + here * head.stride + i);
+        S::prefetch(head.keys + next * head.stride + i);
+      }
+    }
     for (int64_t i = 0; i < head.size; i += kWidth) {
       const float* from = head.keys + place * head.stride + i;
       int64_t stride = head.stride;
@@ -222,7 +169,7 @@ float weights_of(float* scores, const uint8_t* mask, int64_t places) {
 }
 
 template <class S>
-void attend_many(const float* q, int64_t stride, int queries, int heads,
+void attend(const float* q, int64_t stride, int queries, int heads,
                  const HeadOfKeys& head, int64_t mask_stride, float scale,
                  float* scratch, float* out) {
   const int64_t room = HeadOfKeys::room(head.places);

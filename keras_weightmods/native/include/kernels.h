@@ -98,15 +98,11 @@ struct HeadOfKeys {
   static int64_t room(int64_t count) {
     return (count + kLanes - 1) / kLanes * kLanes;
   }
-  // Floats to work in: two squares, and scores.
-  static int64_t scratch(int64_t queries, int64_t places) {
-    return 2 * kLanes * kLanes + room(queries) + queries * room(places);
-  }
-  // Those of `attend_many`: a square, the keys across, and scores.
-  static int64_t scratch_of_many(int64_t places, int64_t size) {
+  // Floats to work in: a square, factors, the keys across, and scores.
+  static int64_t scratch(int64_t places, int64_t size) {
     return kLanes * kLanes + kQueries + (size + kQueries) * room(places);
   }
-  static constexpr int kQueries = 48;  // at most, of `attend_many`
+  static constexpr int kQueries = 48;  // at most, of `attend`
 
   const float* keys;
   const float* values;
@@ -164,16 +160,13 @@ struct Kernels {
                    const uint32_t* meta, int first_slot, bool first,
                    float* dvalues);
 
-  // out [queries, size] = softmax(scale * q @ keys^T) @ values.
-  void (*attend)(const float* q, int queries, const HeadOfKeys& head,
-                 float scale, float* scratch, float* out);
-
-  // The same for `heads` heads of queries that share these keys: those of a
-  // query lie after one another, queries of q and of out are `stride` apart,
-  // and each has a row of head.mask, `mask_stride` apart.
-  void (*attend_many)(const float* q, int64_t stride, int queries, int heads,
-                      const HeadOfKeys& head, int64_t mask_stride, float scale,
-                      float* scratch, float* out);
+  // out [queries, size] = softmax(scale * q @ keys^T) @ values, for `heads` heads
+  // of queries that share these keys: those of a query lie after one another,
+  // queries of q and of out are `stride` apart, and each has a row of head.mask,
+  // `mask_stride` apart.
+  void (*attend)(const float* q, int64_t stride, int queries, int heads,
+                 const HeadOfKeys& head, int64_t mask_stride, float scale,
+                 float* scratch, float* out);
 };
 
 // Those of kwm_isa.

@@ -397,7 +397,6 @@ const kwm::Kernels* kernels(int isa) {
       multiply_dense<S>,
       gradient<S>,
       attend<S>,
-      attend_many<S>,
   };
   return &table;
 }
