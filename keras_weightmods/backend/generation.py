@@ -61,6 +61,8 @@ class Steps:
 
     def sampler(self, length):
         """Return the model's sampler, bounded by a length."""
+        from keras_hub.samplers import GreedySampler
+
         sampler = self.model.sampler
 
         def run_loop(cond, body, **kwargs):
@@ -71,7 +73,10 @@ class Steps:
 
             return sampler.run_loop(both, body, **kwargs)
 
-        return view_of(sampler, run_loop=run_loop)
+        changes: dict[str, Any] = {"run_loop": run_loop}
+        if type(sampler).get_next_token is GreedySampler.get_next_token:
+            changes["get_next_token"] = _argmax
+        return view_of(sampler, **changes)
 
     def call_with_cache(
         self, prefill, token_ids, cache=None, cache_update_index=None, **others
@@ -106,6 +111,15 @@ class Steps:
         pairs = tuple((layer[:, 0], layer[:, 1]) for layer in layers)
         *outputs, pairs = call(token_ids, pairs, index)
         return *outputs, _stacked(pairs)
+
+
+def _argmax(probabilities):
+    """Return `ops.argmax(..., axis=-1)`, which XLA computes slowly on CPUs."""
+    size = probabilities.shape[-1]
+    most = ops.max(probabilities, axis=-1, keepdims=True)
+    # All are, in a row of NaN.
+    is_most = ops.logical_not(ops.less(probabilities, most))
+    return ops.min(ops.where(is_most, ops.arange(size), size), axis=-1)
 
 
 def is_pairs(cache: Any) -> bool:

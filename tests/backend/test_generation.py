@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods.backend.generation import difference
+from keras_weightmods.backend.generation import _argmax, difference
 
 
 def logits(array, dtype="float32"):
@@ -36,3 +36,10 @@ def test_nan_where_the_model_gives_none_is_a_difference(dtype):
         )
     # Where the model gives it too, there is nothing to compare.
     assert not difference(logits(broken, dtype), logits(broken, dtype), False)
+
+
+def test_greedy_tokens_are_those_of_argmax():
+    rows = np.random.default_rng(0).random((4, 50), "float32")
+    rows[1, [7, 30]], rows[2], rows[3] = 2, 0.5, np.nan
+    found = _argmax(ops.convert_to_tensor(rows))
+    np.testing.assert_array_equal(ops.convert_to_numpy(found), rows.argmax(-1))
