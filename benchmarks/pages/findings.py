@@ -141,10 +141,7 @@ float32, int8 and the two forms of int4, at 1, 1.008, 1.059 and 1.106 times
 the dense perplexity.
 
 The packed dense model is smaller and faster than Q8_0 and Q4_0, most of all
-when it reads or writes eight texts at once. Where the time of a token goes
-(2:4 int4 with its head, JAX, by `perf record`): 46 % products of the
-layers, 15 % product of the head, 10 % attention, 4 % the rest of our
-kernels, 21 % operations of XLA, 4 % Python and the system.""",
+when it reads or writes eight texts at once.""",
     "Engines: SmolLM2-135M": """\
 Made by
 
@@ -180,6 +177,23 @@ AVX-512, before any timing:
   keep_packed=True)` writes from int4. It needs an older NumPy than the other
   rows, and so an environment of its own, which the program does not have. So it
   has no row.""",
+    "Where a token's time goes": """\
+What is not a product is attention, norms, the work of XLA and the waking of
+threads. For many positions the products take more. Shares of the time of
+SmolLM2-135M in int4 with its head, on one thread, by `perf record`:
+
+| | a prompt of 512 | a token of eight texts |
+| --- | ---: | ---: |
+| products | 59 % | 48 % |
+| attention | 22 % | 19 % |
+| XLA's operations | 7 % | 20 % |
+| XLA's runtime, sines and cosines | 1 % | 8 % |
+| rounding of inputs | 3 % | 2 % |
+| the rest of our kernels | 2 % | 1 % |
+| the system, Python | 6 % | 3 % |
+
+Half of XLA's operations for eight texts were its argmax over the vocabulary.
+`compile_generate` has its own since, of a maximum.""",
     "Engines: Gemma3-270M": """\
 Made by
 
