@@ -107,7 +107,6 @@ PARTS = (
     ("Engines: SmolLM2-135M", "runtimes_engines", packed.engines),
     ("Engines: Gemma3-270M", "runtimes_gemma3", packed.engines),
     ("Engines: Qwen2.5-Coder-0.5B", "runtimes_qwen_coder", packed.engines),
-    ("Where a token's time goes", "token_time", packed.token_times),
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),

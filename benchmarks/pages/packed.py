@@ -8,8 +8,6 @@ from benchmarks.pages.tables import megabytes, table
 from benchmarks.quality import MODELS
 from benchmarks.runtimes import PLOT, SIZES, SOURCES
 from benchmarks.runtimes import cells as runtime_cells
-from benchmarks.token_time import COLUMNS as TIMES
-from benchmarks.token_time import cells as time_cells
 
 PICTURES = {
     PLOT: "Speed against perplexity",
@@ -193,20 +191,6 @@ def humaneval(log):
             ),
         ]
     )
-
-
-def token_times(logs):
-    """Where the time of a token goes, for each file of token_time.py."""
-    parts = []
-    for log in logs:
-        about = log["machine"]
-        parts += [
-            f"{log['file']}: JAX; {about['cpu']}, {about['threads']} of "
-            f"{about['cores']} cores; a plain read has "
-            f"{log['bytes_per_second'] / 1e9:.1f} GB/s.",
-            table(" | ".join(["kernels", "type", *TIMES]), time_cells(log), 2),
-        ]
-    return "\n\n".join(parts)
 
 
 def cast_step(log):

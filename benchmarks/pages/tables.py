@@ -37,7 +37,6 @@ COMMANDS = {
     "runtimes_gemma3": "benchmarks.runtimes --model gemma3",
     "runtimes_qwen_coder": "benchmarks.runtimes --model qwen_coder",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
-    "token_time": "benchmarks.token_time FILE --json LOG",
     "signature_text": "examples.signature_text --output FILE",
     "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "
     "--threads 1 --isas avx512 "
