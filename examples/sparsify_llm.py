@@ -95,6 +95,12 @@ def parse_arguments():
         tuple(filter(None, names.split(","))) or None
         for names in (args.refine, args.rounding)
     )
+    if unknown := set(args.rounding or ()) - {"blocks", "scales"}:
+        # `kwm.quantize` would refuse it after the minutes of training.
+        parser.error(
+            "--rounding takes blocks, scales or blocks,scales. Received: "
+            f"{','.join(sorted(unknown))}"
+        )
     counts = ("steps", "batch_size", "length", "init_rows")
     command_line.check(parser, args, counts, files=("output", "json"))
     output = pathlib.Path(args.output)

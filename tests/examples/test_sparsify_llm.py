@@ -55,3 +55,13 @@ def test_each_form_is_rounded_packed_and_measured(
     )
     table = sparsify_llm.make_table(results, args)
     assert table.row_count == len(forms)
+
+
+def test_an_unknown_rounding_is_refused_before_the_training(
+    monkeypatch, capsys
+):
+    words = ["sparsify_llm", "--rounding", "scales,bloks"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        sparsify_llm.parse_arguments()
+    assert "Received: bloks" in capsys.readouterr().err
