@@ -41,7 +41,8 @@ arrays in the order of `get_weights()`. For few bits, `quantize` rounds the
 weights before `pack`, as in `benchmarks.quality`. The dense model wrote an
 eighth of the rows, and three eighths are docstrings. This takes 15 to 30
 minutes for each form of SmolLM2. `--rounding 0` rounds to nearest, which is the
-default for the others. `--files` takes a file that `save_model` has written.
+default for the others. `--files` takes files that `save_model` has written, for
+forms of the list or new ones.
 llama.cpp's own tool makes the GGUF types with a K or an I from BF16. Those that
 say imatrix weigh errors by the mean squares of the inputs, on rows of prose and
 docstrings. `--model 1b` has random weights: speeds alone.
@@ -223,7 +224,7 @@ OTHERS = (
 )
 
 
-def forms(backends, rows=None, plain=False):
+def forms(backends, rows=None, plain=False, files=()):
     """Return the forms that are wanted, the anchor of the ratios first.
 
     `compile_generate` is called; the dense float32 model is there both ways.
@@ -234,11 +235,12 @@ def forms(backends, rows=None, plain=False):
             dense model. One that begins with "-" is in none of the labels. By
             default all.
         plain: Bool, whether to have all of them both ways.
+        files: Strings, names of `--files`. Those of no form are new ones.
     """
     made = [
         Form(name, name, needs=(backend,), backend=backend)
         for backend in backends
-        for name in KERAS
+        for name in dict.fromkeys([*KERAS, *files])
     ]
     found = []
     for form in (*made, *OTHERS):
@@ -302,7 +304,8 @@ def parse_arguments(arguments=None):
         type=lambda text: dict(x.split("=", 1) for x in text.split(";")),
         default={},
         help="NAME=FILE, with semicolons between: what forms of these names "
-        'load, such as "dense int4, int8 head=model.safetensors"',
+        'load, such as "dense int4, int8 head=model.safetensors". Other names '
+        "make new forms",
     )
     parser.add_argument(
         "--sparse", type=pathlib.Path, help="npz of 2:4 weights"
@@ -822,7 +825,7 @@ def work(args):
     warnings.simplefilter("ignore")
     (form,) = (
         form
-        for form in forms(args.backends, args.rows, args.plain)
+        for form in forms(args.backends, args.rows, args.plain, args.files)
         if form.label == args.worker
     )
     with np.load(folder_of(args) / "tokens.npz") as file:
@@ -919,7 +922,8 @@ class Worker:
 
 def compare(args):
     os.sched_setaffinity(0, cores()[: args.cores])
-    wanted, left_out = forms(args.backends, args.rows, args.plain), {}
+    wanted = forms(args.backends, args.rows, args.plain, args.files)
+    left_out = {}
 
     def leave_out(form, reason):
         left_out[form.label] = reason

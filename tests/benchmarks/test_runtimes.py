@@ -82,6 +82,8 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
         "llama.cpp Q8_0",
         "OpenVINO Q8_0",
     ]
+    chosen = runtimes.forms(["jax"], ["16:32"], files={"16:32 int4": "x"})
+    assert [form.file for form in chosen[1:]] == ["16:32 int4"]
     assert set(runtimes.SOURCES) == set(quality.MODELS)
     chosen = runtimes.forms(["jax"], rows=["llama.cpp Q4", "-imatrix"])
     labels = [form.label for form in chosen[1:]]
