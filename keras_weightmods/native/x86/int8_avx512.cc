@@ -16,6 +16,9 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
+#include <type_traits>
+
 KWM_TARGET(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,"
     "fma,popcnt")
@@ -239,7 +242,7 @@ inline __attribute__((always_inline)) __m512i unsigned_word(const char* block,
 template <int kBits, int kZero>
 class Kept {
  public:
-  Kept() { memset(bytes_ + kValues, kZero, sizeof bytes_ - kValues); }
+  Kept() { memset(bytes_, kZero, sizeof bytes_); }
 
   inline __attribute__((always_inline)) void load(const char* block) {
     const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZero));
@@ -279,9 +282,8 @@ class Kept {
   }
 
  private:
-  static constexpr int kValues = kwm::kBlockSlots * kLanes;
-  // Bits beyond the values have zero.
-  alignas(64) uint8_t bytes_[2 * kValues + 64];
+  // With room for a mask of more bits than values: the others give kZero.
+  alignas(64) uint8_t bytes_[2 * kwm::kBlockSlots * kLanes];
 };
 
 template <int kBits>
@@ -293,31 +295,46 @@ void expand(const void* values, const uint32_t* mask, char* bytes) {
   });
 }
 
-// The next blocks of a matrix with a mask, by their places. They are stored
-// long before they are used: to be read across the lines in which they were
-// stored, they have to be in the cache.
+// The next blocks of a matrix with a mask. They are stored long before they are
+// used: to be read across the lines in which they were stored, they have to be
+// in the cache.
 template <int kBits>
 struct Ahead {
-  static constexpr int64_t kBlocks = 4;
+  static constexpr uint64_t kBlocks = 4;
+  using Block = Kept<kBits, 1 << (kBits - 1)>;
 
-  Ahead(const Packed& w, int64_t begin, int64_t end) : w(w), end(end) {
-    for (int64_t i = 0; i < kBlocks; ++i) load(begin + i);
+  Ahead(const Packed& w, int64_t begin, int64_t end, Block* blocks)
+      : blocks(blocks),
+        next(static_cast<const char*>(w.values_at(begin))),
+        end(static_cast<const char*>(w.values_at(end))) {
+    for (uint64_t i = 0; i < kBlocks; ++i) load();
   }
-  void load(int64_t place) {
-    if (place >= end) return;
-    at(place).load(static_cast<const char*>(w.values_at(place)));
+  inline __attribute__((always_inline)) void load() {
+    if (next != end) {
+      blocks[first].load(next);
+      next += 32 * kBits;
+    }
+    first = (first + 1) % kBlocks;
   }
-  auto& at(int64_t place) { return blocks[place % kBlocks]; }
+  // use(i, word i) of the first block, whose place the next one takes.
+  template <class Use>
+  inline __attribute__((always_inline)) void words(const char* mask,
+                                                   const Use& use) {
+    blocks[first].words(mask, use);
+    load();
+  }
 
-  const Packed& w;
-  const int64_t end;
-  Kept<kBits, 1 << (kBits - 1)> blocks[kBlocks];
+  Block* blocks;
+  const char *next, *end;
+  uint64_t first = 0;
 };
 
-// `ahead` is of a matrix with a mask; else null.
-template <int kBits, int kStored, bool kMasked, int R>
-void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
-                float* y, int64_t y_stride, Ahead<kMasked ? kBits : 8>* ahead) {
+// `ahead` is null, or an Ahead of a matrix with a mask, which is returned moved
+// on: so its members stay in registers.
+template <int kBits, int kStored, int R, class Given>
+Given dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
+                float* y, int64_t y_stride, Given ahead) {
+  constexpr bool kMasked = !std::is_same_v<Given, std::nullptr_t>;
   // Those of a mask go through the cache, to be spread.
   using Next = Fetch<kStored, kMasked ? kwm::kMostTileRows : R>;
   constexpr int64_t kBytes = (kMasked ? 32 : 64) * kStored;
@@ -355,9 +372,7 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
         }
       };
       if constexpr (kMasked) {
-        const int64_t place = column_block * row_blocks + b;
-        ahead->at(place).words(masks + b * 64, add_word);
-        ahead->load(place + ahead->kBlocks);
+        ahead.words(masks + b * 64, add_word);
       } else {
 #pragma GCC unroll 8
         for (int n = 0; n < 8; ++n) {
@@ -387,6 +402,7 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
     _mm512_storeu_ps(y + r * y_stride,
                      kBits == 8 ? _mm512_mul_ps(part[r], last) : total[r]);
   }
+  return ahead;
 }
 
 enum class Form { kSparse, kDense, kMasked };
@@ -403,14 +419,15 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
     each([&] { sparse_tile<kBits, R>(x, w, column_block, y, y_stride); });
   } else if constexpr (kForm == Form::kDense) {
     each([&] {
-      dense_tile<kBits, kStored, false, R>(x, w, column_block, y, y_stride,
-                                           nullptr);
+      dense_tile<kBits, kStored, R>(x, w, column_block, y, y_stride, nullptr);
     });
   } else {
-    Ahead<kBits> ahead(w, column_block * w.row_blocks(), end * w.row_blocks());
+    typename Ahead<kBits>::Block blocks[Ahead<kBits>::kBlocks];
+    Ahead<kBits> ahead(w, column_block * w.row_blocks(), end * w.row_blocks(),
+                       blocks);
     each([&] {
-      dense_tile<kBits, kStored, true, R>(x, w, column_block, y, y_stride,
-                                          &ahead);
+      ahead =
+          dense_tile<kBits, kStored, R>(x, w, column_block, y, y_stride, ahead);
     });
   }
 }
