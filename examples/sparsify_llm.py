@@ -259,7 +259,7 @@ def compare(model, sparse, spent, texts, train, args, console):
     other = load_model(args, args.dtype)
 
     def quantize(bits):
-        # On the rows that `make_sparse` prunes on, in the dtype of its training.
+        # On the rows and in the dtype of `make_sparse`.
         rows = model_inputs(train[: args.init_rows, :-1])
         other.set_weights(model.get_weights())
         kwm.quantize(other, rows, bits, refine=args.rounding)
