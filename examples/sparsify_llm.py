@@ -255,7 +255,6 @@ def compare(model, sparse, spent, texts, train, args, console):
     measure = kwm.Perplexity(model)
     kwm.compile_generate(model)
     dense = model.get_weights()
-
     other = load_model(args, args.dtype)
 
     def quantize(bits):
