@@ -250,7 +250,7 @@ def write_file(path, args):
         shutil.rmtree(blocks)
 
 
-def calibration_rows(path, count=128, length=256):
+def calibration_rows(path, count=48, length=256):
     """Return text to round the coder on, half of it the coder's own chats.
 
     In them the model in int8 writes functions that have the signatures and

@@ -689,7 +689,8 @@ def make_files(wanted, args):
         file
         for file in dict.fromkeys([*sources, *files])
         # Minutes are not spent twice.
-        if not (folder_of(args) / file).exists()
+        if file.removesuffix(".gguf") in args.files
+        or not (folder_of(args) / file).exists()
         or not (args.keep or file.startswith(("sparse", "rounded")))
     ]
     for file in missing:

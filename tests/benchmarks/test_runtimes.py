@@ -93,6 +93,25 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     assert "ik_llama Q4_0" not in [form.label for form in chosen]
 
 
+def test_keep_does_not_keep_another_file_than_the_one_asked_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runtimes, "folder_of", lambda args: tmp_path)
+    written = []
+    monkeypatch.setattr(runtimes, "command", written.append)
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(runtimes.subprocess, "run", lambda *_, **__: done)
+    rows = ["jax: dense int4", "jax: new"]
+    files = {"dense int4, int8 head": "mine", "new": "mine"}
+    wanted = runtimes.forms(["jax"], rows, files=files)
+    for name in ("tokens.npz", *(form.file for form in wanted)):
+        (tmp_path / name).touch()
+    args = ["--keep", "--backends=jax", "--rounding=0", "--files"]
+    pairs = ";".join(f"{k}={v}" for k, v in files.items())
+    runtimes.make_files(wanted, runtimes.parse_arguments([*args, pairs]))
+    assert written == [f"--write={name}" for name in files]
+
+
 def test_perplexity_of_logits():
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     found = peers.perplexity_of(
