@@ -139,7 +139,10 @@ def run(args):
     model = load_model(args, "float32")
     texts, train = load_texts(args, model.preprocessor.tokenizer)
     sparse, seconds = make_sparse(args, train, console)
-    results = compare(model, sparse, seconds, texts, train, args, console)
+    rounded = load_model(args, args.dtype)
+    results = compare(
+        model, rounded, sparse, seconds, texts, train, args, console
+    )
     console.print(make_table(results, args))
     for row in results:
         console.print(f"[bold]{row['form']}[/bold]: {escape(row['text'])}")
@@ -241,10 +244,11 @@ def make_sparse(args, train, console):
     return sparse.get_weights(), seconds
 
 
-def compare(model, sparse, spent, texts, train, args, console):
+def compare(model, rounded, sparse, spent, texts, train, args, console):
     """Measure the dense and the sparse weights in each form.
 
     Args:
+        rounded: A second model like the first, for `kwm.quantize`.
         spent: Float, the seconds of the processor that `sparse` took.
 
     Returns:
@@ -255,14 +259,13 @@ def compare(model, sparse, spent, texts, train, args, console):
     measure = kwm.Perplexity(model)
     kwm.compile_generate(model)
     dense = model.get_weights()
-    other = load_model(args, args.dtype)
 
     def quantize(bits):
-        # On the rows and in the dtype of `make_sparse`.
+        # The rows that `make_sparse` prunes on.
         rows = model_inputs(train[: args.init_rows, :-1])
-        other.set_weights(model.get_weights())
-        kwm.quantize(other, rows, bits, refine=args.rounding)
-        model.set_weights(other.get_weights())
+        rounded.set_weights(model.get_weights())
+        kwm.quantize(rounded, rows, bits, refine=args.rounding)
+        model.set_weights(rounded.get_weights())
         kwm.pack(model)
 
     forms = [
