@@ -38,7 +38,7 @@ def test_each_form_is_rounded_packed_and_measured(
     )
     console = Console(quiet=True)
     results = sparsify_llm.compare(
-        model, model, sparse, 1e6, texts, rows, args, console
+        model, sparse, 1e6, texts, rows, args, console
     )
     forms = {row["form"]: row for row in results}
     assert list(forms) == [
