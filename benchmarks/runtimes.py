@@ -41,8 +41,8 @@ arrays in the order of `get_weights()`. For few bits, `quantize` rounds the
 weights before `pack`, as in `benchmarks.quality`. The dense model wrote an
 eighth of the rows, and three eighths are docstrings. This takes 15 to 30
 minutes for each form of SmolLM2. `--rounding 0` rounds to nearest, which is the
-default for the others. `--files` takes files that `save_model` has written, for
-forms of the list or new ones.
+default for the others. `--files` takes files that `save_model` has written. A
+name that is not in the list becomes a new row.
 llama.cpp's own tool makes the GGUF types with a K or an I from BF16. Those that
 say imatrix weigh errors by the mean squares of the inputs, on rows of prose and
 docstrings. `--model 1b` has random weights: speeds alone.
@@ -235,7 +235,7 @@ def forms(backends, rows=None, plain=False, files=()):
             dense model. One that begins with "-" is in none of the labels. By
             default all.
         plain: Bool, whether to have all of them both ways.
-        files: Strings, names of `--files`. Those of no form are new ones.
+        files: Strings, names of `--files`. Unknown names become new forms.
     """
     made = [
         Form(name, name, needs=(backend,), backend=backend)
@@ -415,7 +415,9 @@ def write_file(name, args):
     path.unlink(missing_ok=True)
     failed = path.with_name(f"{path.name} failed")
     failed.unlink(missing_ok=True)
-    if name == "tokens.npz":
+    if name in args.files:
+        write = link_file
+    elif name == "tokens.npz":
         write = write_tokens
     elif name.startswith("sparse"):
         write = write_sparse
@@ -542,13 +544,14 @@ def rounded_file(name, args):
     return folder_of(args) / f"{folder} {kind}{head}.npz"
 
 
+def link_file(path, args):
+    path.symlink_to(pathlib.Path(args.files[path.name]).resolve(strict=True))
+
+
 def write_keras(path, args):
     import keras_weightmods as kwm
 
     name = path.name
-    if name in args.files:
-        path.symlink_to(pathlib.Path(args.files[name]).resolve(strict=True))
-        return
     model = make_model(args, "bfloat16" if "dense bf" in name else "float32")
     if name in FORMS:
         source = rounded_file(name, args)
@@ -925,6 +928,11 @@ def compare(args):
     os.sched_setaffinity(0, cores()[: args.cores])
     wanted = forms(args.backends, args.rows, args.plain, args.files)
     left_out = {}
+    if unused := set(args.files) - {form.file for form in wanted}:
+        raise SystemExit(
+            "Expected `--files` for rows that are wanted. Received files for "
+            f"{', '.join(sorted(unused))}, of which `--rows` has none"
+        )
 
     def leave_out(form, reason):
         left_out[form.label] = reason

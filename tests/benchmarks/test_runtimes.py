@@ -112,6 +112,21 @@ def test_keep_does_not_keep_another_file_than_the_one_asked_for(
     assert written == [f"--write={name}" for name in files]
 
 
+def test_a_file_of_any_name_is_linked(tmp_path, monkeypatch):
+    # Other files with such a name are made by SparseGPT.
+    monkeypatch.setattr(runtimes, "folder_of", lambda args: tmp_path / "made")
+    (tmp_path / "mine").write_text("content")
+    args = runtimes.parse_arguments([f"--files=sparse x={tmp_path / 'mine'}"])
+    runtimes.write_file("sparse x", args)
+    assert (tmp_path / "made" / "sparse x").read_text() == "content"
+
+
+def test_a_file_for_no_row_is_refused():
+    args = ["--backends=jax", "--rows=jax: dense int4", "--files=new=x"]
+    with pytest.raises(SystemExit, match="files for new"):
+        runtimes.compare(runtimes.parse_arguments(args))
+
+
 def test_perplexity_of_logits():
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     found = peers.perplexity_of(

@@ -282,7 +282,7 @@ class Kept {
   }
 
  private:
-  // With room for a mask of more bits than values: the others give kZero.
+  // A mask can have more bits than there are values. The others give kZero.
   alignas(64) uint8_t bytes_[2 * kwm::kBlockSlots * kLanes];
 };
 
@@ -329,11 +329,11 @@ struct Ahead {
   uint64_t first = 0;
 };
 
-// `ahead` is null, or an Ahead of a matrix with a mask, which is returned moved
-// on: so its members stay in registers.
+// `ahead` is null, or the Ahead of a matrix with a mask. It is returned moved on,
+// and not changed in place, so that its members stay in registers.
 template <int kBits, int kStored, int R, class Given>
 Given dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
-                float* y, int64_t y_stride, Given ahead) {
+                 float* y, int64_t y_stride, Given ahead) {
   constexpr bool kMasked = !std::is_same_v<Given, std::nullptr_t>;
   // Those of a mask go through the cache, to be spread.
   using Next = Fetch<kStored, kMasked ? kwm::kMostTileRows : R>;
