@@ -479,6 +479,10 @@ class OnnxRuntimeGenAI:
         options = {"intra_op_num_threads": threads}
         decoder = {"session_options": options}
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        made = json.loads((folder / "genai_config.json").read_text())
+        window = made["model"]["decoder"].get("sliding_window", {})
+        # The cache of a model with a window must not be shorter than it.
+        self.shortest = window.get("window_size", 0)
         self.model = onnxruntime_genai.Model(config)
 
     def about(self):
@@ -505,6 +509,7 @@ class OnnxRuntimeGenAI:
         return perplexity_of(rows, logits_of)
 
     def begin(self, rows, length):
+        length = max(length, self.shortest)
         parameters = self.genai.GeneratorParams(self.model)
         parameters.set_search_options(
             batch_size=rows,
@@ -532,11 +537,17 @@ def convert_to_onnxruntime(gguf, folder):
         transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(
             copy
         )
-        transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             **source,
             dtype="float32",
             quantization_config=transformers.GgufConfig(dequantize=True),
-        ).save_pretrained(copy)
+        )
+        rope = model.config.rope_parameters
+        if "sliding_attention" in rope:
+            # Builder 0.18.0 knows Gemma 3 by its names in transformers 4.
+            local = rope["sliding_attention"]["rope_theta"]
+            rope |= {**rope["full_attention"], "rope_local_base_freq": local}
+        model.save_pretrained(copy)
         options = {
             "accuracy_level": 4,
             "algo_config": "k_quant_last",

@@ -217,7 +217,7 @@ OTHERS = (
     ),
     Form(
         "ONNX Runtime GenAI int4",
-        "Q4_1.onnxruntime/genai_config.json",
+        "F32.onnxruntime/genai_config.json",
         "onnxruntime",
         needs=("onnxruntime_genai",),
     ),

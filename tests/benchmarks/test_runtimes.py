@@ -1,3 +1,4 @@
+import json
 import math
 import sys
 import types
@@ -195,11 +196,16 @@ def test_calls_of_onnxruntime_genai(monkeypatch, tmp_path):
         __version__="0",
     )
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
+    decoder = {"sliding_window": {"window_size": 9}}
+    config = json.dumps({"model": {"decoder": decoder}})
+    (tmp_path / "genai_config.json").write_text(config)
     runtime = peers.OnnxRuntimeGenAI(tmp_path, threads=3)
     assert '"intra_op_num_threads": 3' in seen[0]
     found = runtime.generate(np.array([[1, 2], [5, 6]]), 3)
     np.testing.assert_array_equal(found, [[3, 4, 5], [7, 8, 9]])
     assert runtime.perplexity(np.array([[1, 2, 3]])) == pytest.approx(4)
+    # No cache is shorter than the window.
+    assert parameters.options["max_length"] == 9
 
 
 def test_page_and_plot(tmp_path):
