@@ -16,9 +16,9 @@ from keras_weightmods.native.layout import ROWS
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import Axes, from_matrix, to_matrix
 
-# Up to this group size every pair of entries is compared. Beyond it, a sort
-# costs less than the m * (m - 1) / 2 comparisons.
-_MAX_COMPARED_GROUP = 8
+# Up to this group size each pair of entries is compared once. Up to the other,
+# each entry is compared with its group; beyond that a sort costs less.
+_MAX_PAIRS, _MAX_COMPARED = 8, 64
 
 
 Pattern = str | tuple[int, int]
@@ -251,9 +251,18 @@ def _to_groups(x: Any, m: Any, axis: Any) -> Any:
 
 def _ranks(scores: Any, m: Any) -> Any:
     """Return the ranks of scores in their groups (axis 1), 0 the largest."""
-    if m > _MAX_COMPARED_GROUP:
+    if m > _MAX_COMPARED:
         order = ops.argsort(ops.negative(scores), axis=1)
         return ops.argsort(order, axis=1)
+    if m > _MAX_PAIRS:
+        ranks = ops.zeros_like(scores, dtype="uint8")
+        for i in range(m):
+            own = scores[:, i : i + 1]
+            earlier = ops.greater(own, scores[:, : i + 1])
+            later = ops.greater_equal(own, scores[:, i + 1 :])
+            loses = ops.concatenate([earlier, later], axis=1)
+            ranks = ranks + ops.cast(loses, "uint8")
+        return ranks
     columns = [scores[:, i] for i in range(m)]
     ranks = [ops.zeros_like(columns[0], dtype="uint8")] * m
     for i in range(m):

@@ -15,13 +15,15 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.ops.nm import (
     Pattern,
-    nm_mask,
     nm_violations,
     parse_pattern,
 )
 
 # After so many inputs, one large product updates `c` for all others.
 _BLOCK = 128
+
+# The most pairs of weights that are compared at a time. They stay in a cache.
+_PAIRS = 2**19
 
 # A change that float32 does not resolve is no improvement.
 _ROUNDING = 1e-6
@@ -116,7 +118,13 @@ def swap_mask(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
     Returns:
         float32 tensor of shape `(K, R)`, n:m.
     """
-    size = len(w)
+    size, units = w.shape
+    if units > (most := max(1, _PAIRS // m**2)):
+        swapped = []
+        for start in range(0, units, most):
+            part = w[:, start : start + most], weights[:, start : start + most]
+            swapped.append(swap_mask(*part, h, n, m, sweeps))
+        return ops.concatenate(swapped, axis=1)
     step = compiled(_swap, 6)
     diagonal = ops.diagonal(h)
     # If it is zero, no swap to this weight is an improvement.
@@ -169,29 +177,33 @@ def _swap(
     m, units = weights.shape
     own = ops.slice(columns, (start, 0), (m, m))
     slope = ops.slice(c, (start, 0), (m, units))
-    # By magnitude: in a group with too many zeros, some of these are kept.
-    kept = nm_mask(weights, (n, m), axis=0)
-    free = ops.logical_and(kept, ops.equal(weights, 0))
-    itself = ops.cast(ops.eye(m), "bool")[:, :, None]
-    allowed = ops.logical_or(
-        ops.logical_and(kept[:, None], ops.logical_not(kept)[None]),
-        ops.logical_and(free[:, None], itself),
-    )
-    diagonal = ops.diagonal(own)[:, None]
-    price = weights * (2.0 * slope + weights * diagonal)
-    # Slopes of q if p is removed: axes p, q, units.
-    slopes = slope[None] + weights[:, None] * own[:, :, None]
-    values = slopes * inverse
-    change = price[:, None] - (1.0 - _ROUNDING) * slopes * values
-    change = ops.reshape(ops.where(allowed, change, 0.0), (m * m, units))
-    best = ops.argmin(change, axis=0)[None]
+    # In a group with too many zeros, the first of these are kept.
+    zero = ops.equal(weights, 0)
+    count = ops.cumsum(ops.cast(zero, "int32"), axis=0)
+    free = ops.logical_and(zero, count <= count[-1] + n - m)
+    kept = ops.logical_or(ops.logical_not(zero), free)
+    # What a new weight q gains if p is removed is a square, with axes p, q,
+    # units. Few passes over these are most of the time.
+    root = ops.sqrt(inverse)
+    scaled = slope * root
+    roots = scaled + weights[:, None] * (own * root[:, 0])[:, :, None]
+    roots = roots * ops.cast(ops.logical_not(kept), "float32")
+    gains = ops.max(ops.square(roots), axis=1)
+    gains = ops.where(free, ops.maximum(gains, ops.square(scaled)), gains)
+    price = weights * (2.0 * slope + weights * ops.diagonal(own)[:, None])
+    change = ops.where(kept, price - (1.0 - _ROUNDING) * gains, 0.0)
+    best, places = ops.argmin(change, axis=0), ops.arange(m)[:, None]
     improves = ops.min(change, axis=0) < 0
-    values = ops.where(inverse > 0, values, dense[None])
-    values = ops.reshape(values, (m * m, units))
-    value = ops.take_along_axis(values, best, axis=0)
-    rows = ops.cast(ops.arange(m), best.dtype)[:, None]
-    new = ops.where(ops.equal(rows, best // m), 0.0, weights)
-    new = ops.where(ops.equal(rows, best % m), value, new)
+    removed = ops.equal(places, ops.cast(best, places.dtype))
+    weight = ops.take_along_axis(weights, best[None], axis=0)
+    slopes = slope + weight * ops.transpose(ops.take(own, best, axis=0))
+    values = slopes * inverse
+    allowed = ops.where(removed, free, ops.logical_not(kept))
+    gains = ops.where(allowed, slopes * values, -1.0)
+    added = ops.equal(places, ops.cast(ops.argmax(gains, axis=0), places.dtype))
+    values = ops.where(inverse > 0, values, dense)
+    new = ops.where(removed, 0.0, weights)
+    new = ops.where(added, values, new)
     new = ops.where(improves, new, weights)
     return new, c - ops.matmul(columns, new - weights)
 

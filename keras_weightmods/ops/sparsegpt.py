@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.ops.nm import nm_mask, parse_pattern
+from keras_weightmods.ops.refine import compiled
 
 # After so many inputs, one large product updates all others.
 _BLOCK = 128
@@ -195,28 +196,35 @@ def relative_error(before, after, second_moment):
 def _pruned_block(block, factor, n, m):
     """Return groups of pruned rows, and their scaled errors."""
     size, units = block.shape
-    roots = ops.convert_to_tensor(factor.diagonal().copy()[:, None])
+    step = compiled(_pruned_group, 2)
     kept, errors = [], []
     for start in range(0, size, m):
+        rows = factor[start : start + m]
+        own = ops.convert_to_tensor(rows[:, start : start + m].copy())
         group = ops.slice(block, (start, 0), (m, units))
-        scores = group / ops.slice(roots, (start, 0), (m, 1))
-        mask = nm_mask(scores, (n, m), axis=0)
-        own = factor[start : start + m, start : start + m].tolist()
-        rows = [group[i] for i in range(m)]
-        group_errors = []
-        for i in range(m):
-            removed = ops.where(mask[i], ops.zeros_like(rows[i]), rows[i])
-            group_errors.append(removed / own[i][i])
-            for j in range(i + 1, m):
-                rows[j] = rows[j] - own[i][j] * group_errors[i]
-        group = ops.stack(rows)
-        kept.append(ops.where(mask, group, ops.zeros_like(group)))
-        errors.append(ops.stack(group_errors))
+        pruned, scaled = step(group, own, n)
+        kept.append(pruned)
+        errors.append(scaled)
         if start + m < size:
             # Zero to the left of the group: finished inputs do not change.
-            spread = _transposed(factor[start : start + m])
-            block = block - ops.matmul(spread, errors[-1])
+            block = block - ops.matmul(_transposed(rows), scaled)
     return kept, errors
+
+
+def _pruned_group(group, factor, n):
+    """Return the pruned rows of a group, and their scaled errors."""
+    m = group.shape[0]
+    roots = ops.diagonal(factor)[:, None]
+    mask = nm_mask(group / roots, (n, m), axis=0)
+    removed = ops.cast(ops.logical_not(mask), "float32")
+    # The changes of later rows for an error of 1 in a row.
+    later = (factor / roots - ops.eye(m, dtype="float32"))[:, :, None]
+
+    def spread(i, group):
+        return group - later[i] * (group[i] * removed[i])
+
+    group = ops.fori_loop(0, m, spread, group)
+    return ops.where(mask, group, 0.0), group * removed / roots
 
 
 def _transposed(rows):

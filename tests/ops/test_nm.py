@@ -63,6 +63,13 @@ def test_mask_equals_reference_and_projection_is_idempotent(case):
     np.testing.assert_array_equal(unpacked, mask)
 
 
+@breadth("m", [8, 32, 128])
+def test_large_groups_with_ties(m):
+    x = np.random.default_rng(m).integers(-3, 4, (2 * m, 5)).astype("float32")
+    mask = numpy(ops.nm_mask(x, (m // 2, m)))
+    np.testing.assert_array_equal(mask, references.nm_mask(x, m // 2, m, 0))
+
+
 @breadth("dtype", ["bfloat16", "float32", "float16"])
 def test_dtypes_and_nonfinite_values(dtype):
     x = np.array([[np.nan, np.inf, -np.inf, 5.0, 0.0, 0.0, 0.0, -0.0]]).T

@@ -41,7 +41,7 @@ def refitted(w, pruned, h, damping=0.01, iterations=10):
 
 @breadth(
     ("size", "n", "m"),
-    [(24, 2, 4), (136, 2, 4), (24, 1, 4), (24, 3, 8)],
+    [(24, 2, 4), (136, 2, 4), (24, 1, 4), (24, 3, 8), (64, 16, 32)],
 )
 def test_swaps_are_the_reference(size, n, m):
     h, w, pruned = make(size, 4, pattern=(n, m))
@@ -50,6 +50,14 @@ def test_swaps_are_the_reference(size, n, m):
     np.testing.assert_array_equal(actual == 0, expected == 0)
     np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
     assert (actual != pruned).any()
+
+
+@pytest.mark.one_backend
+def test_units_are_swapped_in_parts(monkeypatch):
+    h, w, pruned = make(24, 5)
+    expected = swapped(w, pruned, h, sweeps=2)
+    monkeypatch.setattr(refine, "_PAIRS", 32)
+    np.testing.assert_array_equal(swapped(w, pruned, h, sweeps=2), expected)
 
 
 @breadth("size", [8, 24])

@@ -15,7 +15,10 @@ def pruned(w, h, n=2, m=4, damping=0.01):
     return numpy(sparsegpt.sparsegpt(w, factor, (n, m)))
 
 
-@breadth(("size", "n", "m"), [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4)])
+@breadth(
+    ("size", "n", "m"),
+    [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4), (64, 16, 32)],
+)
 def test_sparsegpt_is_the_reference(size, n, m):
     x, w = correlated(size, 5)
     h = x.T @ x / len(x)
