@@ -105,11 +105,12 @@ def train_block(
     for target in targets:
         item = slots(target.layer).get(target.attribute)
         trained += item.parameters if item else ()
-    kept = [(target.variable, _Zeros(target.variable)) for target in targets]
-    factors = {
-        id(target.variable): _root_mean_square(target.variable)
-        / _ROOT_MEAN_SQUARE
-        for target in targets
+    sparse = {
+        id(v): (
+            _root_mean_square(v) / _ROOT_MEAN_SQUARE,
+            ops.not_equal(v.value, 0),
+        )
+        for v in (target.variable for target in targets)
     }
     part = Part(operation, operation, relative_error, data)
     before, after = train_part(
@@ -119,8 +120,7 @@ def train_block(
         Batches(*held) if held[0] else data,
         epochs,
         learning_rate,
-        kept,
-        factors,
+        sparse,
     )
     if not math.isfinite(after):
         raise ValueError(
@@ -140,8 +140,7 @@ def train_part(
     held,
     epochs,
     learning_rate,
-    kept=(),
-    factors=None,
+    sparse=None,
     verbose=0,
 ):
     """Train some variables of a `Part`, by Adam; return two losses.
@@ -152,9 +151,8 @@ def train_part(
         fit, held: `Batches`, to train on and to measure on. What is worse on
             the latter after the training is undone.
         epochs, learning_rate: As in `train_block`.
-        kept: List of pairs of a variable and its constraint meanwhile.
-        factors: Dict from the id of a variable to what its rate is multiplied
-            by. Defaults to `None`, for the same rate everywhere.
+        sparse: As of `SparseAdam`, whose variables nothing else constrains
+            meanwhile. Defaults to `None`, for `keras.optimizers.Adam`.
         verbose: 0 or 1. 1 shows Keras' progress bars. Defaults to `0`.
 
     Returns:
@@ -171,11 +169,12 @@ def train_part(
     undo = RestoredOnError(part.operation, values=values)
     with undo, calibration.gradients():
         only_trained(part.operation, trained)
-        for variable, constraint in kept:
-            variable.constraint = constraint
+        for variable in trained:
+            if sparse and id(variable) in sparse:
+                variable.constraint = None
         # Keras' own Adam takes one step for all variables on torch.
-        if factors:
-            part.compile(_VariableRateAdam(schedule, factors))
+        if sparse:
+            part.compile(SparseAdam(schedule, sparse))
         else:
             part.compile(keras.optimizers.Adam(schedule))
         before = part.evaluate(held, verbose=0)
@@ -334,32 +333,36 @@ def _root_mean_square(variable):
     return float(ops.sqrt(energy / count)) if float(count) else 1.0
 
 
-class _VariableRateAdam(keras.optimizers.Adam):
-    """Adam with a multiple of the learning rate for some variables."""
+class SparseAdam(keras.optimizers.Adam):
+    """Adam that keeps the zeros of some variables, at rates of their own.
 
-    def __init__(self, learning_rate, factors):
-        # TensorFlow takes no name with a leading underscore.
+    Args:
+        learning_rate: As of `keras.optimizers.Adam`.
+        sparse: Dict from the id of such a variable to what its rate is
+            multiplied by, and a boolean tensor: where it may change.
+    """
+
+    def __init__(self, learning_rate, sparse):
         super().__init__(learning_rate, name="adam")
-        self.factors, self.own_factors = factors, []
+        self.sparse, self.own = sparse, []
 
     def build(self, variables):
         super().build(variables)
-        self.own_factors = [self.factors.get(id(v), 1.0) for v in variables]
+        self.own = [self.sparse.get(id(v)) for v in variables]
 
     def update_step(self, gradient, variable, learning_rate):
-        factor = self.own_factors[self._get_variable_index(variable)]
-        super().update_step(gradient, variable, learning_rate * factor)
-
-
-class _Zeros(keras.constraints.Constraint):
-    """Keep the zeros that a variable has now."""
-
-    def __init__(self, variable):
-        self.kept = ops.not_equal(variable.value, 0)
-
-    def __call__(self, value):
-        value = ops.convert_to_tensor(value)
-        return ops.where(self.kept, value, ops.zeros_like(value))
+        place = self._get_variable_index(variable)
+        if own := self.own[place]:
+            factor, kept = own
+            learning_rate = learning_rate * factor
+            # A weight that never gets a gradient stays.
+            gradient = gradient * ops.cast(kept, gradient.dtype)
+        in_place = backend.current().in_place()
+        if in_place is None or variable.dtype != "float32":
+            super().update_step(gradient, variable, learning_rate)
+            return
+        moments = self._momentums[place], self._velocities[place]
+        in_place.adam(self, variable, gradient, moments, learning_rate)
 
 
 def is_float(x):

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.calibration import block_reconstruction
@@ -36,6 +37,22 @@ def refine(model, x, refine="blocks", **options):
     return kwm.sparsify(
         model, "2:4", x, criterion="sparsegpt", refine=refine, **options
     )
+
+
+def test_the_optimizer_is_adam_but_for_zeros():
+    own, plain = variables = [keras.Variable(np.ones((2, 3))) for _ in "ab"]
+    kept = np.arange(6).reshape(2, 3) % 2 == 0
+    sparse = {id(own): (0.5, ops.convert_to_tensor(kept))}
+    optimizers = (
+        block_reconstruction.SparseAdam(0.1, sparse),
+        keras.optimizers.Adam(0.05),
+    )
+    for optimizer, variable in zip(optimizers, variables):
+        for gradient in np.linspace(1e-7, 1.0, 18).reshape(3, 2, 3):
+            gradient = ops.convert_to_tensor(np.float32(gradient))
+            optimizer.apply([gradient], [variable])
+    expected = np.where(kept, numpy(plain), 1.0)
+    np.testing.assert_allclose(numpy(own), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0.01, 10.0])
@@ -220,7 +237,7 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
 
 def test_the_optimizer_of_a_block_is_freed_with_the_next(monkeypatch):
     """Also the gradients that Keras leaves on torch."""
-    alive, adam = [], block_reconstruction._VariableRateAdam
+    alive, adam = [], block_reconstruction.SparseAdam
 
     class Seen(adam):
         def __init__(self, *args):
@@ -229,7 +246,7 @@ def test_the_optimizer_of_a_block_is_freed_with_the_next(monkeypatch):
             made.append(weakref.ref(self))
 
     made: list[Any] = []
-    monkeypatch.setattr(block_reconstruction, "_VariableRateAdam", Seen)
+    monkeypatch.setattr(block_reconstruction, "SparseAdam", Seen)
     model = make_net()
     gc.collect()
     gc.disable()
