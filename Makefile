@@ -203,7 +203,8 @@ bench-runtimes: setup
 	$(BIN)/python -m pip install --quiet --no-deps 'gensim>=4.3'
 	-$(BIN)/python -m pip install --quiet $(LLAMA)
 	-$(BIN)/python -m pip install --quiet 'torchao>=0.18'
-	-$(BIN)/python -m pip install --quiet openvino-genai
+	-$(BIN)/python -m pip install --quiet openvino-genai optimum-intel
+	-$(BIN)/python -m pip install --quiet onnxruntime-genai accelerate
 	$(BIN)/python -m benchmarks.runtimes $(ARGS)
 	$(BIN)/python -m benchmarks.results_page
 

@@ -456,13 +456,21 @@ class OpenVino:
 
 
 def convert_to_openvino(gguf, folder):
-    """Convert a GGUF file, its integers kept; it must be in `folder`."""
-    import openvino_genai
+    """Convert a GGUF file by optimum-intel, which rounds to int4.
 
-    openvino_genai.LLMPipeline(
-        str(gguf), "CPU", enable_save_ov_model=True, ATTENTION_BACKEND="SDPA"
+    In blocks of 32 with zero points, the table in int8, also as the head.
+    `pip install openvino-genai optimum-intel`, beside torch.
+    """
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    rounding = OVWeightQuantizationConfig(
+        bits=4, sym=False, group_size=32, ratio=1.0
     )
-    return pathlib.Path(folder) / "openvino_model.xml"
+    with tempfile.TemporaryDirectory() as copy:
+        convert_to_transformers(gguf, copy)
+        OVModelForCausalLM.from_pretrained(
+            copy, export=True, compile=False, quantization_config=rounding
+        ).save_pretrained(folder)
 
 
 class OnnxRuntimeGenAI:
@@ -522,39 +530,20 @@ class OnnxRuntimeGenAI:
 
 
 def convert_to_onnxruntime(gguf, folder):
-    """Convert a GGUF file by the model builder, which rounds to int4 again.
+    """Convert a GGUF file by the model builder, which rounds to int4.
 
     In blocks of 32 with zero points, the head in int8, activations in int8.
-    `pip install onnxruntime-genai transformers accelerate`, beside torch.
+    `pip install onnxruntime-genai 'transformers<5.6' accelerate`, beside torch.
     """
-    import transformers
-
+    options = {
+        "accuracy_level": 4,
+        "algo_config": "k_quant_last",
+        "block_size": 32,
+        "is_symmetric": "false",
+        "prune_lm_head": "true",
+    }
     with tempfile.TemporaryDirectory() as copy:
-        source = {
-            "pretrained_model_name_or_path": gguf.parent,
-            "gguf_file": gguf.name,
-        }
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(
-            copy
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **source,
-            dtype="float32",
-            quantization_config=transformers.GgufConfig(dequantize=True),
-        )
-        rope = model.config.rope_parameters
-        if "sliding_attention" in rope:
-            # Builder 0.18.0 knows Gemma 3 by its names in transformers 4.
-            local = rope["sliding_attention"]["rope_theta"]
-            rope |= {**rope["full_attention"], "rope_local_base_freq": local}
-        model.save_pretrained(copy)
-        options = {
-            "accuracy_level": 4,
-            "algo_config": "k_quant_last",
-            "block_size": 32,
-            "is_symmetric": "false",
-            "prune_lm_head": "true",
-        }
+        convert_to_transformers(gguf, copy)
         subprocess.run(
             [
                 *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
@@ -564,6 +553,26 @@ def convert_to_onnxruntime(gguf, folder):
             ],
             check=True,
         )
+
+
+def convert_to_transformers(gguf, folder):
+    import transformers
+
+    source = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype="float32"
+    )
+    rope = model.config.rope_parameters
+    if "sliding_attention" in rope:
+        # Builder 0.18.0 knows Gemma 3 by its names in transformers 4.
+        local = rope["sliding_attention"]["rope_theta"]
+        rope |= {**rope["full_attention"], "rope_local_base_freq": local}
+    model.save_pretrained(folder)
 
 
 def perplexity_of(rows, logits_of):

@@ -7,9 +7,9 @@
     python -m benchmarks.runtimes --report     (the log there is, once more)
 
 A model (`--model`) runs dense, packed 2:4 in every form of `pack`, packed dense
-in integers, and quantized by Keras and on torch. llama.cpp and OpenVINO run
-GGUF files of the same weights. Each form has a process that loads it from a
-file, and shows:
+in integers, and quantized by Keras and on torch. llama.cpp runs GGUF files of
+the same weights, OpenVINO and ONNX Runtime what their own tools make of these.
+Each form has a process that loads it from a file, and shows:
 
 - write: new tokens per second, greedy, after a short prompt, batch 1 and 8;
 - read: tokens of a long prompt over the seconds to the first new token;
@@ -199,21 +199,18 @@ OTHERS = (
     ),
     *(
         Form(
-            f"OpenVINO {kind}",
-            f"{kind}.openvino/openvino_model.xml",
-            "openvino",
-            needs=("openvino_genai",),
-        )
-        for kind in ("Q8_0", "Q4_0", "Q4_1")
-    ),
-    *(
-        Form(
             f"ik_llama {kind}",
             f"{kind}.gguf",
             "ik_llama.cpp",
             needs=("ik_llama_cpp",),
         )
         for kind in ("Q4_0", "IQ4_NL", INT4)
+    ),
+    Form(
+        "OpenVINO GenAI int4",
+        "F32.openvino/openvino_model.xml",
+        "openvino",
+        needs=("openvino_genai",),
     ),
     Form(
         "ONNX Runtime GenAI int4",
@@ -423,10 +420,8 @@ def write_file(name, args):
         write = write_sparse
     elif name.startswith("rounded"):
         write = write_rounded
-    elif name.endswith(".xml"):
-        write = write_openvino
-    elif name.endswith("genai_config.json"):
-        write = write_onnxruntime
+    elif name.endswith((".xml", ".json")):
+        write = write_converted
     elif name.endswith(".gguf"):
         write = write_gguf
     else:
@@ -642,21 +637,13 @@ def quantize_by_llama(path, args):
     peers.requantize(path.with_stem("BF16"), path, kind, squares)
 
 
-def write_openvino(path, args):
+def write_converted(path, args):
     from benchmarks import peers
 
-    source = path.parent.with_suffix(".gguf")
-    copy = path.parent / source.name
-    shutil.copy(source, copy)
-    peers.convert_to_openvino(copy, path.parent)
-    copy.unlink()
-
-
-def write_onnxruntime(path, args):
-    from benchmarks import peers
-
-    source = path.parent.with_suffix(".gguf")
-    peers.convert_to_onnxruntime(source, path.parent)
+    convert = peers.convert_to_onnxruntime
+    if path.suffix == ".xml":
+        convert = peers.convert_to_openvino
+    convert(path.parent.with_suffix(".gguf"), path.parent)
 
 
 def sparse_file(args):
