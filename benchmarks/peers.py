@@ -459,7 +459,8 @@ def convert_to_openvino(gguf, folder):
     """Convert a GGUF file by optimum-intel, which rounds to int4.
 
     In blocks of 32 with zero points, the table in int8, also as the head.
-    `pip install openvino-genai optimum-intel`, beside torch.
+    `pip install openvino-genai optimum-intel`, beside torch. Gemma 3 takes
+    'transformers==5.0.*', which the tool of ONNX Runtime does not.
     """
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
