@@ -361,8 +361,11 @@ class SparseAdam(keras.optimizers.Adam):
         if in_place is None or variable.dtype != "float32":
             super().update_step(gradient, variable, learning_rate)
             return
-        moments = self._momentums[place], self._velocities[place]
-        in_place.adam(self, variable, gradient, moments, learning_rate)
+        state = self._momentums[place], self._velocities[place]
+        # Keras' Adam adds epsilon before the correction.
+        correction = 1 - self.beta_2 ** (int(self.iterations) + 1)
+        rest = learning_rate, self.epsilon * correction**-0.5
+        in_place.adamw(self, variable, gradient, state, *rest)
 
 
 def is_float(x):

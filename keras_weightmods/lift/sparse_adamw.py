@@ -185,7 +185,8 @@ class SparseAdamW(MaskedState):
         decay = (self._use_weight_decay(known) and self.weight_decay) or 0.0
         in_place = backend.current().in_place()
         if in_place is not None:
-            in_place.sparse_adamw(self, known, gradient, indices, state, decay)
+            rest = learning_rate, self.epsilon, indices, decay
+            in_place.adamw(self, known, gradient, state, *rest)
             return
         whole = ops.convert_to_tensor(variable)
         if keras.backend.backend() == "jax" and indices is not None:

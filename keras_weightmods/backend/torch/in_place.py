@@ -126,46 +126,27 @@ def _fused_adamw(tensors, count, **options):
 
 
 @torch.no_grad()
-def adam(optimizer, variable, gradient, moments, learning_rate):
-    """Update one variable of a Keras `Adam`, and its two moments.
+def adamw(
+    optimizer,
+    variable,
+    gradient,
+    state,
+    learning_rate,
+    epsilon,
+    indices=None,
+    weight_decay=0.0,
+):
+    """Update one variable, and its two moments.
 
     Args:
-        optimizer: A built `keras.optimizers.Adam`.
-        variable: `keras.Variable` of float32.
-        gradient: Tensor.
-        moments: Pair of `keras.Variable`.
-        learning_rate: Scalar.
-    """
-    count = int(optimizer.iterations) + 1.0
-    state = [each.value.data for each in (variable, *moments)]
-    flat = [each.contiguous().view(-1) for each in (gradient, *state)]
-    gradient, weight, momentum, velocity = flat
-    _fused_adamw(
-        (weight, gradient, momentum, velocity),
-        torch.tensor(count, device=weight.device),
-        lr=float(learning_rate),
-        weight_decay=0.0,
-        beta1=optimizer.beta_1,
-        beta2=optimizer.beta_2,
-        # Epsilon is added where Keras' Adam does.
-        eps=optimizer.epsilon * (1 - optimizer.beta_2**count) ** -0.5,
-    )
-    for original, new in zip(state, flat[1:]):
-        if not original.is_contiguous():
-            original.copy_(new.view(original.shape))
-
-
-@torch.no_grad()
-def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
-    """Update one variable of a `SparseAdamW`, and its two moments.
-
-    Args:
-        optimizer: A built `SparseAdamW`.
+        optimizer: A built optimizer, with `beta_1` and `beta_2`.
         variable: `keras.Variable`.
         gradient: Tensor, compact where there are indices.
-        indices: `keras.Variable` with the entries to update; None for all.
         state: List of `keras.Variable`, the moments, and the master of a
             weight in 16 bits.
+        learning_rate: Scalar.
+        epsilon: Float, added after the correction of the moments.
+        indices: `keras.Variable` with the entries to update, or None for all.
         weight_decay: Float.
     """
     weight = variable.value.data
@@ -182,11 +163,11 @@ def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
     _fused_adamw(
         (wide, gradient, momentum, velocity),
         torch.tensor(count, device=weight.device),
-        lr=float(optimizer.learning_rate),
+        lr=float(learning_rate),
         weight_decay=weight_decay,
         beta1=optimizer.beta_1,
         beta2=optimizer.beta_2,
-        eps=optimizer.epsilon,
+        eps=epsilon,
     )
     if places is not None:
         flat.index_copy_(0, places, wide.to(flat.dtype))
