@@ -92,8 +92,10 @@ class Grid:
 
     def nearest(self, values: Any, scales: Any) -> Any:
         """Round to the nearest multiples of scales of the same shape."""
-        integers = ops.clip(ops.round(values / scales), self.low, self.high)
-        return integers * scales
+        integers = ops.round(values / scales)
+        # On torch `ops.clip` takes more than twice as long.
+        integers = ops.maximum(integers, float(self.low))
+        return ops.minimum(integers, float(self.high)) * scales
 
 
 def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
