@@ -211,10 +211,10 @@ def cast_step(log):
                 )
     return "\n\n".join(
         [
-            "A train step of SmolLM2-135M's shapes, "
+            f"A train step of the shapes of {log['model']}, "
             f"{' x '.join(map(str, log['batch']))} tokens: `CAST`, the same "
             "with the logits of all positions in memory (whole), and Keras' "
-            f"own step with AdamS; {log['machine']['cpu']}, "
+            f"own step with AdamW; {log['machine']['cpu']}, "
             f"{log['machine']['cores']} cores.",
             table(
                 "backend | dtype | step | seconds | x Keras | peak, MB | "
