@@ -1,10 +1,7 @@
 """One walk through a model, from target to target, on calibration data."""
 
 import collections
-import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import warnings
 from typing import Any
@@ -16,14 +13,11 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.watched import called_by
 from keras_weightmods.utils.report import Skipped
 
 _METRIC = "output error"
 # The most entries of a weight that are checked at once.
 _ENTRIES = 2**22
-# The most entries of outputs that are kept for later runs of a block.
-_KEPT = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +272,8 @@ class Walk:
         known = self.recall(targets)
         targets = [t for t in targets if t not in known]
         self.pending = [t for t in self.pending if t not in known]
-        run = _Resumed(call)
         while here := [t for t in self.pending if id(t.layer) in inside]:
-            self._visit_next(run, own, here)
-            run.done = {
-                t.layer
-                for t in targets
-                if t not in self.pending
-                and not reason_unread(t.layer, t.attribute)
-            }.difference(t.layer for t in self.pending)
+            self._visit_next(call, own, here)
         if targets and self.rebuild is not None:
             if isinstance(operation, keras.Model) and not is_repeated:
                 warnings.warn(
@@ -303,11 +290,9 @@ class Walk:
                     for part in (slice(place), slice(place, None))
                 )
                 self.rebuild(operation, targets, fit, held)
-                run.done = set()
         if not self.pending:
             return None
-        run.free = 0
-        return list(itertools.starmap(run, enumerate(own))) + taught
+        return outputs_of(own) + taught
 
     def _run_graph(self, graph, inputs):
         nodes = keras_compat.nodes_of(graph)
@@ -382,7 +367,7 @@ class Walk:
         def places():
             return [i for i, n in enumerate(count) if same[i] == n == count[0]]
 
-        calls = [(each[0], each, {}) for each in enumerate(calls)]
+        calls = [(batch, *each) for batch, each in enumerate(calls)]
         calibration.see_calls(self.model, targets, call, calls, see, places)
         group = [targets[place] for place in places()]
         if not rows_seen[0]:
@@ -393,44 +378,6 @@ class Walk:
         )
         held = fit if held is None else held
         return group, Moments(fit, held, rows_seen[0])
-
-
-class _Resumed:
-    """Calls of a part of a model, in which layers that are `done` run once.
-
-    Their kernels have been visited, and those of the layers before them: each
-    later call on the same inputs gives the same outputs. At most `free` further
-    entries of these are kept.
-    """
-
-    def __init__(self, call):
-        self.call, self.done, self.free = call, set(), _KEPT
-        self.outputs = {}
-
-    def __call__(self, batch, arguments):
-        args, kwargs = arguments
-        with contextlib.ExitStack() as stack:
-            for layer in self.done:
-                known = functools.partial(self.known, (id(layer), batch), [])
-                stack.enter_context(called_by(layer, known))
-            return self.call(*args, **kwargs)
-
-    def known(self, key, calls, run, *args, **kwargs):
-        calls.append(key)
-        # What is before another call of it may not have been visited.
-        if len(calls) > 1:
-            return run(*args, **kwargs)
-        if key in self.outputs:
-            # Copies: on torch a model may change them in place.
-            return keras.tree.map_structure(ops.copy, self.outputs[key])
-        outputs = run(*args, **kwargs)
-        leaves = keras.tree.flatten(outputs)
-        if all(map(ops.is_tensor, leaves)):
-            size = sum(math.prod(x.shape) for x in leaves)
-            if size <= self.free:
-                self.free -= size
-                self.outputs[key] = keras.tree.map_structure(ops.copy, outputs)
-        return outputs
 
 
 def _idle_note(moment):

@@ -99,8 +99,8 @@ def quantize(
     give. The kernels and blocks of a language model use the first 16,384
     positions of the data, 64 rows of 256 tokens. The head and the scales use
     all of them. Beside the model, memory holds one layer or block in training,
-    the hidden states, up to half a GiB of outputs within a block, and copies of
-    the head. A temporary file holds the original weights.
+    the hidden states, and copies of the head. A temporary file holds the
+    original weights.
 
     `refine` then trains away a part of the remaining error:
 

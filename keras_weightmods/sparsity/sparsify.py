@@ -138,8 +138,7 @@ def sparsify(
     kept between two layers. A functional model (KerasHub's, ResNets,
     `Sequential`) runs once, a layer or a transformer block at a time. A block
     runs again for each of its kernels with inputs of its own. A subclassed
-    model runs again as a whole. The outputs of layers that are done are kept
-    meanwhile, up to half a GiB.
+    model runs again as a whole.
 
     For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes while
     it is pruned. A copy of all targets is held to the end, in case of an error.
