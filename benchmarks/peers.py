@@ -39,7 +39,13 @@ def quantize_products(model, make):
     from benchmarks import harness
 
     def projection(layer, kernel, axes):
-        # The contraction comes first in these kernels, and last in the input.
+        # The contraction comes first in the kernel, and last in the input.
+        if axes != tuple(range(len(axes))):
+            raise ValueError(
+                "Expected kernels whose contraction axes come first. Received: "
+                f"{layer.path}, with the contraction axes {axes}"
+            )
+        bias = getattr(layer, "bias", None)
         size = math.prod(kernel.shape[axis] for axis in axes)
         units = kernel.shape[len(axes) :]
         matrix = kernel.detach().reshape(size, -1).T.contiguous()
@@ -47,8 +53,8 @@ def quantize_products(model, make):
 
         def call(x, training=None):
             leading = x.shape[: x.ndim - len(axes)]
-            y = product(x.reshape(*leading, size))
-            return y.reshape(*leading, *units)
+            y = product(x.reshape(*leading, size)).reshape(*leading, *units)
+            return y if bias is None else y + bias.value
 
         vars(layer)["call"] = call
         return held - kernel.nbytes

@@ -112,6 +112,28 @@ def test_repeated_keys_are_read_once(queries, masked, monkeypatch):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("queries", [1, 19])
+def test_groups_of_heads_as_in_gemma(queries, monkeypatch):
+    seen, mask = [], prompt_mask(queries)[:, 0]
+
+    def watched(*args):
+        seen.append(args[1].shape[2])
+        return kernel(*args)
+
+    def by_groups(q, keys, values):
+        grouped = ops.reshape(q * 0.2, (2, queries, 3, 2, 32))
+        scores = ops.einsum("btkgh,bskh->bkgts", grouped, keys)
+        softmax = keras.layers.Softmax(dtype="float32")
+        weights = softmax(scores, mask=mask[:, None, None])
+        result = ops.einsum("bkgts,bskh->btkgh", weights, values)
+        return ops.reshape(result, q.shape)
+
+    given = inputs(queries=queries)
+    got = by_kernel(by_groups, given, watched, monkeypatch)
+    assert seen[-1] == 3
+    assert_close(got, by_groups(*given))
+
+
 def test_what_is_nearly_an_attention_is_none(monkeypatch):
     def other(q, keys, values):
         return plain(

@@ -189,6 +189,8 @@ def test_a_cache_of_pairs_and_a_sliding_window():
         "gemma3",
         preprocessor=models.gemma3_preprocessor(length=32),
         num_layers=2,
+        # The kernel of attention takes multiples of 16.
+        head_dim=32,
         use_sliding_window_attention=True,
         sliding_window_size=4,
     )

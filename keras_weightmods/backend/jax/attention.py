@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.extend import core
 from keras import ops
@@ -46,7 +47,8 @@ def calls_in(jaxpr, key_shape):
 
     Returns:
         Dict from the variable of a result to the variables of query, key,
-        value and mask, or None, with the keys not repeated, and the scale.
+        value and mask, or None, with the keys not repeated, and the scale. The
+        mask has the axes batch, queries and places, or a second one of size 1.
     """
     producers = _producers(jaxpr)
     found = {}
@@ -77,8 +79,11 @@ def _templates(query_shape, key_shape, dtype):
         lambda *inputs: attention.attend(kernel, *inputs), query, key, key
     )
     found: list[Any] = []
-    for masks in ([mask], []) if is_possible is not None else ():
-        for repeats in dict.fromkeys([heads // key_heads, 1]):
+    if is_possible is None:
+        return found
+    group = heads // key_heads
+    for masks in ([mask], []):
+        for repeats in dict.fromkeys([group, 1]):
 
             def call(query, key, value, mask=None, repeats=repeats):
                 if repeats > 1:
@@ -90,6 +95,23 @@ def _templates(query_shape, key_shape, dtype):
 
             traced = jax.make_jaxpr(call)(query, key, key, *masks)
             found.append(traced.jaxpr)
+
+    def by_groups(query, key, value, mask):
+        """As KerasHub's Gemma models do on a CPU."""
+        query = query * ops.cast(_SCALE, query.dtype)
+        shape = *query.shape[:2], key_heads, group, query.shape[3]
+        scores = ops.einsum(
+            "bqkgd,bpkd->bkgqp", ops.reshape(query, shape), key
+        )
+        weights = keras.layers.Softmax(dtype="float32")(
+            scores, mask=mask[:, None, None]
+        )
+        weights = ops.cast(weights, scores.dtype)
+        result = ops.einsum("bkgqp,bpkd->bqkgd", weights, value)
+        return ops.reshape(result, query_shape)
+
+    mask = jax.ShapeDtypeStruct((batch, queries, places), bool)
+    found.append(jax.make_jaxpr(by_groups)(query, key, key, mask).jaxpr)
     return found
 
 

@@ -118,7 +118,8 @@ class _Run:
             if out in attentions:
                 *given, scale = attentions[out]
                 q, k, v, mask = (x and whole(value(x)) for x in given)
-                mask = mask if mask is None else mask[:, 0]
+                if mask is not None and mask.ndim == 4:
+                    mask = mask[:, 0]
                 known[out] = attention.kernel(q, k, v, mask, scale)
                 continue
             values = list(map(value, equation.invars))

@@ -14,12 +14,15 @@ from keras_weightmods.backend import attention
 from keras_weightmods.backend.torch.recorded_call import memory, tensors
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
+_SOFTMAX = torch.nn.functional.softmax
 # Functions whose results are remembered with the arguments that made them.
 _SEEN = {
     torch.Tensor.contiguous,
     torch.Tensor.flatten,
     torch.Tensor.reshape,
     torch.Tensor.to,
+    torch.einsum,
+    _SOFTMAX,
     torch.stack,
     torch.transpose,
     torch.where,
@@ -60,6 +63,8 @@ class Rewrites(TorchFunctionMode):
             result = self._put(*args, **kwargs)
         elif function is _SDPA:
             result = self._attention(*args, **kwargs)
+        elif function is torch.einsum:
+            result = self._attention_by_groups(*args)
         if result is None:
             result = function(*args, **kwargs)
         if any(x in self.varying for x in given):
@@ -68,7 +73,7 @@ class Rewrites(TorchFunctionMode):
             for axis, grid in enumerate(result):
                 self.made[grid] = torch.meshgrid, (args, axis)
         elif function in _SEEN and not any(result is x for x in args):
-            self.made[result] = function, args
+            self.made[result] = function, (*args, *kwargs.values())
         return result
 
     def _source(self, x, *functions):
@@ -143,6 +148,31 @@ class Rewrites(TorchFunctionMode):
         )
         return None if result is None else result.transpose(1, 2)
 
+    def _attention_by_groups(self, equation, weights=None, *values):
+        """Attend as KerasHub's Gemma models do on a CPU."""
+        if not _is_equation(equation, "bkgqp,bpkd->bqkgd"):
+            return None
+        x, found = weights, []
+        for function, place in (
+            *((torch.where, 1), (_SOFTMAX, 0)),
+            *((torch.where, 1), (torch.einsum, 0)),
+        ):
+            x = self._source(x, torch.Tensor.to)
+            if not self._made_by(x, function):
+                return None
+            found.append(self.made[x][1])
+            x = found[-1][place]
+        (mask, _, zero), (_, axis, *_), (other, _, low), made = found
+        scores, query, keys = made
+        is_attention = _is_equation(scores, "bqkgd,bpkd->bkgqp") and (
+            mask is other and zero == 0.0 and low < -1e4 and axis == -1
+        )
+        if not is_attention or mask.shape[1:3] != (1, 1):
+            return None
+        given = query.flatten(2, 3), keys, *values
+        result = attention.attend(kernel, *given, mask=mask[:, 0], scale=1.0)
+        return result if result is None else result.reshape(query.shape)
+
     def _bool_mask(self, mask):
         """Return the boolean mask behind an additive mask of Keras, or None."""
         if mask is None:
@@ -164,6 +194,14 @@ class Rewrites(TorchFunctionMode):
         if wide.ndim != 5 or wide.stride(3) or wide.shape[3:4] == (1,):
             return x
         return wide[:, :, :, 0].transpose(1, 2)
+
+
+def _is_equation(equation, expected):
+    """Whether two equations of `einsum` differ in the names of axes alone."""
+    pairs = set(zip(equation, expected))
+    return len(equation) == len(expected) and (
+        len(pairs) == len(set(equation)) == len(set(expected))
+    )
 
 
 def kernel(query, key, value, mask, scale):
