@@ -100,9 +100,7 @@ def _templates(query_shape, key_shape, dtype):
         """As KerasHub's Gemma models do on a CPU."""
         query = query * ops.cast(_SCALE, query.dtype)
         shape = *query.shape[:2], key_heads, group, query.shape[3]
-        scores = ops.einsum(
-            "bqkgd,bpkd->bkgqp", ops.reshape(query, shape), key
-        )
+        scores = ops.einsum("bqkgd,bpkd->bkgqp", ops.reshape(query, shape), key)
         weights = keras.layers.Softmax(dtype="float32")(
             scores, mask=mask[:, None, None]
         )
