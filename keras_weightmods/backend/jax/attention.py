@@ -97,7 +97,7 @@ def _templates(query_shape, key_shape, dtype):
             found.append(traced.jaxpr)
 
     def by_groups(query, key, value, mask):
-        """As KerasHub's Gemma models do on a CPU."""
+        """Attend as KerasHub's Gemma models do on a CPU."""
         query = query * ops.cast(_SCALE, query.dtype)
         shape = *query.shape[:2], key_heads, group, query.shape[3]
         scores = ops.einsum("bqkgd,bpkd->bkgqp", ops.reshape(query, shape), key)
