@@ -217,7 +217,7 @@ llama.cpp Q4_0;llama.cpp Q4_K_M;OpenVINO;ONNX;-imatrix" --files \\
 
 with llama.cpp compiled for this processor. Each FILE was made on torch by
 
-```python
+```py
 model = gemma3.load_gemma3("mixed_bfloat16")
 kinds = {"train": 32, "documentation": 16, "source": 16}
 tokenizer = model.preprocessor.tokenizer

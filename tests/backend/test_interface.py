@@ -23,7 +23,7 @@ def test_a_backend_keeps_to_the_interface():
             assert own == inherited, name
     for module, names in {
         current.layouts(): "split_of split_vector SplitPacked taken put",
-        current.in_place(): "adam_s sparse_adamw distillation_gradient",
+        current.in_place(): "adam_s adamw distillation_gradient",
         current.gpu_products(): "plan has_gpu",
         current.products(): "sparse_matmul reason_unavailable",
         current.generation(): "CompiledGenerate LENGTH_STEP",
