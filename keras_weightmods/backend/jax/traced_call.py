@@ -118,9 +118,7 @@ class _Run:
             if out in attentions:
                 *given, scale = attentions[out]
                 q, k, v, mask = (x and whole(value(x)) for x in given)
-                if mask is not None and mask.ndim == 4:
-                    mask = mask[:, 0]
-                known[out] = attention.kernel(q, k, v, mask, scale)
+                known[out] = attention.result(q, k, v, mask, scale)
                 continue
             values = list(map(value, equation.invars))
             has_stack = any(isinstance(x, Stack) for x in values)

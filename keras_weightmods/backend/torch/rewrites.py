@@ -169,9 +169,13 @@ class Rewrites(TorchFunctionMode):
         )
         if not is_attention or mask.shape[1:3] != (1, 1):
             return None
-        given = query.flatten(2, 3), keys, *values
-        result = attention.attend(kernel, *given, mask=mask[:, 0], scale=1.0)
-        return result if result is None else result.reshape(query.shape)
+        mask, given = mask[:, 0], (query.flatten(2, 3), keys, *values)
+        result = attention.attend(kernel, *given, mask=mask, scale=1.0)
+        if result is None:
+            return None
+        # Where nothing is attended to, the kernel gives the mean.
+        attends = mask[:, 0].any(-1)[:, :, None, None]
+        return (result * attends).reshape(query.shape)
 
     def _bool_mask(self, mask):
         """Return the boolean mask behind an additive mask of Keras, or None."""
