@@ -283,23 +283,39 @@ def round_group(values, scale, bits):
     return multiples[best]
 
 
-def search_scales(w, weights, bits, group_size, shares):
-    """Tries every scale of every group of every unit."""
+def search_scales(w, weights, bits, group_size, count=16):
+    """Tries every scale of every group of every unit.
+
+    The largest weight becomes the lowest integer, or one that is as far from 0
+    as the highest, or is clipped to the lowest, at half of its size.
+    """
+    low = -(2 ** (bits - 1))
+    shares = np.linspace(0.5, low / (1 + low), count)
     w = w.astype("float64")
     scales = np.ones((-(-len(w) // group_size), w.shape[1]))
     for group, unit in np.ndindex(scales.shape):
         part = slice(group * group_size, (group + 1) * group_size)
-        largest = np.abs(w[part, unit]).max()
-        tried = bfloat16(largest * shares / (2 ** (bits - 1) - 1))
+        largest = max(w[part, unit], key=abs)
+        tried = bfloat16(largest * shares / low)
         errors = [
             weights[part]
             @ (round_group(w[part, unit], scale, bits) - w[part, unit]) ** 2
             for scale in tried
-            if scale > 0
+            if scale != 0
         ]
         if errors:
             scales[group, unit] = tried[np.argmin(errors)]
     return scales
+
+
+def nearest(w, bits, group_size=64):
+    """Each group by its best scale, each weight to nearest."""
+    scales = search_scales(w, np.ones(len(w)), bits, group_size)
+    rounded = np.zeros(w.shape)
+    for i, unit in np.ndindex(w.shape):
+        scale = scales[i // group_size, unit]
+        rounded[i, unit] = round_group(w[i, unit], scale, bits)
+    return rounded
 
 
 def gptq(w, scales, h, bits, group_size, damping=0.01):
@@ -345,7 +361,7 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
             curvature = errors[0] + errors[2] - 2 * errors[1]
             if integers.any():
                 best = (errors[0] - errors[2]) / 2 / curvature
-                if best > 0:
+                if best != 0:
                     scales[group, unit] = bfloat16(best)
                     result[part, unit] = scales[group, unit] * integers
             tried = scales[group, unit] * np.arange(
@@ -364,19 +380,19 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
 def is_on_grid(w, bits, group_size):
     """Whether all of each group are multiples, within range, of one bfloat16.
 
-    Its largest weight is an integer times that.
+    Its largest weight is an integer times that, which may be negative.
     """
     w = np.asarray(w, "float32")
     for unit in range(w.shape[1]):
         for start in range(0, len(w), group_size):
             group = w[start : start + group_size, unit]
             found = not group.any()
-            for q in range(1, 2 ** (bits - 1) + 1):
+            lowest = -(2 ** (bits - 1))
+            for q in (*range(1, -lowest + 1), lowest):
                 scale = np.abs(group).max() / np.float32(q)
                 if scale == 0 or scale != bfloat16(scale):
                     continue
                 integers = np.rint(group / scale).astype("float32")
-                lowest = -(2 ** (bits - 1))
                 is_within = lowest <= integers.min() <= integers.max() < -lowest
                 found |= is_within and (integers * scale == group).all()
             if not found:

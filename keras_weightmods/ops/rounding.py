@@ -3,9 +3,9 @@
 A matrix W is (K, R): K inputs, R units. Zeros are not kept, and stay zero.
 Along K, every `group_size` weights of a unit share a scale s. Each is rounded
 to a multiple q s, with an integer q of `bits` bits in two's complement: -8 to 7
-for four. A scale has the 8 significant bits of a bfloat16. So `pack_kernel(...,
-"int4")` finds it again: the largest |w| of a group over the largest |q| is s,
-without rounding.
+for four. A negative scale has room for a large positive weight. A scale has the
+8 significant bits of a bfloat16. So `pack_kernel(..., "int4")` finds it again:
+the largest |w| of a group over the largest |q| is |s|, without rounding.
 
 The inputs are known by their second moment `H = X^T X / rows`, of shape
 (K, K). The error of a unit with the weights w and w' is `e = r^T H r`, with
@@ -27,8 +27,8 @@ from keras_weightmods.utils import checks
 # After so many rounded rows, one product updates the others.
 _ROWS = 16
 
-# Scales tried for a group, as shares of max |w| over the largest q.
-_SHARES = np.linspace(0.5, 1.0, 16)
+# How many scales are tried for a group.
+_SCALES = 16
 
 # A group with smaller weights than this is rounded to zero.
 _TINY = 1e-30
@@ -118,12 +118,16 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
         weights = ops.pad(weights, [(0, filling)])
     matrix = ops.reshape(matrix, (groups, group_size, units))
     weights = ops.reshape(weights, (groups, 1, group_size))
-    largest = ops.max(ops.abs(matrix), axis=1, keepdims=True)
-    empty = largest < _TINY
+    most = ops.max(matrix, axis=1, keepdims=True)
+    least = ops.min(matrix, axis=1, keepdims=True)
+    largest = ops.where(most > -least, most, least)
+    empty = ops.abs(largest) < _TINY
     best = ops.full_like(largest, float("inf"))
     scales = ops.ones_like(largest)
-    for share in _SHARES:
-        tried = grid.rounded_scales(largest * float(share / grid.high))
+    # The largest becomes the lowest integer, which is one further from 0 than
+    # the highest, or less than that, or is clipped to it.
+    for integer in grid.low / np.linspace(0.5, grid.low / -grid.high, _SCALES):
+        tried = grid.rounded_scales(largest * float(1 / integer))
         tried = ops.where(empty, 1.0, tried)
         change = matrix - grid.nearest(matrix, tried)
         error = ops.matmul(weights, ops.square(change))
@@ -293,7 +297,7 @@ def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
     curvature = ops.sum(integers * ops.matmul(own, integers), axis=0)
     slope = ops.sum(integers * c, axis=0)
     best = scale + slope / ops.maximum(curvature, _TINY)
-    best = ops.where((curvature > _TINY) & (best > _TINY), best, scale)
+    best = ops.where((curvature > _TINY) & (abs(best) > _TINY), best, scale)
     return best, integers
 
 

@@ -42,7 +42,7 @@ class GridWeights(Reparameterization):
 
     def start(self, weight: Any) -> Any:
         # The closest to the weights, of all that round to the values.
-        reach = 0.45 * self.scales[:, :, None]
+        reach = 0.45 * ops.abs(self.scales)[:, :, None]
         weights, values = map(self._grouped, (self.weights, self.values))
         change = ops.clip(weights - values, -reach, reach)
         stored = ops.where(weights == 0, 0.0, values + change)

@@ -387,7 +387,7 @@ def quantize(
                 quantizer.to_nearest(changed)
                 why = (
                     "All was rounded to nearest: its loss on held-out rows is "
-                    f"{plain:.4f}, and {after:.4f} when fitted to the data"
+                    f"{plain:.3g}, and {after:.3g} when fitted to the data"
                 )
                 warnings.warn(
                     f"{why}. Pass more `data`, or data like those that the "

@@ -36,14 +36,13 @@ def test_each_step_is_its_reference(size, bits, group_size):
     grid = Grid(bits, group_size)
     tensor, weights = map(ops.convert_to_tensor, (w, np.diag(h).copy()))
     scales = numpy(rounding.search_scales(tensor, weights, grid))
-    expected = references.search_scales(
-        w, np.diag(h), bits, group_size, np.linspace(0.5, 1.0, 16)
-    )
+    expected = references.search_scales(w, np.diag(h), bits, group_size)
+    assert (expected < 0).any() and (expected > 0).any()
     np.testing.assert_array_equal(scales, expected)
     scales = ops.convert_to_tensor(scales)
     values = rounding.gptq(tensor, scales, inverse_factor(h), grid)
     expected = references.gptq(w, numpy(scales), h, bits, group_size)
-    np.testing.assert_allclose(numpy(values), expected, rtol=1e-6)
+    np.testing.assert_allclose(numpy(values), expected, rtol=1e-6, atol=1e-15)
     moment = ops.convert_to_tensor(damped(h))
     found = rounding.descend(tensor, values, scales, moment, grid, 2)
     expected = references.descend(

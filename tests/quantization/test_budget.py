@@ -36,22 +36,6 @@ def test_a_choice_is_within_a_step_of_the_best():
         assert loss <= min(within, default=np.inf) + 1e-9
 
 
-def rounded_plainly(w, bits):
-    """The nearest multiples, for the best of 16 scales of each 64 inputs."""
-    w = w.astype("float64")
-    out, high = np.zeros_like(w), 2 ** (bits - 1) - 1
-    for unit, start in itertools.product(range(w.shape[1]), (0, 64)):
-        part = w[start : start + 64, unit]
-        tried = []
-        for share in np.linspace(0.5, 1, 16):
-            scale = references.bfloat16(abs(part).max() * share / high)
-            scale = np.float64(scale)
-            q = np.clip(np.rint(part / scale), -high - 1, high)
-            tried.append((np.sum((q * scale - part) ** 2), *(q * scale)))
-        out[start : start + 64, unit] = min(tried)[1:]
-    return out
-
-
 # JAX compiles for 9 seconds.
 @one_backend
 def test_losses_of_a_language_model_are_by_its_fisher_information(monkeypatch):
@@ -72,7 +56,7 @@ def test_losses_of_a_language_model_are_by_its_fisher_information(monkeypatch):
     # The mean over y of (e_y - p)^2 at each position, and through the head.
     variance = p * (1 - p)
     fisher = (hidden * SIZES).T ** 2 @ variance / len(x)
-    change = [rounded_plainly(numpy(table), b) - numpy(table) for b in (2, 4)]
+    change = [references.nearest(numpy(table), b) - numpy(table) for b in (2, 4)]
     expected["head"] = [np.sum(fisher * d**2) / 2 for d in change]
     w = numpy(table).astype("float64")
     mean = p @ w.T
@@ -80,7 +64,7 @@ def test_losses_of_a_language_model_are_by_its_fisher_information(monkeypatch):
     spread = spread * (SIZES * (1 - hidden**2)) ** 2
     fisher = (x**2).T @ spread / len(x)
     kernel = numpy(dense.kernel)
-    change = [rounded_plainly(kernel, b) - kernel for b in (2, 4)]
+    change = [references.nearest(kernel, b) - kernel for b in (2, 4)]
     expected["dense"] = [np.sum(fisher * d**2) / 2 for d in change]
     seen = []
 
@@ -110,7 +94,7 @@ def test_losses_of_other_models_are_by_the_squared_error(monkeypatch):
     monkeypatch.setattr(budget, "choose", lambda s, losses, _: seen(losses))
 
     def seen(losses):
-        change = rounded_plainly(kernel, 3) - kernel
+        change = references.nearest(kernel, 3) - kernel
         error = np.sum(curvature * change**2)
         assert losses[0][1] == pytest.approx(error, rel=0.15)
         return [1]

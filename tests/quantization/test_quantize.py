@@ -58,7 +58,7 @@ def test_each_kernel_for_the_inputs_that_the_rounded_ones_give():
     for w, new, x, row in zip(before, after, inputs, report.kernels):
         assert references.is_on_grid(new, 4, 64)
         np.testing.assert_array_equal(new[w == 0], 0)
-        assert row.error < 0.8 * row.nearest
+        assert row.error < 0.9 * row.nearest
         h = x.astype("float64").T @ x / len(x)
         change = new - w
         error = np.sum(change * (h @ change)) / np.sum(w * (h @ w))
@@ -83,7 +83,7 @@ def test_a_dense_model_and_one_of_another_pattern():
     report = quantize(model, x, bits="int4")
     assert not report.skipped
     for w, row, after in zip(before, report.kernels, kernels_of(model)):
-        assert row.error < 0.8 * row.nearest < 0.01
+        assert row.error < 0.9 * row.nearest < 0.01
         assert references.is_on_grid(after, 4, 64)
         assert not np.array_equal(after, w)
     make_sparse(model, "1:4")
@@ -106,17 +106,6 @@ def test_pack_finds_what_has_other_bits(bits):
     assert_same(kernels_of(model), after)
 
 
-def nearest(w):
-    """Each group of 64 inputs by its best scale, each weight to nearest."""
-    shares = np.linspace(0.5, 1.0, 16)
-    scales = references.search_scales(w, np.ones(len(w)), 4, 64, shares)
-    rounded = np.zeros(w.shape)
-    for i, unit in np.ndindex(w.shape):
-        scale = scales[i // 64, unit]
-        rounded[i, unit] = references.round_group(w[i, unit], scale, 4)
-    return rounded
-
-
 @one_backend
 def test_never_worse_than_rounding_to_nearest_on_rows_held_out(monkeypatch):
     """A kernel that too few rows are fitted to, and a model that is spoilt."""
@@ -128,7 +117,7 @@ def test_never_worse_than_rounding_to_nearest_on_rows_held_out(monkeypatch):
     kernel = report.kernels[0]
     assert kernel.error == kernel.nearest
     assert "to nearest" in kernel.note
-    expected = nearest(before[0])
+    expected = references.nearest(before[0], 4)
     np.testing.assert_allclose(kernels_of(model)[0], expected, atol=1e-6)
     _, held = models.split(x.astype("float64"))
     change = held @ (expected - before[0])
@@ -144,7 +133,7 @@ def test_never_worse_than_rounding_to_nearest_on_rows_held_out(monkeypatch):
     with pytest.warns(UserWarning, match="All was rounded to nearest"):
         report = quantize(model, data(), refine="blocks")
     for w, after in zip(before, kernels_of(model)):
-        np.testing.assert_allclose(after, nearest(w), atol=1e-6)
+        np.testing.assert_allclose(after, references.nearest(w, 4), atol=1e-6)
     assert report.held_out[0] == report.held_out[1]
     assert "All was rounded to nearest" in str(report)
     assert not report.blocks
@@ -164,7 +153,7 @@ def test_kernels_of_any_shape_and_their_blocks(equation, output, shape):
     layer = keras.layers.EinsumDense(equation, output)
     model = make_sparse(models.randomize(models.sequential(shape, layer)))
     (before,) = kernels_of(model)
-    x = data(256, int(np.prod(shape))).reshape(-1, *shape)
+    x = data(1024, int(np.prod(shape))).reshape(-1, *shape)
     report = quantize(model, x, refine="blocks", epochs=1)
     (after,), (target,) = kernels_of(model), kwm.find_targets(model)
     np.testing.assert_array_equal(after[before == 0], 0)
@@ -196,8 +185,8 @@ def test_no_gradients_are_kept(monkeypatch):
 @one_backend
 def test_blocks_of_a_language_model():
     """With three bits; what does not gain is left as it was rounded."""
-    llama = models.randomize(models.causal_lm("llama"), scale=0.2)
-    ids = np.random.default_rng(0).integers(2, 16, size=(32, 12))
+    llama = models.randomize(models.causal_lm("llama"), scale=0.5)
+    ids = np.random.default_rng(0).integers(2, 16, size=(96, 12))
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     before, targets = weights_of(make_sparse(llama)), kwm.find_targets(llama)
     variables = [(id(v), v.trainable) for v in llama.variables]
