@@ -321,18 +321,21 @@ def nearest(w, bits, group_size=64):
 def gptq(w, scales, h, bits, group_size, damping=0.01):
     """GPTQ, an input after the other, each with an inverse of its own.
 
-    When the weights before it are settled, rounding weight j moves the rest by
-    the first row of the inverse of the remaining damped `h`. Zeros stay zero.
+    The inputs with the largest diagonal come first. When the weights before it
+    are settled, rounding weight j moves the others by its row of the inverse of
+    the remaining damped `h`. Zeros stay zero.
     """
     w = w.astype("float64").copy()
     kept = w != 0
+    left = sorted(range(len(w)), key=lambda j: -h[j, j])
     h = h + damping * np.mean(np.diag(h)) * np.eye(len(h))
-    for j in range(len(w)):
-        row = np.linalg.inv(h[j:, j:])[0]
+    while left:
+        j, row = left[0], np.linalg.inv(h[np.ix_(left, left)])[0]
         for unit in np.flatnonzero(kept[j]):
             scale = scales[j // group_size, unit]
             error = w[j, unit] - round_group(w[j, unit], scale, bits)
-            w[j:, unit] -= error / row[0] * row * kept[j:, unit]
+            w[left, unit] -= error / row[0] * row * kept[left, unit]
+        left = left[1:]
     return w
 
 

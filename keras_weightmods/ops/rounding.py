@@ -24,8 +24,9 @@ from keras_weightmods.ops.refine import compiled, damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
-# After so many rounded rows, one product updates the others.
-_ROWS = 16
+# After so many rounded rows, one product updates the others of their block, and
+# after a block all others.
+_ROWS, _BLOCK = 16, 64
 
 # How many scales are tried for a group.
 _SCALES = 16
@@ -136,11 +137,18 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
     return scales[:, 0]
 
 
-def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
+def gptq(
+    matrix: Any,
+    scales: Any,
+    second_moment: Any,
+    grid: Grid,
+    damping: float = 0.01,
+) -> Any:
     """Round one input after the other; later kept ones make up for it.
 
-    This is GPTQ (arXiv 2210.17323, algorithm 1) for a sparse matrix. Row j of
-    the factor spreads the error of each weight over all later inputs. The part
+    This is GPTQ (arXiv 2210.17323, algorithm 1) for a sparse matrix. The inputs
+    with the largest second moment come first. Row j of the factor of the
+    inverse spreads the error of each weight over all later inputs. The part
     that falls on weights that are not kept is lost. Refitting the kept weights
     after each block of inputs would lose nothing, but is no better after
     `descend`.
@@ -148,31 +156,39 @@ def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
     Args:
         matrix: float32 tensor of shape `(K, R)`.
         scales: float32 tensor of shape `(G, R)`.
-        factor: Array of shape `(K, K)`, from `inverse_factor`.
+        second_moment: Tensor of shape `(K, K)`, H.
         grid: `Grid`.
+        damping: As of `round_kept`.
 
     Returns:
         float32 tensor of shape `(K, R)`.
+
+    Raises:
+        ValueError: If H is not finite.
     """
     size, _ = matrix.shape
+    h = ops.convert_to_numpy(second_moment)
+    order = np.argsort(-h.diagonal(), kind="stable")
+    factor = inverse_factor(h[np.ix_(order, order)], damping)
     # The changes of later inputs for an error of 1 at an input.
-    factor = np.asarray(factor, "float64")
     factor = (factor / factor.diagonal()[:, None]).astype("float32")
-    kept = ops.cast(ops.not_equal(matrix, 0), "float32")
-    step = compiled(_in_order, 4)
-    tail, done = matrix, []
-    for group, start in enumerate(range(0, size, grid.group_size)):
-        stop = min(start + grid.group_size, size)
-        scale = scales[group]
-        own = ops.convert_to_tensor(-factor[start:stop, start:stop].T.copy())
-        targets = tail[: stop - start] / scale
-        rounded, moved = step(targets, own, kept[start:stop], None, grid)
-        done.append(rounded * scale)
-        if stop < size:
-            across = ops.convert_to_tensor(factor[start:stop, stop:].T.copy())
-            change = ops.matmul(across, moved * scale) * kept[stop:]
-            tail = tail[stop - start :] + change
-    return ops.concatenate(done)
+    tail = ops.take(matrix, order, axis=0)
+    scales = ops.take(grid.spread(scales, size), order, axis=0)
+    kept = ops.cast(ops.not_equal(tail, 0), "float32")
+    step, done = compiled(_in_order, 5), []
+    for start in range(0, size, _BLOCK):
+        part = slice(start, min(start + _BLOCK, size))
+        count = part.stop - start
+        own = ops.convert_to_tensor(-factor[part, part].T.copy())
+        rounded, moved = step(
+            tail[:count], own, kept[part], scales[part], None, grid
+        )
+        done.append(rounded)
+        if part.stop < size:
+            across = ops.convert_to_tensor(factor[part, part.stop :].T.copy())
+            change = ops.matmul(across, moved) * kept[part.stop :]
+            tail = tail[count:] + change
+    return ops.take(ops.concatenate(done), np.argsort(order), axis=0)
 
 
 def descend(
@@ -274,11 +290,10 @@ def round_kept(
         values = grid.nearest(w, grid.spread(scales, size))
         return Rounded(values, scales, values)
     h = ops.cast(ops.convert_to_tensor(second_moment), "float32")
-    factor = inverse_factor(ops.convert_to_numpy(h), damping)
-    h = damped(h, damping)
+    moment, h = h, damped(h, damping)
     scales = search_scales(w, ops.diagonal(h), grid)
     nearest = grid.nearest(w, grid.spread(scales, size))
-    values = gptq(w, scales, factor, grid)
+    values = gptq(w, scales, moment, grid, damping)
     # The loss of GPTQ on weights that are not kept may make a unit worse.
     is_better = _errors(w, values, h) < _errors(w, nearest, h)
     values = ops.where(is_better, values, nearest)
@@ -314,49 +329,61 @@ def _best_integers(
     """Return the best values of a group with a new scale."""
     rescaled = integers * scale
     c = c - ops.matmul(own, rescaled - values)
-    targets = (rescaled + c * inverse) / scale
-    return _in_order(targets, own * inverse, kept, integers, grid)[0] * scale
+    targets = rescaled + c * inverse
+    scales = ops.broadcast_to(scale, targets.shape)
+    return _in_order(targets, own * inverse, kept, scales, rescaled, grid)[0]
 
 
 def _in_order(
-    targets: Any, coupling: Any, kept: Any, before: Any, grid: Grid
+    targets: Any,
+    coupling: Any,
+    kept: Any,
+    scales: Any,
+    before: Any,
+    grid: Grid,
 ) -> tuple[Any, Any]:
-    """Round rows to integers, given the changes of the rows above.
+    """Round rows to multiples of scales, given the changes of the rows above.
 
     The value rounded in row i is `targets[i] - coupling[i, :i] @ moved[:i]`.
 
     Args:
-        targets, kept: Tensors of shape `(rows, R)`.
+        targets, kept, scales: Tensors of shape `(rows, R)`.
         coupling: Tensor of shape `(rows, rows)`.
-        before: What integers move from, or None: from what is rounded.
+        before: What the result moves from, or None: from what is rounded.
         grid: `Grid`.
 
     Returns:
-        Pair of tensors, the integers and `moved`.
+        Pair of tensors, the multiples and `moved`.
     """
     size = targets.shape[0]
     in_place = backend.current().in_place()
     if in_place:
         limits = grid.low, grid.high
-        return in_place.round_in_order(targets, coupling, kept, before, *limits)
+        return in_place.round_in_order(
+            targets, coupling, kept, scales, before, *limits
+        )
     if size > _ROWS:
         half = size // 2
         a, b = slice(half), slice(half, size)
-        was = (None, None) if before is None else (before[a], before[b])
-        first = _in_order(targets[a], coupling[a, a], kept[a], was[0], grid)
+
+        def part(targets: Any, at: slice) -> Any:
+            was = None if before is None else before[at]
+            own = coupling[at, at], kept[at], scales[at], was
+            return _in_order(targets, *own, grid)
+
+        first = part(targets[a], a)
         rest = targets[b] - ops.matmul(coupling[b, a], first[1])
-        last = _in_order(rest, coupling[b, b], kept[b], was[1], grid)
-        integers, moved = map(ops.concatenate, zip(first, last))
-        return integers, moved
+        rounded, moved = map(ops.concatenate, zip(first, part(rest, b)))
+        return rounded, moved
 
     def step(targets: Any, row: Any) -> Any:
-        place, along, is_kept, *was = row
+        place, along, is_kept, scale, *was = row
         target = targets[place] * is_kept
-        integer = ops.clip(ops.round(target), grid.low, grid.high)
-        moved = integer - (was[0] if was else target)
-        return targets - along[:, None] * moved, (integer, moved)
+        rounded = grid.nearest(target, scale)
+        moved = rounded - (was[0] if was else target)
+        return targets - along[:, None] * moved, (rounded, moved)
 
-    rows: Any = ops.arange(size), ops.transpose(coupling), kept
+    rows: Any = ops.arange(size), ops.transpose(coupling), kept, scales
     rows = rows if before is None else (*rows, before)
     if keras.backend.backend() == "jax":
         return ops.scan(step, targets, rows)[1]
@@ -365,5 +392,5 @@ def _in_order(
     for place in range(size):
         targets, output = step(targets, [each[place] for each in rows])
         outputs.append(output)
-    integers, moved = map(ops.stack, zip(*outputs))
-    return integers, moved
+    rounded, moved = map(ops.stack, zip(*outputs))
+    return rounded, moved

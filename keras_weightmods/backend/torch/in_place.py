@@ -189,17 +189,18 @@ def distillation_gradient(log_p, soft, q, labels, by_label, by_teacher):
 
 
 @torch.no_grad()
-def round_in_order(targets, coupling, kept, before, low, high):
+def round_in_order(targets, coupling, kept, scales, before, low, high):
     """See `_in_order` of `ops.rounding`."""
     targets, moved = targets * kept, torch.empty_like(targets)
-    integers = torch.empty_like(targets)
+    rounded = torch.empty_like(targets)
     columns = moved.T
     for i in range(len(targets)):
-        target, integer = targets[i], integers[i]
+        target, value = targets[i], rounded[i]
         if i:
             change = torch.mv(columns[:, :i], coupling[i, :i])
             target.sub_(change.mul_(kept[i]))
-        torch.round(target, out=integer).clamp_(low, high)
+        torch.div(target, scales[i], out=value)
+        value.round_().clamp_(low, high).mul_(scales[i])
         origin = target if before is None else before[i]
-        torch.sub(integer, origin, out=moved[i])
-    return integers, moved
+        torch.sub(value, origin, out=moved[i])
+    return rounded, moved
