@@ -56,9 +56,9 @@ def test_losses_of_a_language_model_are_by_its_fisher_information(monkeypatch):
     # The mean over y of (e_y - p)^2 at each position, and through the head.
     variance = p * (1 - p)
     fisher = (hidden * SIZES).T ** 2 @ variance / len(x)
-    change = [references.nearest(numpy(table), b) - numpy(table) for b in (2, 4)]
-    expected["head"] = [np.sum(fisher * d**2) / 2 for d in change]
     w = numpy(table).astype("float64")
+    change = [references.nearest(w, b) - w for b in (2, 4)]
+    expected["head"] = [np.sum(fisher * d**2) / 2 for d in change]
     mean = p @ w.T
     spread = p @ (w.T**2) - mean**2
     spread = spread * (SIZES * (1 - hidden**2)) ** 2
