@@ -62,7 +62,7 @@ PACKED: dict[str, dict[str, str]] = {
 # Row: arguments of `quantize`, and of `pack` after it.
 ROUNDED: dict[str, tuple[dict, dict]] = {
     "quantized int4, int8 head": ({"head": False}, {"head": "int8"}),
-    "quantized to 400 MB": ({"size": "400MB"}, {}),
+    "quantized to 322 MB": ({"size": "322MB"}, {}),
 }
 DENSE = ("float32", "bfloat16")
 KERAS = ("Keras int8", "Keras int4")

@@ -106,7 +106,13 @@ PARTS = (
     ("Runtimes: speed, memory and quality", "runtimes", packed.runtimes),
     ("Engines: SmolLM2-135M", "runtimes_engines", packed.engines),
     ("Engines: Gemma3-270M", "runtimes_gemma3", packed.engines),
+    ("A budget for Gemma3-270M", "runtimes_gemma3_budget", packed.engines),
     ("Engines: Qwen2.5-Coder-0.5B", "runtimes_qwen_coder", packed.engines),
+    (
+        "A budget for Qwen2.5-Coder-0.5B",
+        "runtimes_qwen_coder_budget",
+        packed.engines,
+    ),
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),

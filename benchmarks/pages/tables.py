@@ -35,7 +35,10 @@ COMMANDS = {
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_engines": "benchmarks.runtimes --json FILE",
     "runtimes_gemma3": "benchmarks.runtimes --model gemma3",
+    "runtimes_gemma3_budget": "benchmarks.runtimes --model gemma3 --json FILE",
     "runtimes_qwen_coder": "benchmarks.runtimes --model qwen_coder",
+    "runtimes_qwen_coder_budget": "benchmarks.runtimes --model qwen_coder "
+    "--json FILE",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
     "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "
