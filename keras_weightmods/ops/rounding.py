@@ -125,8 +125,9 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
     empty = ops.abs(largest) < _TINY
     best = ops.full_like(largest, float("inf"))
     scales = ops.ones_like(largest)
-    # The largest becomes the lowest integer, which is one further from 0 than
-    # the highest, or less than that, or is clipped to it.
+    # The largest weight lies on the side of the lowest integer, which is one
+    # further from 0 than the highest. It goes from twice that integer, where it
+    # is clipped, to as far from 0 as the highest.
     for integer in grid.low / np.linspace(0.5, grid.low / -grid.high, _SCALES):
         tried = grid.rounded_scales(largest * float(1 / integer))
         tried = ops.where(empty, 1.0, tried)
