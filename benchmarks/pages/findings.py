@@ -296,9 +296,10 @@ processor and 9.7 GB, with an allocator that keeps what is freed. The head has
 four bits, 22 kernels have five and 104 have six. It loses far less than four
 bits beside an int8 head, which takes 228 MB.
 
-With the kernel of attention int8 is ahead of every engine in reading as well as
-in writing. The budget of 165 MB writes 1.8 times as fast as OpenVINO GenAI and
-reads 0.96 times as fast, with a text at 1.05 where that has 1.26.""",
+With the kernel of attention int8 is ahead of both other engines of this table
+in reading as well as in writing. The budget of 165 MB writes 1.8 times as fast
+as OpenVINO GenAI and reads 0.96 times as fast, with a text at 1.05 where that
+has 1.26.""",
     "A budget for Qwen2.5-Coder-0.5B": """\
 Made by
 
