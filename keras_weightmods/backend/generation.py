@@ -95,6 +95,18 @@ class Steps:
         padding = (0, 0), (0, token_ids.shape[1] - prefill), (0, 0)
         return logits, ops.pad(hidden_states, padding), cache
 
+    def read(self, call):
+        """Return a function of (tokens, cache, arguments) to logits.
+
+        Args:
+            call: `call_with_cache`, for a whole prompt.
+        """
+
+        def logits(token_ids, cache, more):
+            return call(token_ids, cache, 0, **more)[0]
+
+        return logits
+
     def first(self, token_ids, cache):
         """Read the first tokens. The logits are not used: one is enough."""
         call = logits_at(self.model, slice(1))

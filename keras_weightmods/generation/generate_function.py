@@ -147,20 +147,18 @@ class GenerateFunction:
 
             # The last: they see most of the others.
             places = slice(max(0, known - _COMPARED), known)
-            call = logits_at(self.model, places)
-
-            def read(token_ids, **more):
-                return call(token_ids, cache, 0, **more)[0]
-
+            read = self.compiled.read(logits_at(self.model, places))
             token_ids = token_ids[:, :length]
-            whole, short = read(token_ids, **more), read(token_ids[:, :prefill])
+            whole = read(token_ids, cache, more)
+            short = read(token_ids[:, :prefill], cache, {})
             reason = difference(short, whole, self.rounds_inputs)
             if self.rounds_inputs and not reason:
                 # Changes from other tokens at the empty places alone, at the
                 # same length, are compared more closely.
                 other_ids = ops.cast(token_ids == 0, token_ids.dtype)
                 is_empty = ops.arange(length) >= known
-                again = read(ops.where(is_empty, other_ids, token_ids))
+                others = ops.where(is_empty, other_ids, token_ids)
+                again = read(others, cache, {})
                 reason = difference(again, whole, False)
             raise _Read(reason)
 

@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {
@@ -34,7 +34,7 @@ class Product(ctypes.Structure):
     """`kwm_product` of kwm_native.h: a matrix, and where its product goes."""
 
     _fields_ = (
-        ("n", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("n", "type")),
         *((name, ctypes.c_void_p) for name in ("values", "meta", "scale", "y")),
     )
 
@@ -47,7 +47,7 @@ _SIGNATURES = {
     "kwm_matmul": ("", "PqqqiPPPPPP"),
     "kwm_matmul_bfloat16": ("", "PqqqPPPPP"),
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
-    "kwm_matmul_int8_many": ("", "PqqiPqPP"),
+    "kwm_matmul_int8_many": ("", "PqqPqPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
     "kwm_attend": ("", "PPPqPqqqqqqfPPP"),

@@ -42,14 +42,19 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
   return *kwm::scalar_int8_kernels(type, dense);
 }
 
+// Those of a matrix with a mask are of the values that it is expanded to.
+const Int8Kernels& kernels_of(const Packed& w, bool dense) {
+  const bool in_bytes = dense && w.meta != nullptr && w.type == KWM_INT4;
+  return int8_kernels(in_bytes ? kwm::kInt4InBytes : w.type, dense);
+}
+
 // Blocks of columns with a byte for each value, from those of a matrix with a
 // mask.
 class Expanded {
  public:
-  explicit Expanded(const Int8Kernels& kernels) : kernels_(kernels) {}
-
   // The kCallBlocks from `column_block` on, or those left.
-  const Packed& at(const Packed& w, int64_t column_block) {
+  const Packed& at(const Int8Kernels& kernels, const Packed& w,
+                   int64_t column_block) {
     if (&w == from_ && column_block == first_) return part_;
     const int64_t row_blocks = w.row_blocks();
     const int64_t blocks =
@@ -61,7 +66,7 @@ class Expanded {
     }
     for (int64_t i = 0; i < blocks * row_blocks; ++i) {
       const int64_t place = column_block * row_blocks + i;
-      kernels_.expand(w.values_at(place), w.meta + place * kwm::kLanes,
+      kernels.expand(w.values_at(place), w.meta + place * kwm::kLanes,
                       bytes_->get() + i * kBytes);
     }
     from_ = &w, first_ = column_block;
@@ -75,17 +80,18 @@ class Expanded {
   }
 
  private:
-  const Int8Kernels& kernels_;
   const Packed* from_ = nullptr;
   int64_t first_ = 0;
   std::unique_ptr<Scratch<char>> bytes_;
   Packed part_{};
 };
 
-void run_panel(const Int8Kernels& kernels, bool masked, const float* x, int64_t rows,
-               int64_t k, const std::vector<Product>& products,
-               const Threads& threads) {
-  const Tiling tiling(rows, kernels.tile_rows);
+// `dense` matrices can have a mask. All have the tiles and the rounding of the
+// first one's kernels.
+void run_panel(bool dense, const float* x, int64_t rows, int64_t k,
+               const std::vector<Product>& products, const Threads& threads) {
+  const Int8Kernels& first = kernels_of(products[0].w, dense);
+  const Tiling tiling(rows, first.tile_rows);
   const int64_t row_blocks = products[0].w.row_blocks();
   const int64_t tile_bytes = Int8Rows::size_of_bytes(row_blocks, tiling.padded);
   const int64_t tile_steps = row_blocks * tiling.padded;
@@ -104,7 +110,7 @@ void run_panel(const Int8Kernels& kernels, bool masked, const float* x, int64_t 
                     // What pads a tile may be any row.
                     const int64_t from =
                         kwm::min(row, tiling.rows_of(tile) - 1);
-                    kernels.quantize(x + (tiling.first(tile) + from) * k, k,
+                    first.quantize(x + (tiling.first(tile) + from) * k, k,
                                      row, rows_of(tile));
                   }
                 }
@@ -114,10 +120,11 @@ void run_panel(const Int8Kernels& kernels, bool masked, const float* x, int64_t 
       threads, tiling, products.data(),
       static_cast<int64_t>(products.size()), kwm::ceil_div(tiling.padded, 4),
       [&] {
-        return [&, expanded = std::make_unique<Expanded>(kernels)](
+        return [&, expanded = std::make_unique<Expanded>()](
                    int64_t tile, const Packed& w, int64_t column_block,
                    float* out, int64_t out_stride) {
-          if (!masked) {
+          const Int8Kernels& kernels = kernels_of(w, dense);
+          if (!dense || w.meta == nullptr) {
             kernels.multiply(rows_of(tile), w, column_block, out, out_stride);
             return;
           }
@@ -126,8 +133,8 @@ void run_panel(const Int8Kernels& kernels, bool masked, const float* x, int64_t 
                                     out_stride);
             return;
           }
-          kernels.multiply(rows_of(tile), expanded->at(w, column_block), 0, out,
-                           out_stride);
+          kernels.multiply(rows_of(tile), expanded->at(kernels, w, column_block),
+                           0, out, out_stride);
         };
       });
 }
@@ -138,28 +145,26 @@ void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
                      int type, const void* values, const uint32_t* meta,
                      const void* scale, float* y, kwm_parallel_for parallel_for,
                      void* pool) {
-  const kwm_product product{n, values, meta, scale, y};
-  kwm_matmul_int8_many(x, rows, k, type, &product, 1, parallel_for, pool);
+  const kwm_product product{n, type, values, meta, scale, y};
+  kwm_matmul_int8_many(x, rows, k, &product, 1, parallel_for, pool);
 }
 
-void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k, int type,
+void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k,
                           const kwm_product* products, int64_t count,
                           kwm_parallel_for parallel_for, void* pool) {
-  const bool masked = type >= KWM_MASKED;
-  if (masked) type -= KWM_MASKED;
   std::vector<Product> panel;
   panel.reserve(static_cast<size_t>(count));
+  bool dense = false;
   for (const kwm_product* p = products; p != products + count; ++p) {
     if (p->n == 0) continue;
+    const int type = static_cast<int>(p->type % KWM_MASKED);
+    dense = p->meta == nullptr || p->type >= KWM_MASKED;
     panel.push_back({{k, p->n, type, p->values, p->meta, p->scale}, p->y});
   }
   if (panel.empty()) return;
-  const Int8Kernels& kernels =
-      int8_kernels(masked && type == KWM_INT4 ? kwm::kInt4InBytes : type,
-                   masked || panel[0].w.meta == nullptr);
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const int64_t here = kwm::min(kPanelRows, rows - row);
-    run_panel(kernels, masked, x + row * k, here, k, panel, {parallel_for, pool});
+    run_panel(dense, x + row * k, here, k, panel, {parallel_for, pool});
     for (Product& product : panel) product.y += here * product.w.n;
   }
 }

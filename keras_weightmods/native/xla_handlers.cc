@@ -146,13 +146,12 @@ ffi::Error MatmulBFloat16(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> x,
 }
 
 // Of one x by the matrices that give each result: values, meta and scale of one
-// after the other, all of one type.
+// after the other. 2:4 ones are of one type, and not beside others.
 ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
                       ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const Rows in(x);
   std::vector<kwm_product> products;
-  int type = -1;
-  bool dense = false;
+  int sparse = 0;  // the type of 2:4 matrices, or -1
   if (results.size() == 0 || weights.size() != 3 * results.size()) {
     return Invalid("three arrays of weights make a result");
   }
@@ -167,26 +166,27 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
     }
     const bool is_dense = meta->element_count() == 0;
     const bool is_masked = !is_dense && meta->dimensions().size() == 4;
-    const int own =
-        TypeOf(*values, is_dense) + (is_masked ? KWM_MASKED : 0);
-    if (i == 0) type = own, dense = is_dense;
-    if (type % KWM_MASKED < KWM_INT8) {
+    const int type = TypeOf(*values, is_dense);
+    const int own = is_dense || is_masked ? -1 : type;
+    if (i == 0) sparse = own;
+    if (type < KWM_INT8) {
       return Invalid(
           "int8 activations need values of int8, or uint8 of 2 to 6 bits");
     }
-    if (own != type || is_dense != dense) {
-      return Invalid("matrices of one call are of one type");
+    if (own != sparse) {
+      return Invalid("2:4 matrices of one call are of one type, and all 2:4");
     }
     const Rows out(**y);
     const ffi::Error error =
-        Check(in, out, in.size, out.size, *values, *meta, &*scale, dense);
+        Check(in, out, in.size, out.size, *values, *meta, &*scale, is_dense);
     if (error.failure()) return error;
-    products.push_back({out.size, values->untyped_data(),
-                        dense ? nullptr : Words(*meta), scale->untyped_data(),
-                        (*y)->typed_data()});
+    products.push_back({out.size, type + (is_masked ? KWM_MASKED : 0),
+                        values->untyped_data(),
+                        is_dense ? nullptr : Words(*meta),
+                        scale->untyped_data(), (*y)->typed_data()});
   }
-  kwm_matmul_int8_many(x.typed_data(), in.count, in.size, type,
-                       products.data(), static_cast<int64_t>(products.size()),
+  kwm_matmul_int8_many(x.typed_data(), in.count, in.size, products.data(),
+                       static_cast<int64_t>(products.size()),
                        ParallelForOf(threads), &threads);
   return ffi::Error::Success();
 }

@@ -106,14 +106,14 @@ def matmul_int8_many(x, kernels, parallel_for=None):
         *(
             native.Product(
                 packed.shape[1],
+                type_of(packed),
                 *map(pointer, (packed.values, packed.meta, packed.scale, y)),
             )
             for packed, y in zip(kernels, outs)
         )
     )
-    dtype = type_of(kernels[0]) if kernels else 2
     LIBRARY.kwm_matmul_int8_many(
-        *(pointer(x), *x.shape, dtype, ctypes.addressof(products)),
+        *(pointer(x), *x.shape, ctypes.addressof(products)),
         *(len(kernels), parallel_for, None),
     )
     return outs

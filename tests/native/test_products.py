@@ -268,6 +268,20 @@ def test_several_of_one_input(rows, kind, name, rng):
 
 
 @isas
+@pytest.mark.parametrize("rows", [1, 18])
+def test_several_types_of_one_input(rows, name, rng):
+    kinds = [kind for kind in INTEGERS if " " in kind[1]]
+    kernels = [make(rng, kind, 96, 40) for kind in kinds]
+    x = activations(rng, kinds[0], rows, 96)
+    with library.isa(name):
+        alone = [matmul(x, packed) for packed in kernels]
+        for order in (1, -1):
+            together = library.matmul_int8_many(x, kernels[::order])
+            for each in zip(together[::order], alone, strict=True):
+                np.testing.assert_array_equal(*each)
+
+
+@isas
 @integers
 def test_largest_integers_do_not_overflow(kind, name, rng):
     packed = make(rng, kind, 128, 32, any_meta=True)

@@ -47,6 +47,17 @@ class CompiledGenerate(Steps):
             outputs = self.generate(inputs, length, prefill, stop_token_ids)
         return outputs, [scope.get_current_value(v) for v in sampler.variables]
 
+    def read(self, call):
+        # One program: op by op XLA would compile some hundred.
+        read, variables = super().read(call), self.model.variables
+
+        @jax.jit
+        def compiled(values, *inputs):
+            with keras.StatelessScope(zip(variables, values)):
+                return read(*inputs)
+
+        return lambda *inputs: compiled([v.value for v in variables], *inputs)
+
     def first(self, token_ids, cache):
         logits, hidden_states, cache = _traced(super().first, token_ids, cache)
         cache = traced_call.whole(cache)

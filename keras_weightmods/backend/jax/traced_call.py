@@ -179,10 +179,10 @@ def _shared_products(jaxpr, equations):
             x, *arrays = equation.invars
             # The first product needs them.
             if all(isinstance(a, core.Literal) or a in known for a in arrays):
-                # All matrices of one call have one type.
+                # One call takes matrices of all types, but 2:4 ones of one
+                # alone.
                 values, meta = (a.aval for a in arrays[:2])
-                kind = values.dtype, values.shape[2], meta.ndim
-                found[x, *kind].append(equation)
+                found[x, meta.ndim == 3 and values.dtype].append(equation)
     return {
         group[0].outvars[0]: group for group in found.values() if len(group) > 1
     }

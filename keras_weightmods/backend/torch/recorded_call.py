@@ -310,9 +310,9 @@ def _prepare_products(graph):
             continue
         if weights[0].is_cpu:
             rounded = node.args[5:6] == (True,)
-            # One call takes matrices of one type.
-            pattern = pattern_of(weights[1])
-            key = x, _dtype(arrays[0]), weights[0].shape[2], pattern
+            # One call takes matrices of all types, but 2:4 ones of one alone.
+            is_sparse = pattern_of(weights[1]) == "2:4"
+            key = x, is_sparse and _dtype(arrays[0])
             is_shared = rounded and not _is_changed(x)
             found[key if is_shared else node].append((node, (*weights, n)))
     for products in found.values():

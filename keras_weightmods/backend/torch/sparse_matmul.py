@@ -68,8 +68,8 @@ def prepared_int8(k, kernels):
 
     Args:
         k: Int, the last axis of the activations.
-        kernels: List of (values, meta, scale, n), as of `prepared`; all of
-            one type.
+        kernels: List of (values, meta, scale, n), as of `prepared`; 2:4 ones
+            of one type, and not beside others.
 
     Returns:
         Function of a float32 tensor of shape (..., k) to a list of tensors.
@@ -79,7 +79,7 @@ def prepared_int8(k, kernels):
     items = []
     for *arrays, n in kernels:
         _, _, dtype, *pointers = operators.weights_of(k, n, *arrays)
-        items.append(native.Product(n, *pointers))
+        items.append(native.Product(n, dtype, *pointers))
     template = (native.Product * len(items))(*items)
     cost = k * sum(sizes)
 
@@ -92,7 +92,7 @@ def prepared_int8(k, kernels):
         for item, y in zip(array, results):
             item.y = y.data_ptr()
         function(
-            x.data_ptr(), rows, k, dtype, ctypes.addressof(array), len(items),
+            x.data_ptr(), rows, k, ctypes.addressof(array), len(items),
             *operators.threads(rows * cost),
         )  # fmt: skip
         return results

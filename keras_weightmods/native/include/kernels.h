@@ -54,8 +54,8 @@ struct BFloat16Kernels {
 };
 
 // Rows of activations as int8: 32 entries are a block, x = step * q. Each
-// instruction set has an order of its own for the bytes. `rows` is one of
-// Int8Kernels::tile_rows.
+// instruction set has an order of its own for the bytes: one for all dense
+// matrices, whatever their bits. `rows` is one of Int8Kernels::tile_rows.
 struct Int8Rows {
   static int64_t size_of_bytes(int64_t row_blocks, int rows) {
     return (row_blocks + row_blocks % 2) * kBlockRows * rows;
@@ -64,7 +64,7 @@ struct Int8Rows {
   int rows;
   uint8_t* bytes;    // size_of_bytes
   float* steps;      // [row_blocks, rows]; NaN where not all is finite
-  int32_t* offsets;  // [row_blocks, rows], if the kernels ask for them
+  int32_t* offsets;  // [row_blocks, rows]: minus the sums of q, if they are asked for
 };
 
 // The kernels for one type of values, sparse or dense.

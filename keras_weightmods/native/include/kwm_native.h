@@ -70,7 +70,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 8
+#define KWM_ABI_VERSION 9
 
 enum {
   KWM_FLOAT32 = 0,
@@ -145,9 +145,10 @@ KWM_API void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
                              const void* scale, float* y,
                              kwm_parallel_for parallel_for, void* pool);
 
-// A matrix (k, n) as above, and where its product goes.
+// A matrix (k, n) of a type as above, and where its product goes.
 typedef struct {
   int64_t n;
+  int64_t type;
   const void* values;
   const uint32_t* meta;
   const void* scale;
@@ -155,12 +156,11 @@ typedef struct {
 } kwm_product;
 
 // kwm_matmul_int8 of one x by `count` matrices, which rounds x once and shares
-// the threads' work once. Either all matrices have meta, or none has; type is
-// that of all.
+// the threads' work once. Dense matrices and those with a mask may be of several
+// types; 2:4 ones are all of one, and none is of another pattern.
 KWM_API void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k,
-                                  int type, const kwm_product* products,
-                                  int64_t count, kwm_parallel_for parallel_for,
-                                  void* pool);
+                                  const kwm_product* products, int64_t count,
+                                  kwm_parallel_for parallel_for, void* pool);
 
 // dx (rows, k) = dy (rows, n) @ W^T
 KWM_API void kwm_matmul_transposed(const float* dy, int64_t rows, int64_t k,

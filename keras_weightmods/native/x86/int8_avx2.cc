@@ -104,13 +104,10 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
                                        _mm256_packs_epi32(q[2], q[3]));
     bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
     if (!is_finite) bytes = _mm256_setzero_si256();
-    if (kDense && is_moved(kBits)) {
+    if (kDense) {
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
       const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-      out.offsets[block * out.rows + row] =
-          -(1 << (kBits - 1)) * sum_of(fours);
-    }
-    if (kDense) {
+      out.offsets[block * out.rows + row] = -sum_of(fours);
       bytes = _mm256_permutevar8x32_epi32(
           bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     }
@@ -122,6 +119,12 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
                                    (block * out.rows + row) * kBlockRows),
         bytes);
   }
+}
+
+// What undoes that dense values are made unsigned.
+template <int kBits>
+inline __m256i offset_of(int32_t minus_sum) {
+  return _mm256_slli_epi32(_mm256_set1_epi32(minus_sum), kBits - 1);
 }
 
 inline __m256i spread(const uint8_t* four) {
@@ -192,7 +195,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
                            const char* block, const char* words,
                            __m256i sum[R]) {
   if constexpr (kDense) {
-    for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(offsets[r]);
+    for (int r = 0; r < R; ++r) sum[r] = offset_of<kBits>(offsets[r]);
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) {
       const int g = kwm::word_in_order(kStored, n);
@@ -270,7 +273,7 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
         sum[r] = n % kWords ? _mm256_add_epi16(sum[r], pairs) : pairs;
         keep_here(&sum[r]);
         if ((n + 1) % kWords == 0) {
-          if (n < kWords) total[r] = _mm256_set1_epi32(offsets[r]);
+          if (n < kWords) total[r] = offset_of<kBits>(offsets[r]);
           total[r] = _mm256_add_epi32(
               total[r], _mm256_madd_epi16(sum[r], _mm256_set1_epi16(1)));
         }

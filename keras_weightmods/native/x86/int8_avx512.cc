@@ -70,10 +70,8 @@ __mmask16 first_lanes(int64_t count) {
                                              : (1 << count) - 1);
 }
 
-// kOffset: what makes the values unsigned, 0 for a sparse matrix.
-template <int kOffset>
+template <bool kSparse>
 void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
-  constexpr bool kSparse = kOffset == 0;
   const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
   for (int64_t block = 0; block < row_blocks; ++block) {
     const int64_t left = k - block * kBlockRows;
@@ -108,7 +106,7 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
     } else {
       to += (block * out.rows + row) * kBlockRows;
       out.offsets[block * out.rows + row] =
-          -kOffset * _mm512_reduce_add_epi32(_mm512_add_epi32(a_q, b_q));
+          -_mm512_reduce_add_epi32(_mm512_add_epi32(a_q, b_q));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), a_bytes);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), b_bytes);
@@ -360,7 +358,8 @@ Given dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
       __m512i sum[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
+        sum[r] = _mm512_slli_epi32(_mm512_set1_epi32(x.offsets[b * R + r]),
+                                   kBits - 1);
       }
       const auto add_word = [&](int word, __m512i value) {
 #pragma GCC unroll 16
@@ -450,7 +449,7 @@ template <bool kDense, int kBits, int kStored>
 struct Own {
   static constexpr int kMaskedBits = kStored == 8 ? kBits : 8;
   static constexpr Int8Kernels kernels{
-      Tiles<kDense>::kSizes, quantize<kDense ? 1 << (kBits - 1) : 0>,
+      Tiles<kDense>::kSizes, quantize<!kDense>,
       multiply<kDense ? Form::kDense : Form::kSparse, kBits, kStored>,
       expand<kMaskedBits>, multiply<Form::kMasked, kMaskedBits, kMaskedBits>};
 };

@@ -8,7 +8,7 @@ from keras_weightmods import native
 from keras_weightmods.backend.jax import traced_call
 from keras_weightmods.backend.jax.traced_call import Stack
 from keras_weightmods.native.packed import pack_dense, pack_kernel
-from keras_weightmods.ops import sparse_matmul
+from keras_weightmods.ops import nm_project, sparse_matmul
 from tests.models import normal
 from tests.native.test_packed import kernel_of
 
@@ -107,7 +107,10 @@ def test_products_of_one_input_share_a_call(x_dtype):
         [pack_kernel(kernel_of(64, n), dtype, "int8") for n in sizes]
         for dtype, sizes in (("int8", (64, 64, 64)), ("int4", (16, 40)))
     )
-    dense = [pack_dense(normal(64, 16), f"int{bits}") for bits in (8, 4, 3)]
+    # All types but those of 2:4 kernels share one.
+    dense = [pack_dense(normal(64, 16), f"int{bits}") for bits in (8, 4)]
+    half = nm_project(normal(64, 16), "16:32")
+    dense.append(pack_kernel(half, "int4", "int8", pattern="16:32"))
 
     def attention(x):
         q, k, v = (sparse_matmul(x, packed) for packed in first)
@@ -124,7 +127,7 @@ def test_products_of_one_input_share_a_call(x_dtype):
 
     x = jnp.asarray(normal(2, 3, 64), x_dtype)
     assert calls_in(attention) == 9
-    assert calls_in(shared) == 6
+    assert calls_in(shared) == 4
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.jit(shared)(x),
