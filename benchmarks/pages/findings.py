@@ -335,8 +335,7 @@ for kernels of four to six bits.
 Kernels of several bits share a call here, where they have one input. Some hours
 before each width had a call of its own. That run had 79 tokens a second for
 this file, and 67 for Q4_0. The first text took 25 seconds, where it takes 14
-now. Most of this is the check of a short prompt, which JAX compiles as one
-program since.""",
+now: JAX compiles fewer calls, and checks a short prompt by one program.""",
     "The example of the README": """\
 Other programs ran beside it on both cores, so that the minutes of the clock
 are many.""",
