@@ -311,7 +311,8 @@ times as fast, with a text at 1.05 where that has 1.26. The two rounds of int8
 in reading are 1,950 and 1,350 tokens a second, so that its mean says little. A
 run some hours before had 1,900, where OpenVINO GenAI had 1,720. Products of
 one input are one call in this run, whatever their bits, and were several in
-that one. So this form writes 1.12 times as fast as there.""",
+that one. This form writes 123 tokens a second here and 110 there, Q4_0 79 and
+74.""",
     "A budget for Qwen2.5-Coder-0.5B": """\
 Made by
 

@@ -174,7 +174,7 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
           "int8 activations need values of int8, or uint8 of 2 to 6 bits");
     }
     if (own != sparse) {
-      return Invalid("2:4 matrices of one call are of one type, and all 2:4");
+      return Invalid("beside a 2:4 matrix all are 2:4, and of its type");
     }
     const Rows out(**y);
     const ffi::Error error =

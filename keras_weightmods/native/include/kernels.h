@@ -64,7 +64,7 @@ struct Int8Rows {
   int rows;
   uint8_t* bytes;    // size_of_bytes
   float* steps;      // [row_blocks, rows]; NaN where not all is finite
-  int32_t* offsets;  // [row_blocks, rows]: minus the sums of q, if they are asked for
+  int32_t* offsets;  // [row_blocks, rows]: minus the sums of q, if asked for
 };
 
 // The kernels for one type of values, sparse or dense.

@@ -121,7 +121,8 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   }
 }
 
-// What undoes that dense values are made unsigned.
+// Dense values of b bits are 2^(b-1) too large, so that they have no sign. This
+// takes the sum of their excess away.
 template <int kBits>
 inline __m256i offset_of(int32_t minus_sum) {
   return _mm256_slli_epi32(_mm256_set1_epi32(minus_sum), kBits - 1);
