@@ -32,7 +32,7 @@ DTYPES = [
     *("float32", "bfloat16", "bfloat16/bfloat16"),
     *("int8", "int8/int8", "int4/int8", "16:32 int4/int8"),
 ]
-ISAS = {"avx512": 2, "avx_vnni": 4, "avx2": 1, "neon": 3}
+ISAS = {"amx": 5, "avx512": 2, "avx_vnni": 4, "avx2": 1, "neon": 3}
 PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
 
 

@@ -18,7 +18,7 @@ TYPES = {
     **{"int2": 4, "int3": 5, "int5": 6, "int6": 7},
 }
 MASKED = 16  # added where `meta` is a mask
-AVX512 = 2  # of `kwm_isa`
+AVX512 = (2, 5)  # of `kwm_isa`, the second with AMX
 
 # C's types, by the letters of Python's `struct`.
 _C_TYPES = {

@@ -25,13 +25,17 @@ using kwm::grain;
 constexpr int64_t kPanelRows = 512;  // rows of activations packed at a time
 
 #if defined(__x86_64__)
-// All but the products of int8 activations are those of AVX2.
+// These differ in the products of int8 activations alone.
+Kernels renamed(Kernels kernels, int isa) {
+  kernels.isa = isa;
+  return kernels;
+}
 const Kernels* avx_vnni_kernels() {
-  static const Kernels own = [] {
-    Kernels kernels = *kwm::avx2_kernels();
-    kernels.isa = KWM_ISA_AVX_VNNI;
-    return kernels;
-  }();
+  static const Kernels own = renamed(*kwm::avx2_kernels(), KWM_ISA_AVX_VNNI);
+  return &own;
+}
+const Kernels* amx_kernels() {
+  static const Kernels own = renamed(*kwm::avx512_kernels(), KWM_ISA_AMX);
   return &own;
 }
 #endif
@@ -55,6 +59,8 @@ const Kernels* supported(int isa) {
       return kwm::has(kwm::Feature::kAvxVnni) ? avx_vnni_kernels() : nullptr;
     case KWM_ISA_AVX512:
       return has_avx512 ? kwm::avx512_kernels() : nullptr;
+    case KWM_ISA_AMX:
+      return has_avx512 && kwm::amx_kernels() ? amx_kernels() : nullptr;
 #endif
 #if defined(__aarch64__)
     case KWM_ISA_NEON:
@@ -66,8 +72,8 @@ const Kernels* supported(int isa) {
 }
 
 const Kernels* best() {
-  const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX_VNNI,
-                           KWM_ISA_AVX2};
+  const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AMX, KWM_ISA_AVX512,
+                           KWM_ISA_AVX_VNNI, KWM_ISA_AVX2};
   for (int isa : from_best) {
     if (const Kernels* kernels = supported(isa)) return kernels;
   }
@@ -386,9 +392,10 @@ const Kernels& kwm::kernels_in_use() { return *in_use().load(); }
 
 #if defined(__x86_64__)
 bool kwm::has(Feature feature) {
+  const int bit = static_cast<int>(feature);
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 &&
-         (a >> static_cast<int>(feature) & 1) != 0;
+  return __get_cpuid_count(7, bit < 32 ? 1 : 0, &a, &b, &c, &d) != 0 &&
+         ((bit < 32 ? a : d) >> bit % 32 & 1) != 0;
 }
 #endif
 

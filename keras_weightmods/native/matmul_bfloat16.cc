@@ -19,7 +19,8 @@ constexpr int64_t kPanelRows = 256;  // rows of activations packed at a time
 const BFloat16Kernels* bfloat16_kernels() {
 #if defined(__x86_64__)
   static const bool here = kwm::has(kwm::Feature::kAvx512BFloat16);
-  if (here && kwm_isa() == KWM_ISA_AVX512) return kwm::avx512_bf16_kernels();
+  const bool in_use = kwm_isa() == KWM_ISA_AVX512 || kwm_isa() == KWM_ISA_AMX;
+  if (here && in_use) return kwm::avx512_bf16_kernels();
 #endif
   return nullptr;
 }

@@ -14,6 +14,7 @@ using kwm::Packed;
 using kwm::Product;
 using kwm::Scratch;
 using kwm::Threads;
+using kwm::TileKernels;
 using kwm::Tiling;
 using kwm::kBlockRows;
 
@@ -22,6 +23,7 @@ constexpr int64_t kPanelRows = 512;  // rows of activations rounded at a time
 const Int8Kernels& int8_kernels(int type, bool dense) {
   switch (kwm_isa()) {
 #if defined(__x86_64__)
+    case KWM_ISA_AMX:
     case KWM_ISA_AVX512: {
       static const bool here = __builtin_cpu_supports("avx512vnni") &&
                                __builtin_cpu_supports("avx512vbmi") &&
@@ -86,10 +88,68 @@ class Expanded {
   Packed part_{};
 };
 
+// Expanded to bfloat16 and multiplied by its tiles, `dense` as below.
+void run_tiles(const TileKernels& kernels, bool dense, const float* x,
+               int64_t rows, int64_t k, const std::vector<Product>& products,
+               const Threads& threads) {
+  constexpr int kSizes[] = {TileKernels::kRows, 0};
+  Tiling tiling(rows, kSizes);
+  tiling.padded = static_cast<int>(tiling.step + tiling.step % 2);
+  const int64_t row_blocks = products[0].w.row_blocks();
+  const int64_t tile_words = row_blocks * tiling.padded * kBlockRows;
+  const Scratch<uint16_t> panel(tiling.count * tile_words);
+  threads.run(tiling.count, kwm::grain(tile_words / 16),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t tile = begin; tile < end; ++tile) {
+                  kernels.pack(x + tiling.first(tile) * k,
+                               tiling.rows_of(tile), k, tiling.padded,
+                               panel.get() + tile * tile_words);
+                }
+              });
+  // The columns that a thread multiplies by.
+  struct Columns {
+    Columns(const TileKernels& kernels, int padded, int64_t words)
+        : kernels(kernels), words(words) {
+      kernels.begin(padded);
+    }
+    ~Columns() { kernels.end(); }
+    const TileKernels& kernels;
+    const Scratch<uint16_t> words;
+    const Packed* from = nullptr;
+    int64_t first = 0;
+  };
+  const int64_t column_words = row_blocks * TileKernels::kBlockWords;
+  kwm::multiply_tiles(
+      threads, tiling, products.data(), static_cast<int64_t>(products.size()),
+      kwm::ceil_div(tiling.padded, 16), [&] {
+        return [&, columns = std::make_unique<Columns>(
+                       kernels, tiling.padded,
+                       kwm::kCallBlocks * column_words)](
+                   int64_t tile, const Packed& w, int64_t column_block,
+                   float* out, int64_t out_stride) {
+          const int64_t blocks =
+              kwm::min(kwm::kCallBlocks, w.column_blocks() - column_block);
+          if (&w != columns->from || column_block != columns->first) {
+            columns->from = &w, columns->first = column_block;
+            for (int64_t i = 0; i < blocks; ++i) {
+              kernels.expand(w, dense, column_block + i,
+                             columns->words.get() + i * column_words);
+            }
+          }
+          kernels.multiply(panel.get() + tile * tile_words, tiling.padded,
+                           columns->words.get(), row_blocks, blocks, out,
+                           out_stride);
+        };
+      });
+}
+
 // `dense` matrices can have a mask. All have the tiles and the rounding of the
 // first one's kernels.
 void run_panel(bool dense, const float* x, int64_t rows, int64_t k,
                const std::vector<Product>& products, const Threads& threads) {
+  if (kwm_isa() == KWM_ISA_AMX && rows >= TileKernels::kRows) {
+    return run_tiles(*kwm::amx_kernels(), dense, x, rows, k, products, threads);
+  }
   const Int8Kernels& first = kernels_of(products[0].w, dense);
   const Tiling tiling(rows, first.tile_rows);
   const int64_t row_blocks = products[0].w.row_blocks();
@@ -162,8 +222,11 @@ void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k,
     panel.push_back({{k, p->n, type, p->values, p->meta, p->scale}, p->y});
   }
   if (panel.empty()) return;
-  for (int64_t row = 0; row < rows; row += kPanelRows) {
-    const int64_t here = kwm::min(kPanelRows, rows - row);
+  // Panels alike, or the last might have few rows.
+  const int64_t panels = kwm::ceil_div(rows, kPanelRows);
+  const int64_t step = panels == 0 ? 0 : kwm::ceil_div(rows, panels);
+  for (int64_t row = 0; row < rows; row += step) {
+    const int64_t here = kwm::min(step, rows - row);
     run_panel(dense, x + row * k, here, k, panel, {parallel_for, pool});
     for (Product& product : panel) product.y += here * product.w.n;
   }

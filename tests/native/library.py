@@ -16,7 +16,7 @@ if not native.is_available():
     pytest.skip(native.reason_unavailable(), allow_module_level=True)
 
 LIBRARY = native.library()
-ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "avx_vnni": 4}
+ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "avx_vnni": 4, "amx": 5}
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 ParallelFor = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, Task, ctypes.c_void_p

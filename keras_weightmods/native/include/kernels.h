@@ -53,6 +53,30 @@ struct BFloat16Kernels {
                 uint16_t* y, int64_t y_stride);
 };
 
+// Kernels for many rows, in bfloat16: activations and values times their scales
+// are rounded to it. begin and end stand around what a thread multiplies.
+struct TileKernels {
+  static constexpr int kRows = 32;  // of a tile, at most
+  static constexpr int64_t kBlockWords = kBlockRows * kLanes;
+
+  // A tile [row_blocks, padded, 32] of x (rows, k); rows <= padded, which is
+  // even. A row with a NaN or an infinity becomes one with a NaN.
+  void (*pack)(const float* x, int64_t rows, int64_t k, int padded,
+               uint16_t* tile);
+
+  // Blocks [row_blocks, kBlockWords] of a block of columns, of integers. With
+  // meta, a `dense` one has a mask.
+  void (*expand)(const Packed& w, bool dense, int64_t column_block,
+                 uint16_t* columns);
+
+  void (*begin)(int padded);
+  // y (padded, 16 * column_blocks), y_stride apart.
+  void (*multiply)(const uint16_t* tile, int padded, const uint16_t* columns,
+                   int64_t row_blocks, int64_t column_blocks, float* y,
+                   int64_t y_stride);
+  void (*end)();
+};
+
 // Rows of activations as int8: 32 entries are a block, x = step * q. Each
 // instruction set has an order of its own for the bytes: one for all dense
 // matrices, whatever their bits. `rows` is one of Int8Kernels::tile_rows.
@@ -87,7 +111,7 @@ struct Int8Kernels {
   void (*multiply_masked)(const Int8Rows& x, const Packed& w,
                           int64_t column_block, float* y, int64_t y_stride) = nullptr;
 };
-constexpr int kMostTileRows = 16;
+constexpr int kMostTileRows = 32;
 
 // Blocks of columns for a call: memory gives more when asked for several.
 constexpr int64_t kCallBlocks = 4;
@@ -178,6 +202,7 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 const BFloat16Kernels* avx512_bf16_kernels();
+const TileKernels* amx_kernels();  // null where there is no AMX
 
 // Those of int8 activations, likewise.
 const Int8Kernels* scalar_int8_kernels(int type, bool dense);
@@ -188,8 +213,14 @@ const Int8Kernels* neon_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);
 
 #if defined(__x86_64__)
-// The bit of leaf 7, subleaf 1 of CPUID for each.
-enum class Feature { kAvxVnni = 4, kAvx512BFloat16 = 5 };
+// The bit of EAX in leaf 7, subleaf 1 of CPUID for each; plus 32 that of EDX in
+// subleaf 0.
+enum class Feature {
+  kAvxVnni = 4,
+  kAvx512BFloat16 = 5,
+  kAmxBFloat16 = 32 + 22,
+  kAmxTile = 32 + 24,
+};
 bool has(Feature feature);
 #endif
 

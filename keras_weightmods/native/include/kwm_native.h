@@ -89,7 +89,8 @@ enum {
   KWM_ISA_AVX2 = 1,
   KWM_ISA_AVX512 = 2,
   KWM_ISA_NEON = 3,
-  KWM_ISA_AVX_VNNI = 4  // AVX2, and products of int8 in one instruction
+  KWM_ISA_AVX_VNNI = 4,  // AVX2, and products of int8 in one instruction
+  KWM_ISA_AMX = 5        // AVX-512, and tiles of bfloat16 for many rows
 };
 
 // Work on the items begin <= i < end.
@@ -140,6 +141,11 @@ KWM_API void kwm_matmul_bfloat16(const uint16_t* x, int64_t rows, int64_t k,
 // over 32 rows of W is one of integers and exact; those are scaled and added in
 // float32. So |y - x @ W| <= sum over the entries of s / 2 * |W[:, column]|,
 // but for the rounding of that sum. A row with a NaN or an infinity is NaN.
+//
+// With KWM_ISA_AMX and 32 rows or more, x and the products of values and scales
+// are rounded to bfloat16 instead, to nearest even, and added in float32. That is
+// finer, but for large entries, so that the bound is twice the one above. What is
+// below 2^-126 counts as zero, as in kwm_matmul_bfloat16.
 KWM_API void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
                              int type, const void* values, const uint32_t* meta,
                              const void* scale, float* y,
