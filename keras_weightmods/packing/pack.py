@@ -126,7 +126,6 @@ def pack(
             multiplied by. `"int8"` rounds the inputs of these layers, in blocks
             of 32 entries, to multiples of max |x| / 127. It multiplies
             integers, which is faster on a CPU; a GPU holds these layers dense.
-            On CPUs with AMX, 32 rows and more are multiplied in bfloat16.
             `"float32"` leaves the inputs as they are. On a CPU it works for 2:4
             kernels only. The default, `None`, means `"int8"` on a CPU and
             `"float32"` on a GPU. Weights in float32 and bfloat16 always have
