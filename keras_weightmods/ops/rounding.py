@@ -172,7 +172,8 @@ def gptq(
     order = np.argsort(-h.diagonal(), kind="stable")
     factor = inverse_factor(h[np.ix_(order, order)], damping)
     # The changes of later inputs for an error of 1 at an input.
-    factor = (factor / factor.diagonal()[:, None]).astype("float32")
+    factor /= factor.diagonal()[:, None].copy()
+    factor = factor.astype("float32")
     tail = ops.take(matrix, order, axis=0)
     scales = ops.take(grid.spread(scales, size), order, axis=0)
     kept = ops.cast(ops.not_equal(tail, 0), "float32")

@@ -95,6 +95,14 @@ def test_invariants(groups, units, seed, data):
 
 
 @pytest.mark.one_backend
+def test_a_weight_of_a_group_that_keeps_all_may_go_alone():
+    h = np.eye(2, dtype="float32")
+    w = np.array([[3.0], [0.0]], "float32")
+    after = swapped(w, w + np.float32([[0], [1e-3]]), h, 2, 2)
+    np.testing.assert_array_equal(after, w)
+
+
+@pytest.mark.one_backend
 def test_swaps_end_where_none_is_left():
     h, w, pruned = make(16, 5)
     result = swapped(w, pruned, h, sweeps=100)
