@@ -391,6 +391,9 @@ struct MatmulTransposed {
 const Kernels& kwm::kernels_in_use() { return *in_use().load(); }
 
 #if defined(__x86_64__)
+const bool kwm::kReadsPastCache =
+    (__builtin_cpu_init(), !__builtin_cpu_is("intel"));
+
 bool kwm::has(Feature feature) {
   const int bit = static_cast<int>(feature);
   unsigned a = 0, b = 0, c = 0, d = 0;

@@ -201,7 +201,7 @@ def _swap(
     allowed = ops.where(removed, free, ops.logical_not(kept))
     gains = ops.where(allowed, slopes * values, -1.0)
     added = ops.equal(places, ops.cast(ops.argmax(gains, axis=0), places.dtype))
-    # Of a group that keeps all, a weight may go and none can come.
+    # Where a group keeps all, a weight may go and none can come.
     added = ops.logical_and(added, allowed)
     values = ops.where(inverse > 0, values, dense)
     new = ops.where(removed, 0.0, weights)

@@ -97,7 +97,7 @@ def inverse_factor(second_moment, damping=0.01):
     h[np.diag_indices_from(h)] += damping * h.diagonal().mean() or 1.0
     # Reversed, the Cholesky factor is upper: H = R R^T, U = R^-1.
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    del h  # Of wide kernels each of these takes hundreds of megabytes.
+    del h  # With wide kernels each of these takes hundreds of megabytes.
     _invert_upper(r)
     return r
 

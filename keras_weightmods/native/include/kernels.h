@@ -222,6 +222,9 @@ enum class Feature {
   kAmxTile = 32 + 24,
 };
 bool has(Feature feature);
+
+// Whether what is read once may come fastest past the second-level cache.
+extern const bool kReadsPastCache;
 #endif
 
 }  // namespace kwm

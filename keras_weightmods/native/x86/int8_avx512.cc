@@ -34,7 +34,8 @@ using kwm::kBlockRows;
 
 // Values are fetched ahead of their use. For a row or two they are read once, as
 // fast as the memory gives them. Found on Zen 4: bytes for one row come fastest
-// by way of the second-level cache, all else past it. More rows read them again
+// by way of the second-level cache, all else past it. On a Xeon all come fastest
+// by way of it, a quarter faster in a language model. More rows read them again
 // for each tile.
 template <int kStored, int R>
 struct Fetch {
@@ -43,7 +44,7 @@ struct Fetch {
   static constexpr int64_t kAhead = kIsPast ? 4096 : kIsOnce ? 2048 : 8192;
 
   static void line(const char* at) {
-    if (kIsPast) {
+    if (kIsPast && kwm::kReadsPastCache) {
       _mm_prefetch(at + kAhead, _MM_HINT_NTA);
     } else {
       _mm_prefetch(at + kAhead, _MM_HINT_T1);
