@@ -113,6 +113,7 @@ PARTS = (
         "runtimes_qwen_coder_budget",
         packed.engines,
     ),
+    ("Engines on AMX: SmolLM2-135M", "runtimes_amx", packed.engines),
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),

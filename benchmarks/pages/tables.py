@@ -33,6 +33,7 @@ COMMANDS = {
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
+    "runtimes_amx": "benchmarks.runtimes --json FILE",
     "runtimes_engines": "benchmarks.runtimes --json FILE",
     "runtimes_gemma3": "benchmarks.runtimes --model gemma3",
     "runtimes_gemma3_budget": "benchmarks.runtimes --model gemma3 --json FILE",
