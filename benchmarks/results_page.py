@@ -114,6 +114,11 @@ PARTS = (
         packed.engines,
     ),
     ("Engines on AMX: SmolLM2-135M", "runtimes_amx", packed.engines),
+    (
+        "Engines on AMX: Qwen2.5-Coder-0.5B",
+        "runtimes_qwen_coder_amx",
+        packed.engines,
+    ),
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),

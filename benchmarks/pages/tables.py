@@ -40,6 +40,8 @@ COMMANDS = {
     "runtimes_qwen_coder": "benchmarks.runtimes --model qwen_coder",
     "runtimes_qwen_coder_budget": "benchmarks.runtimes --model qwen_coder "
     "--json FILE",
+    "runtimes_qwen_coder_amx": "benchmarks.runtimes --model qwen_coder "
+    "--json FILE",
     "runtimes_sizes": "benchmarks.runtimes --json FILE",
     "signature_text": "examples.signature_text --output FILE",
     "sparse_matmul_bfloat16": "benchmarks.sparse_matmul --peers jax "
