@@ -359,10 +359,10 @@ reads 1.96 times as fast. OpenVINO GenAI reads 1.26 times as fast as int4, and
 writes one text 0.21 times as fast. torch and TensorFlow write a quarter as fast
 as JAX here.
 
-Two changes of this day count. Products of 32 rows and more are of bfloat16 on
-AMX: a prompt of 512 took 228 ms without and 167 with it, in one process. And
-the packed weights go through the cache. They went past it, as is best on a Zen
-4: 257 tokens a second, and 435 now, in three turns of both.""",
+Products of 32 rows and more are of bfloat16 on AMX. By AVX-512 a prompt of 512
+takes 228 ms in the same process, by AMX 167. On Intel the packed weights are
+fetched by way of the second-level cache. Past it, which is best on a Zen 4,
+int4 writes 257 tokens a second in turns, and by way of it 435.""",
     "Engines on AMX: Qwen2.5-Coder-0.5B": """\
 Made by
 

@@ -124,8 +124,8 @@ def pack(
             skipped and reported.
         activations: String, the type of the inputs that integer weights are
             multiplied by. `"int8"` rounds the inputs of these layers, in blocks
-            of 32 entries, to multiples of max |x| / 127. It multiplies
-            integers, which is faster on a CPU; a GPU holds these layers dense.
+            of 32 entries, to multiples of max |x| / 127 (32 rows and more to
+            bfloat16 on AMX). It is faster on a CPU; a GPU holds them dense.
             `"float32"` leaves the inputs as they are. On a CPU it works for 2:4
             kernels only. The default, `None`, means `"int8"` on a CPU and
             `"float32"` on a GPU. Weights in float32 and bfloat16 always have

@@ -1,5 +1,6 @@
-// Integers of packed matrices as bytes, on AVX-512 with VBMI2. Included after the
-// compiler is switched to the instructions; local to the file, as all there.
+// Integers of packed matrices as bytes, on AVX-512 with VBMI2. Included after
+// the compiler is switched to the instructions; local to the file, as all
+// there.
 
 #ifndef KWM_WORDS_AVX512_H_
 #define KWM_WORDS_AVX512_H_
@@ -19,6 +20,12 @@ inline __m512i load_once(const void* from) {
   __m512i v = _mm512_loadu_si512(from);
   asm("" : "+v"(v));
   return v;
+}
+
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16  ? 0xffff
+                                : count <= 0 ? 0
+                                             : (1 << count) - 1);
 }
 
 // Word `word` of a block of dense values, made unsigned.

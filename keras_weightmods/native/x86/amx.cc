@@ -21,25 +21,21 @@ namespace {
 using kwm::TileKernels;
 using kwm::kBlockRows;
 
-constexpr int kTileWords = kBlockRows * kLanes;  // of bfloat16, in a tile
-
 // The compiler does not know that tiles read memory: all is to be there.
 inline void written() { asm volatile("" ::: "memory"); }
 
 void pack(const float* x, int64_t rows, int64_t k, int padded, uint16_t* out) {
   const __m512 most = _mm512_set1_ps(3.4028235e38f);
   // What rounds to an infinity is the largest bfloat16.
-  const __m512 bound = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
+  const __m512 above = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
+  const __m512 below = _mm512_sub_ps(_mm512_setzero_ps(), above);
   const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
   const auto load = [&](const float* from, int64_t left) {
-    const __mmask16 there =
-        left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
-    const __m512 v = _mm512_maskz_loadu_ps(there, from);
+    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(left), from);
     const __mmask16 finite =
         _mm512_cmp_ps_mask(_mm512_abs_ps(v), most, _CMP_LE_OQ);
-    const __m512 bounded = _mm512_max_ps(_mm512_min_ps(v, bound),
-                                         _mm512_sub_ps(_mm512_setzero_ps(), bound));
-    return _mm512_mask_blend_ps(finite, nan, bounded);
+    return _mm512_mask_blend_ps(
+        finite, nan, _mm512_max_ps(_mm512_min_ps(v, above), below));
   };
   for (int64_t block = 0; block * kBlockRows < k; ++block) {
     for (int64_t row = 0; row < padded; ++row, out += kBlockRows) {
@@ -75,7 +71,8 @@ inline __attribute__((always_inline)) void store_tile(uint16_t* out,
   }
 }
 
-// Bytes q of 16 words as floats, of values plus 2^(kBits - 1), times `scale`.
+// The values times `scale`, of bytes q of 16 words: each a value plus
+// 2^(kBits - 1).
 template <int kBits>
 inline __attribute__((always_inline)) __m512 scaled(__m512i words, int q,
                                                     __m512 scale) {
@@ -97,7 +94,7 @@ void each_block(const Packed& w, int64_t column_block, uint16_t* out,
     }
     const int64_t place = column_block * w.row_blocks() + b;
     use(static_cast<const char*>(w.values_at(place)), place, scale,
-        out + b * kTileWords);
+        out + b * TileKernels::kBlockWords);
   }
 }
 
@@ -208,8 +205,9 @@ void multiply(const uint16_t* x, int rows, const uint16_t* columns,
   const auto stride = static_cast<int64_t>(y_stride * sizeof(float));
   for (int64_t first = 0; first < column_blocks; first += 2) {
     const bool two = first + 1 < column_blocks;
-    const uint16_t* left = columns + first * row_blocks * kTileWords;
-    const uint16_t* right = two ? left + row_blocks * kTileWords : left;
+    const int64_t words = row_blocks * TileKernels::kBlockWords;
+    const uint16_t* left = columns + first * words;
+    const uint16_t* right = two ? left + words : left;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -217,9 +215,9 @@ void multiply(const uint16_t* x, int rows, const uint16_t* columns,
     for (int64_t b = 0; b < row_blocks; ++b) {
       const uint16_t* from = x + b * rows * kBlockRows;
       _tile_loadd(4, from, 64);
-      _tile_loadd(6, left + b * kTileWords, 64);
+      _tile_loadd(6, left + b * TileKernels::kBlockWords, 64);
       _tile_loadd(5, from + half * kBlockRows, 64);
-      _tile_loadd(7, right + b * kTileWords, 64);
+      _tile_loadd(7, right + b * TileKernels::kBlockWords, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
       _tile_dpbf16ps(2, 4, 7);

@@ -56,12 +56,6 @@ struct Fetch {
   }
 };
 
-__mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16  ? 0xffff
-                                : count <= 0 ? 0
-                                             : (1 << count) - 1);
-}
-
 template <bool kSparse>
 void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
