@@ -51,3 +51,38 @@ def attend(
         mask = ops.broadcast_to(mask[:, 0], (batch, queries, places))
     scale = size**-0.5 if scale is None else scale
     return kernel(query, key, value, mask, float(scale))
+
+
+def by_heads(query, key, value, mask, scale):
+    """Attend as most models of KerasHub do on TensorFlow.
+
+    Args:
+        query, key, value: As of `attend`.
+        mask: Bool tensor of shape (batch, 1, queries, places).
+        scale: Float.
+    """
+    group = query.shape[2] // key.shape[2]
+    key, value = (ops.repeat(x, group, axis=2) for x in (key, value))
+    scores = ops.einsum("bqhd,bphd->bhqp", query, key)
+    scores = ops.multiply(scores, ops.cast(scale, scores.dtype))
+    weights = keras.layers.Softmax(dtype="float32")(scores, mask=mask)
+    weights = ops.cast(weights, query.dtype)
+    return ops.einsum("bhqp,bphd->bqhd", weights, value)
+
+
+def by_groups(query, key, value, mask, scale):
+    """Attend as KerasHub's Gemma models do on a CPU.
+
+    Args:
+        query, key, value: As of `attend`.
+        mask: Bool tensor of shape (batch, 1, 1, queries, places).
+        scale: Float.
+    """
+    shape, heads = query.shape, key.shape[2]
+    query = query * ops.cast(scale, query.dtype)
+    grouped = *shape[:2], heads, shape[2] // heads, shape[3]
+    scores = ops.einsum("bqkgd,bpkd->bkgqp", ops.reshape(query, grouped), key)
+    weights = keras.layers.Softmax(dtype="float32")(scores, mask=mask)
+    weights = ops.cast(weights, scores.dtype)
+    result = ops.einsum("bkgqp,bpkd->bqkgd", weights, value)
+    return ops.reshape(result, shape)

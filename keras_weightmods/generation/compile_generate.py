@@ -39,12 +39,12 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
       token, and writes into the cache in place.
     - On TensorFlow, XLA compiles all of `generate`. Keras alone runs it op by
       op on a CPU by default.
-    - On JAX, KerasHub already compiles all of it. Here the cache stays in one
-      part for each layer, so that nothing stacks it anew for each token.
+    - On JAX, KerasHub already compiles all of it.
 
-    On JAX and torch a compiled kernel computes the attention, on a CPU in
-    float32. It reads each visible key and value once for all heads that share
-    it, and of a prompt only what each token sees. On all three backends the
+    On JAX and TensorFlow the cache stays in one part for each layer, so that
+    nothing stacks it anew for each token. A compiled kernel computes the
+    attention, on a CPU in float32. It reads each visible key and value once for
+    all heads that share it, and of a prompt only what each token sees. The
     first pass reads only as many tokens as the shortest prompt has.
 
     On Linux the weights on a CPU move to huge pages of memory, which are read

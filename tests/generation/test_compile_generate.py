@@ -1,4 +1,5 @@
 import contextlib
+import pkgutil
 import warnings
 
 import keras
@@ -7,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods import backend
+from keras_weightmods import backend, native
 from keras_weightmods.utils import huge_pages, progress
 from tests import models
 
@@ -83,6 +84,27 @@ def test_tokens_of_families_and_sizes_are_equal(family):
     stops = tuple({int(row[8]) for row in whole["token_ids"]})
     (found,) = check_same(model, prompts(2, 5), stop_token_ids=stops)
     assert not found["padding_mask"].all()
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
+@pytest.mark.parametrize(
+    "family", ["qwen", pytest.param("gemma", marks=pytest.mark.heavy)]
+)
+def test_the_kernel_computes_the_attention(family, monkeypatch):
+    name = "rewrites" if BACKEND == "torch" else "attention"
+    place = f"keras_weightmods.backend.{BACKEND}.{name}.kernel"
+    kernel, queries = pkgutil.resolve_name(place), []
+
+    def counted(query, *args):
+        queries.append(query.shape[1])
+        return kernel(query, *args)
+
+    monkeypatch.setattr(place, counted)
+    # It takes multiples of 16.
+    sizes = {"head_dim": 32} if family == "gemma" else {"hidden_dim": 64}
+    check_same(language_model(family, **sizes), prompts(2, 5))
+    # Of the prompt, and of a token.
+    assert {12, 1} <= {*queries}
 
 
 @pytest.mark.one_backend

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jax.extend import core
 from keras import ops
@@ -107,16 +106,8 @@ def _templates(query_shape, key_shape, dtype):
             found.append(traced.jaxpr)
 
     def by_groups(query, key, value, mask):
-        """Attend as KerasHub's Gemma models do on a CPU."""
-        query = query * ops.cast(_SCALE, query.dtype)
-        shape = *query.shape[:2], key_heads, group, query.shape[3]
-        scores = ops.einsum("bqkgd,bpkd->bkgqp", ops.reshape(query, shape), key)
-        weights = keras.layers.Softmax(dtype="float32")(
-            scores, mask=mask[:, None, None]
-        )
-        weights = ops.cast(weights, scores.dtype)
-        result = ops.einsum("bkgqp,bpkd->bqkgd", weights, value)
-        return ops.reshape(result, query_shape)
+        mask = mask[:, None, None]
+        return attention.by_groups(query, key, value, mask, _SCALE)
 
     mask = jax.ShapeDtypeStruct((batch, queries, places), bool)
     found.append(jax.make_jaxpr(by_groups)(query, key, key, mask).jaxpr)

@@ -10,6 +10,7 @@ import keras
 
 from keras_weightmods.backend.generation import Steps
 from keras_weightmods.backend.jax import traced_call
+from keras_weightmods.backend.stack import split_like, whole
 
 # XLA compiles slowly: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -60,11 +61,11 @@ class CompiledGenerate(Steps):
 
     def first(self, token_ids, cache):
         logits, hidden_states, cache = _traced(super().first, token_ids, cache)
-        cache = traced_call.whole(cache)
+        cache = whole(cache)
         # A step determines the parts of the next cache.
         inputs = token_ids[:, :1], cache, jnp.int32(0)
         stack = jax.eval_shape(self.step, *inputs)[2]
-        return logits, hidden_states, traced_call.split_like(cache, stack)
+        return logits, hidden_states, split_like(cache, stack)
 
     def step(self, *inputs):
         return _traced(super().step, *inputs)

@@ -13,7 +13,6 @@
 """
 
 import collections
-import dataclasses
 from typing import Any
 
 import jax
@@ -22,43 +21,15 @@ from jax.extend import core
 
 from keras_weightmods.backend import xla_products
 from keras_weightmods.backend.jax import attention
+from keras_weightmods.backend.stack import Stack, whole
 
 # The most entries of a constant; larger ones are computed at run time.
 _LARGEST_CONSTANT = 2**20
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """Arrays or stacks of one shape, stacked along a new axis.
-
-    Args:
-        axis: Int.
-        parts: List of arrays and stacks.
-    """
-
-    axis: int = dataclasses.field(metadata={"static": True})
-    parts: list[Any]
-
-    @property
-    def shape(self):
-        shape = self.parts[0].shape
-        return (*shape[: self.axis], len(self.parts), *shape[self.axis :])
-
-
-def whole(x):
-    """Return the array that a stack stands for; return arrays as they are."""
-    if isinstance(x, Stack):
-        return jnp.stack(list(map(whole, x.parts)), x.axis)
-    return x
-
-
-def split_like(array, stack):
-    """Return an array as a stack of the form of another one."""
-    if not isinstance(stack, Stack):
-        return array
-    parts = [jnp.take(array, i, stack.axis) for i in range(len(stack.parts))]
-    return Stack(stack.axis, list(map(split_like, parts, stack.parts)))
+jax.tree_util.register_dataclass(
+    Stack, data_fields=["parts"], meta_fields=["axis"]
+)
 
 
 def call(function, *args, key_shape=None):

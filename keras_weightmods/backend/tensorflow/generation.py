@@ -6,6 +6,8 @@ Keras uses XLA only on request, so KerasHub's `generate` runs op by op on a CPU.
 import tensorflow as tf
 
 from keras_weightmods.backend.generation import Steps
+from keras_weightmods.backend.stack import split_like, whole
+from keras_weightmods.backend.tensorflow.traced_call import Traced
 
 # XLA compiles slowly: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -35,3 +37,16 @@ class CompiledGenerate(Steps):
         inputs = tf.constant(tokens), tf.constant(mask), tf.constant(length)
         outputs = self.functions[key](*inputs)
         return {name: x[:, :length] for name, x in outputs.items()}
+
+    def first(self, token_ids, cache):
+        key_shape = cache.shape[-3:]
+        prompt = Traced(super().first, [token_ids, cache], key_shape)
+        *outputs, cache = prompt(token_ids, cache)
+        cache = whole(cache)
+        # A step determines the parts of the next cache.
+        inputs = [token_ids[:, :1], cache, tf.constant(0)]
+        self.traced = Traced(super().step, inputs, key_shape)
+        return *outputs, split_like(cache, self.traced.results[2])
+
+    def step(self, *inputs):
+        return self.traced(*inputs)

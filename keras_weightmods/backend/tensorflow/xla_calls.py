@@ -10,7 +10,7 @@ from keras_weightmods import native
 
 _TYPES = {
     **{"float32": "f32", "bfloat16": "bf16"},
-    **{"int8": "i8", "uint8": "ui8", "int32": "i32"},
+    **{"int8": "i8", "uint8": "ui8", "int32": "i32", "bool": "i1"},
 }
 
 
@@ -44,23 +44,32 @@ def register():
             raise OSError(f"XLA refuses the handler {name}")
 
 
-def call(target, shape, *arguments):
+def call(target, shape, *arguments, **attributes):
     """Return the result of a custom call, of the type of its first argument.
 
-    Entries of `shape` that are None are those of the first argument.
+    Args:
+        target: String, the name of the handler.
+        shape: Tuple. Entries that are None are those of the first argument.
+        *arguments: Tensors.
+        **attributes: Floats, float32 for the handler.
     """
+    return results(target, [shape], *arguments, **attributes)[0]
+
+
+def results(target, shapes, *arguments, **attributes):
+    """Return the results of a custom call, like `call`."""
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     kinds = tuple((tuple(a.shape), a.dtype.name) for a in arguments)
-    (result,) = gen_xla_ops.xla_call_module(
+    given = (*map(tuple, shapes),), kinds, (*attributes.items(),)
+    return gen_xla_ops.xla_call_module(
         args=arguments,
         version=9,
-        module=_module(target, tuple(shape), kinds),
-        Tout=[arguments[0].dtype],
-        Sout=[shape],
+        module=_module(target, *given),
+        Tout=[arguments[0].dtype] * len(shapes),
+        Sout=shapes,
         platforms=["CPU"],
     )
-    return result
 
 
 def with_gradient(function, gradient):
@@ -74,21 +83,27 @@ def with_gradient(function, gradient):
 
 
 @functools.lru_cache(maxsize=4096)
-def _module(target, result, arguments):
+def _module(target, shapes, arguments, options):
     """Return the StableHLO of a custom call.
 
     Args:
         target: String, the name of the handler.
-        result: Tuple, the shape of the result, of ints and None.
+        shapes: Tuple of the shapes of the results, of ints. That of a single
+            one may have None.
         arguments: Tuple of (shape, dtype) for each argument.
+        options: Tuple of (name, float) for each attribute.
 
     Returns:
         String, the module as text.
     """
     operands = {f"%a{i}": _type(*kind) for i, kind in enumerate(arguments)}
     parameters = ", ".join(f"{name}: {t}" for name, t in operands.items())
-    returned = _type(result, arguments[0][1])
+    returned = ", ".join(_type(shape, arguments[0][1]) for shape in shapes)
     lines, attributes = [], "api_version = 4 : i32"
+    if options:
+        config = ", ".join(f"{name} = {x:e} : f32" for name, x in options)
+        attributes += f", backend_config = {{{config}}}"
+    result = shapes[0]
     if None in result:
         # The shape of the result, as one more operand.
         one = "tensor<1xi32>"
@@ -111,11 +126,13 @@ def _module(target, result, arguments):
         place = f"dense<[{len(operands)}]> : tensor<1xi64>"
         attributes += f", indices_of_shape_operands = {place}"
         operands["%shape"] = shape
+    count = len(shapes)
+    names = ", ".join(f"%y#{i}" for i in range(count))
     lines += [
-        f'%y = stablehlo.custom_call @"{name_of(target)}"'
+        f'%y:{count} = stablehlo.custom_call @"{name_of(target)}"'
         f"({', '.join(operands)}) {{{attributes}}} : "
-        f"({', '.join(operands.values())}) -> {returned}",
-        f"return %y : {returned}",
+        f"({', '.join(operands.values())}) -> ({returned})",
+        f"return {names} : {returned}",
     ]
     body = "\n    ".join(lines)
     return (

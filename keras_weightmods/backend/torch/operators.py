@@ -25,8 +25,6 @@ _TYPES = {
     torch.int8: "int8",
     torch.uint8: "uint8",
 }
-# Below so many multiply-adds one thread is used: waking others takes longer.
-_ALONE = 2**22
 
 _library = torch.library.Library("keras_weightmods", "DEF")
 # Multiply by the kernel or its transpose, with `size` columns. Without `meta`
@@ -97,11 +95,10 @@ def product(x_dtype, k, n, values, meta, scale, rounded):
 def multiply(function, x, weights, size):
     """Return a product by a function of the library, of `size` columns."""
     x = x.contiguous()
-    *leading, inner = x.shape
+    leading = x.shape[:-1]
     rows = math.prod(leading)
     y = x.new_empty((*leading, size))
-    pool = threads(rows * inner * size)
-    function(x.data_ptr(), rows, *weights, y.data_ptr(), *pool)
+    function(x.data_ptr(), rows, *weights, y.data_ptr(), *threads())
     return y
 
 
@@ -114,9 +111,7 @@ def _values_gradient(x, dy, meta):
     _check("meta", meta, *arrays["meta"])
     dvalues = x.new_empty(arrays["values"][0])
     arguments = x.data_ptr(), dy.data_ptr(), rows, k, n, meta.data_ptr()
-    _compiled().kwm_values_gradient(
-        *arguments, dvalues.data_ptr(), *threads(rows * k * n)
-    )
+    _compiled().kwm_values_gradient(*arguments, dvalues.data_ptr(), *threads())
     return dvalues
 
 
@@ -136,7 +131,7 @@ def attend(q, k, v, mask, scale):
         None if seen is None else seen.data_ptr(),
         *(batch, queries, places, heads, key_heads, size, scale),
         out.data_ptr(),
-        *threads(2 * batch * queries * heads * places * size),
+        *threads(),
     )
     return out
 
@@ -243,20 +238,15 @@ def _check(name, tensor, shape, dtype):
         raise checks.error(name, expected, received)
 
 
-def threads(work):
+def threads():
     """Return the last two arguments of a function of the library.
-
-    Args:
-        work: Int, the multiply-adds to do.
 
     Returns:
         The function that shares the work, and a pointer to its pool; None for
-        both where one thread is enough.
+        both with one thread. The library wakes none for little work.
     """
     count = torch.get_num_threads()
-    if count == 1 or work < _ALONE:
-        return None, None
-    return _openmp(count)
+    return (None, None) if count == 1 else _openmp(count)
 
 
 class _OpenMP(ctypes.Structure):

@@ -81,7 +81,6 @@ def prepared_int8(k, kernels):
         _, _, dtype, *pointers = operators.weights_of(k, n, *arrays)
         items.append(native.Product(n, dtype, *pointers))
     template = (native.Product * len(items))(*items)
-    cost = k * sum(sizes)
 
     def products(x, _held=kernels):
         x = x.contiguous()
@@ -93,7 +92,7 @@ def prepared_int8(k, kernels):
             item.y = y.data_ptr()
         function(
             x.data_ptr(), rows, k, ctypes.addressof(array), len(items),
-            *operators.threads(rows * cost),
+            *operators.threads(),
         )  # fmt: skip
         return results
 

@@ -6,7 +6,7 @@ import pytest
 
 from keras_weightmods import native
 from keras_weightmods.backend.jax import traced_call
-from keras_weightmods.backend.jax.traced_call import Stack
+from keras_weightmods.backend.stack import Stack, split_like, whole
 from keras_weightmods.native.packed import pack_dense, pack_kernel
 from keras_weightmods.ops import nm_project, sparse_matmul
 from tests.models import normal
@@ -41,15 +41,13 @@ def test_a_cache_in_parts_gives_the_same():
     assert isinstance(parts, Stack)
     assert parts.shape == cache.shape
     assert all(isinstance(part, Stack) for part in parts.parts)
-    cache = traced_call.split_like(cache, parts)
+    cache = split_like(cache, parts)
     # Stacks go through `jit` as nests of arrays.
     y, parts = jax.jit(lambda *args: traced_call.call(step, *args))(
         x, cache, place
     )
     np.testing.assert_allclose(y, expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        traced_call.whole(parts), expected_cache, rtol=1e-6
-    )
+    np.testing.assert_allclose(whole(parts), expected_cache, rtol=1e-6)
     assert jax.tree.structure(parts) == jax.tree.structure(cache)
     # Nothing whole is made.
     traced = jax.make_jaxpr(lambda *args: traced_call.call(step, *args))(
@@ -74,9 +72,9 @@ def test_a_cache_in_parts_gives_the_same():
 )
 def test_what_is_no_stack_is_made_whole(function):
     x = jnp.arange(24.0).reshape(2, 3, 4)
-    stack = traced_call.split_like(x, Stack(1, [x[:, i] for i in range(3)]))
+    stack = split_like(x, Stack(1, [x[:, i] for i in range(3)]))
     found = traced_call.call(function, stack)
-    np.testing.assert_array_equal(traced_call.whole(found), function(x))
+    np.testing.assert_array_equal(whole(found), function(x))
 
 
 def test_what_depends_on_no_argument_is_computed_once():
