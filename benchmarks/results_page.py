@@ -95,6 +95,7 @@ PARTS = (
     ("Scaling law", "cast_llm", sparse_llm.laws),
     ("CAST by tokens a weight", "cast_budget", budget.cast_budget),
     ("A step of CAST", "cast_step", packed.cast_step),
+    ("A step of CAST at 0.5B", "cast_step_0.5b", packed.cast_step),
     ("Quantized", "cast_llm", sparse_llm.quantized),
     ("Fine-tuned", "finetune_sparse", sparse_llm.fine_tuned),
     ("Packed: speed and size", "packed_llm", packed.packed),

@@ -212,10 +212,10 @@ def cast_step(log):
     return "\n\n".join(
         [
             f"A train step of the shapes of {log['model']}, "
-            f"{' x '.join(map(str, log['batch']))} tokens: `CAST`, the same "
-            "with the logits of all positions in memory (whole), and Keras' "
-            f"own step with AdamW; {log['machine']['cpu']}, "
-            f"{log['machine']['cores']} cores.",
+            f"{' x '.join(map(str, log['batch']))} tokens. Keras is its own "
+            "step with AdamW, whole is `CAST` with the logits of all positions "
+            "in memory, and LIFT is `SparseAdamW` on 5 % of the weights; "
+            f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
             table(
                 "backend | dtype | step | seconds | x Keras | peak, MB | "
                 "x Keras",

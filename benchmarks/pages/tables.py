@@ -29,6 +29,9 @@ def missing(name):
 # What differs from `python -m benchmarks.NAME`.
 COMMANDS = {
     "cast_quality": "benchmarks.quality",
+    "cast_step_0.5b": "benchmarks.cast_step --shapes 0.5b --backends torch,jax "
+    "--dtypes mixed_bfloat16 --contenders CAST,Keras,LIFT --batch 1 --steps 3 "
+    "--json FILE",
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",

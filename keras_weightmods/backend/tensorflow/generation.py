@@ -36,6 +36,7 @@ class CompiledGenerate(Steps):
             )
         inputs = tf.constant(tokens), tf.constant(mask), tf.constant(length)
         outputs = self.functions[key](*inputs)
+        self.traced = None
         return {name: x[:, :length] for name, x in outputs.items()}
 
     def first(self, token_ids, cache):

@@ -101,7 +101,7 @@ def _module(target, shapes, arguments, options):
     returned = ", ".join(_type(shape, arguments[0][1]) for shape in shapes)
     lines, attributes = [], "api_version = 4 : i32"
     if options:
-        config = ", ".join(f"{name} = {x:e} : f32" for name, x in options)
+        config = ", ".join(f"{name} = {x:.9e} : f32" for name, x in options)
         attributes += f", backend_config = {{{config}}}"
     result = shapes[0]
     if None in result:
