@@ -343,9 +343,10 @@ are many.""",
     "A step of CAST at 0.5B": """\
 The model has 494 million weights; table and head are one of them. After the
 first step, which compiles, two were timed. On torch 100 such steps, 25,600
-tokens, take ten minutes and 17 GB. LIFT needs less than half of that memory. On JAX a step of
-`CAST` takes as long as two and a half of Keras' own, and 1.4 of them at 135M.
-Why was not looked into.""",
+tokens, take ten minutes and 17 GB. LIFT needs less than half of that memory. On
+JAX a step of `CAST` takes as long as two and a half of Keras' own, and 1.4 of
+them at 135M. Why was not looked
+into.""",
     "Engines on AMX: SmolLM2-135M": """\
 Made by
 
