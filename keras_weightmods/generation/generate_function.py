@@ -1,7 +1,5 @@
 """The replacement of a language model's compiled `generate`."""
 
-import contextlib
-import gc
 import inspect
 import warnings
 from typing import Any
@@ -95,8 +93,7 @@ class GenerateFunction:
         stops = stop_token_ids and tuple(map(int, stop_token_ids))
         shape = tokens.shape[0], padded, prefill, stops, self.model.sampler
         is_new = shape not in self.shapes
-        waiting = Waiting("Compiling `generate`", self.verbose and is_new)
-        with waiting, _uncollected(is_new):
+        with Waiting("Compiling `generate`", self.verbose and is_new):
             try:
                 if not self.shapes:
                     self._check_short_prompt(
@@ -186,19 +183,6 @@ class GenerateFunction:
 
 class _Read(Exception):
     """Carries a reason out of `generate_step`."""
-
-
-@contextlib.contextmanager
-def _uncollected(is_new):
-    """Put off Python's search for garbage, a tenth of the time of a trace."""
-    is_off = is_new and gc.isenabled()
-    if is_off:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if is_off:
-            gc.enable()
 
 
 def _rounds_inputs(model):

@@ -1,5 +1,4 @@
 import contextlib
-import gc
 import pkgutil
 import warnings
 
@@ -106,20 +105,6 @@ def test_the_kernel_computes_the_attention(family, monkeypatch):
     check_same(language_model(family, **sizes), prompts(2, 5))
     # Of the prompt, and of a token.
     assert {12, 1} <= {*queries}
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize("is_on", [True, False])
-def test_the_search_for_garbage_is_as_before(is_on):
-    model = language_model()
-    kwm.compile_generate(model)
-    was_on = gc.isenabled()
-    (gc.enable if is_on else gc.disable)()
-    try:
-        generated(model, prompts(2))
-        assert gc.isenabled() == is_on
-    finally:
-        (gc.enable if was_on else gc.disable)()
 
 
 @pytest.mark.one_backend
