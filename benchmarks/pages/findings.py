@@ -341,12 +341,11 @@ now: JAX compiles fewer calls, and checks a short prompt by one program.""",
 Other programs ran beside it on both cores, so that the minutes of the clock
 are many.""",
     "A step of CAST at 0.5B": """\
-The model has 494 million weights; table and head are one of them. After the
-first step, which compiles, two were timed. On torch 100 such steps, 25,600
+The model has 494 million weights, and one matrix for table and head. The first
+step compiles, and is left out: two were timed. On torch 100 such steps, 25,600
 tokens, take ten minutes and 17 GB. LIFT needs less than half of that memory. On
-JAX a step of `CAST` takes as long as two and a half of Keras' own, and 1.4 of
-them at 135M. Why was not looked
-into.""",
+JAX a step of `CAST` takes 2.5 times as long as Keras' own; at 135M it is 1.4
+times. The reason is not known.""",
     "Engines on AMX: SmolLM2-135M": """\
 Made by
 

@@ -1,7 +1,7 @@
 """The kernel of `backend.attention` on TensorFlow: a custom call.
 
-So is a call of an attention alone traced, with the installed Keras. Where its
-operations occur in a graph, the kernel takes their place.
+An attention alone is traced, with the installed Keras. Where its operations
+occur in the graph of a model, the kernel takes their place.
 """
 
 import functools
@@ -27,7 +27,7 @@ def kernel(query, key, value, mask, scale):
     return tf.cast(result, query.dtype)
 
 
-def replaced(graph, key_shape):
+def replacements(graph, key_shape):
     """Add the kernel to a graph, once for each attention in it.
 
     Args:

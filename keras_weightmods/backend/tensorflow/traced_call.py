@@ -40,9 +40,9 @@ class Traced:
                 tf.compat.v1.placeholder(_dtype(x), x.shape) for x in inputs
             ]
             results = function(*self.inputs)
-            others = _shared_products(graph)
+            replaced = _shared_products(graph)
             if key_shape:
-                others |= attention.replaced(graph, key_shape)
+                replaced |= attention.replacements(graph, key_shape)
         self.captures = graph.captures
         self.operations = graph.get_operations()
         stacks: dict[str, Stack] = {}
@@ -53,12 +53,12 @@ class Traced:
                 stacks[operation.outputs[0].name] = Stack(axis, parts)
         self.results = tuple(stacks.get(x.name, x) for x in results)
         self.names = tf.nest.map_structure(
-            lambda x: others.get(x.name, x.name), self.results
+            lambda x: replaced.get(x.name, x.name), self.results
         )
         self.definition = graph.as_graph_def()
         for node in self.definition.node:
             for i, name in enumerate(node.input):
-                node.input[i] = others.get(_full(name), name)
+                node.input[i] = replaced.get(_full(name), name)
 
     def __call__(self, *inputs):
         """Return what the function does, for tensors and stacks, in a graph."""
@@ -130,7 +130,7 @@ def _part_of(operation, known):
 
 
 def _shared_products(graph):
-    """Add calls that products of one input share; like `attention.replaced`."""
+    """Add calls that products share, like `attention.replacements`."""
     target = f'@"{xla_calls.name_of(xla_products.INT8)}"'.encode()
     found = collections.defaultdict(list)
     for operation in graph.get_operations():
@@ -138,8 +138,10 @@ def _shared_products(graph):
             "module"
         ):
             x, values, meta, _ = operation.inputs
+            # Each product has a cast of its own of an input in 16 bits.
+            source = x.op.inputs[0] if x.op.type == "Cast" else x
             # One call takes matrices of all types, but 2:4 ones of one alone.
-            key = x.name, meta.shape.rank == 3 and values.dtype
+            key = source.name, meta.shape.rank == 3 and values.dtype
             found[key].append(operation)
     names: dict[str, str] = {}
     for group in found.values():

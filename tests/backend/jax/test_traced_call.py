@@ -4,13 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods import native
 from keras_weightmods.backend.jax import traced_call
 from keras_weightmods.backend.stack import Stack, split_like, whole
-from keras_weightmods.native.packed import pack_dense, pack_kernel
-from keras_weightmods.ops import nm_project, sparse_matmul
-from tests.models import normal
-from tests.native.test_packed import kernel_of
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="needs the JAX backend"
@@ -95,39 +90,4 @@ def test_what_depends_on_no_argument_is_computed_once():
     assert [c.shape for c in traced.consts].count((1, 5)) == 1
     jax.tree.map(
         np.testing.assert_allclose, jax.jit(run)(x, place), function(x, place)
-    )
-
-
-@pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-def test_products_of_one_input_share_a_call(x_dtype):
-    first, others = (
-        [pack_kernel(kernel_of(64, n), dtype, "int8") for n in sizes]
-        for dtype, sizes in (("int8", (64, 64, 64)), ("int4", (16, 40)))
-    )
-    # All types but those of 2:4 kernels share one.
-    dense = [pack_dense(normal(64, 16), f"int{bits}") for bits in (8, 4)]
-    half = nm_project(normal(64, 16), "16:32")
-    dense.append(pack_kernel(half, "int4", "int8", pattern="16:32"))
-
-    def attention(x):
-        q, k, v = (sparse_matmul(x, packed) for packed in first)
-        y = q * k * v
-        alone = [sparse_matmul(x, packed) for packed in dense]
-        alone.append(sparse_matmul(x + 1, first[0]))
-        return [y, *alone, *(sparse_matmul(y, packed) for packed in others)]
-
-    def shared(x):
-        return traced_call.call(attention, x)
-
-    def calls_in(function):
-        return str(jax.make_jaxpr(function)(x)).count("ffi_call[")
-
-    x = jnp.asarray(normal(2, 3, 64), x_dtype)
-    assert calls_in(attention) == 9
-    assert calls_in(shared) == 4
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.jit(shared)(x),
-        jax.jit(attention)(x),
     )

@@ -3,12 +3,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods import native
 from keras_weightmods.backend.stack import Stack, split_like, whole
-from keras_weightmods.native.packed import pack_dense, pack_kernel
-from keras_weightmods.ops import nm_project, sparse_matmul
 from tests.models import normal
-from tests.native.test_packed import kernel_of
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("needs the TensorFlow backend", allow_module_level=True)
@@ -96,28 +92,3 @@ def test_variables_are_read_when_it_runs():
     np.testing.assert_array_equal(run(tf.ones(2)), [1, 2])
     variable.assign([3.0, 4.0])
     np.testing.assert_array_equal(run(tf.ones(2)), [3, 4])
-
-
-@pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
-def test_products_of_one_input_share_a_call():
-    first, others = (
-        [pack_kernel(kernel_of(64, n), dtype, "int8") for n in sizes]
-        for dtype, sizes in (("int8", (64, 64, 64)), ("int4", (16, 40)))
-    )
-    # All types but those of 2:4 kernels share one.
-    dense = [pack_dense(normal(64, 16), f"int{bits}") for bits in (8, 4)]
-    half = nm_project(normal(64, 16), "16:32")
-    dense.append(pack_kernel(half, "int4", "int8", pattern="16:32"))
-
-    def attention(x):
-        q, k, v = (sparse_matmul(x, packed) for packed in first)
-        y = q * k * v
-        alone = [sparse_matmul(x, packed) for packed in dense]
-        alone.append(sparse_matmul(x + 1, first[0]))
-        return [y, *alone, *(sparse_matmul(y, packed) for packed in others)]
-
-    x = ops.convert_to_tensor(normal(2, 3, 64))
-    found, operations = traced(attention, x)
-    assert [o.type for o in operations].count("XlaCallModule") == 4
-    for got, expected in zip(found, attention(x)):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
