@@ -42,7 +42,8 @@ def replacements(graph, key_shape):
     for out in firsts:
         shape = out.shape
         if (
-            shape.rank != 4
+            not out.dtype.is_floating
+            or shape.rank != 4
             or not shape.is_fully_defined()
             or shape[3] != key_shape[2]
             or shape[2] % key_shape[1]
