@@ -128,8 +128,7 @@ class Backend:
     def in_place(self) -> Any:
         """Return the module of steps that change tensors in place, or None.
 
-        It has `adam_s`, `adamw`, `distillation_gradient` and
-        `round_in_order`.
+        It has `adam_s`, `adamw`, `distillation_gradient` and `multiples`.
         """
         return self._module("in_place")
 

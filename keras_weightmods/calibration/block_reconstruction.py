@@ -352,20 +352,20 @@ class SparseAdam(keras.optimizers.Adam):
 
     def update_step(self, gradient, variable, learning_rate):
         place = self._get_variable_index(variable)
-        if own := self.own[place]:
-            factor, kept = own
-            learning_rate = learning_rate * factor
-            # A weight that never gets a gradient stays.
-            gradient = gradient * ops.cast(kept, gradient.dtype)
+        # A weight that never gets a gradient stays.
+        factor, kept = self.own[place] or (1.0, None)
+        learning_rate = learning_rate * factor
         in_place = backend.current().in_place()
         if in_place is None or variable.dtype != "float32":
+            if kept is not None:
+                gradient = gradient * ops.cast(kept, gradient.dtype)
             super().update_step(gradient, variable, learning_rate)
             return
         state = self._momentums[place], self._velocities[place]
         # Keras' Adam adds epsilon before the correction.
         correction = 1 - self.beta_2 ** (int(self.iterations) + 1)
         rest = learning_rate, self.epsilon * correction**-0.5
-        in_place.adamw(self, variable, gradient, state, *rest)
+        in_place.adamw(self, variable, gradient, state, *rest, kept=kept)
 
 
 def is_float(x):

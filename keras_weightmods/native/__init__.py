@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {
@@ -51,6 +51,10 @@ _SIGNATURES = {
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
     "kwm_attend": ("", "PPPqPqqqqqqfPPP"),
+    "kwm_round_in_order": ("", "PPPPPqqffPP"),
+    "kwm_search_scales": ("", "PPqqqPqfffP"),
+    "kwm_multiples": ("", "PPqqqffPPP"),
+    "kwm_multiples_gradient": ("", "PPPqqqffPPPP"),
 }
 
 _WAY_OUT = (

@@ -15,18 +15,16 @@ The inputs are known by their second moment `H = X^T X / rows`, of shape
 import dataclasses
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods import backend
-from keras_weightmods.ops.refine import compiled, damped
+from keras_weightmods import backend, native
+from keras_weightmods.ops.refine import damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
-# After so many rounded rows, one product updates the others of their block, and
-# after a block all others.
-_ROWS, _BLOCK = 16, 64
+# After so many rounded rows, one product updates all others.
+_BLOCK = 64
 
 # How many scales are tried for a group.
 _SCALES = 16
@@ -87,55 +85,55 @@ class Grid:
         return shifted - (shifted - scales)
 
     def spread(self, scales: Any, size: int) -> Any:
-        """Return the scale of each of `size` inputs, a tensor `(K, R)`."""
-        group_size = min(self.group_size, size)
-        return ops.repeat(scales, group_size, axis=0)[:size]
+        """Return the scale of each of `size` inputs, an array `(K, R)`."""
+        return np.repeat(scales, self.group_size, axis=0)[:size]
 
     def nearest(self, values: Any, scales: Any) -> Any:
-        """Round to the nearest multiples of scales of the same shape."""
-        integers = ops.round(values / scales)
-        # On torch `ops.clip` takes more than twice as long.
-        integers = ops.maximum(integers, float(self.low))
-        return ops.minimum(integers, float(self.high)) * scales
+        """Round arrays to the nearest multiples of scales."""
+        return np.clip(np.rint(values / scales), self.low, self.high) * scales
 
 
 def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
     """Find the scale of each group with the least weighted squared error.
 
     Args:
-        matrix: float32 tensor of shape `(K, R)`.
-        weights: float32 tensor of shape `(K,)`: what an error at each input
+        matrix: float32 array of shape `(K, R)`.
+        weights: float32 array of shape `(K,)`: what an error at each input
             counts, the diagonal of H.
         grid: `Grid`.
 
     Returns:
-        float32 tensor of shape `(G, R)`.
+        float32 array of shape `(G, R)`.
     """
     size, units = matrix.shape
-    group_size = min(grid.group_size, size)
-    groups = -(-size // group_size)
-    if filling := groups * group_size - size:
-        matrix = ops.pad(matrix, [(0, filling), (0, 0)])
-        weights = ops.pad(weights, [(0, filling)])
-    matrix = ops.reshape(matrix, (groups, group_size, units))
-    weights = ops.reshape(weights, (groups, 1, group_size))
-    most = ops.max(matrix, axis=1, keepdims=True)
-    least = ops.min(matrix, axis=1, keepdims=True)
-    largest = ops.where(most > -least, most, least)
-    empty = ops.abs(largest) < _TINY
-    best = ops.full_like(largest, float("inf"))
-    scales = ops.ones_like(largest)
+    groups = -(-size // grid.group_size)
+    scales = np.ones((groups, units), "float32")
     # The largest weight lies on the side of the lowest integer, which is one
     # further from 0 than the highest. It goes from twice that integer, where it
     # is clipped, to as far from 0 as the highest.
-    for integer in grid.low / np.linspace(0.5, grid.low / -grid.high, _SCALES):
-        tried = grid.rounded_scales(largest * float(1 / integer))
-        tried = ops.where(empty, 1.0, tried)
-        change = matrix - grid.nearest(matrix, tried)
-        error = ops.matmul(weights, ops.square(change))
-        scales = ops.where(error < best, tried, scales)
-        best = ops.minimum(error, best)
-    return scales[:, 0]
+    integers = grid.low / np.linspace(0.5, grid.low / -grid.high, _SCALES)
+    factors = (1 / integers).astype("float32")
+    if library := native.library():
+        sizes = size, grid.group_size, units
+        library.kwm_search_scales(
+            *(matrix.ctypes.data, weights.ctypes.data, *sizes),
+            *(factors.ctypes.data, _SCALES, grid.low, grid.high),
+            *(2 ** (24 - grid.precision), scales.ctypes.data),
+        )
+        return scales
+    for group, chosen in enumerate(scales):
+        start = group * grid.group_size
+        part = slice(start, start + grid.group_size)
+        own, most, least = matrix[part], matrix[part].max(0), matrix[part].min(0)
+        largest = np.where(most > -least, most, least)
+        best = np.full(units, np.inf, "float32")
+        for factor in factors:
+            tried = grid.rounded_scales(largest * factor)
+            tried[np.abs(largest) < _TINY] = 1
+            error = weights[part] @ np.square(own - grid.nearest(own, tried))
+            chosen[...] = np.where(error < best, tried, chosen)
+            best = np.minimum(error, best)
+    return scales
 
 
 def gptq(
@@ -155,42 +153,35 @@ def gptq(
     `descend`.
 
     Args:
-        matrix: float32 tensor of shape `(K, R)`.
-        scales: float32 tensor of shape `(G, R)`.
-        second_moment: Tensor of shape `(K, K)`, H.
+        matrix: float32 array of shape `(K, R)`.
+        scales: float32 array of shape `(G, R)`.
+        second_moment: Array of shape `(K, K)`, H.
         grid: `Grid`.
         damping: As of `round_kept`.
 
     Returns:
-        float32 tensor of shape `(K, R)`.
+        float32 array of shape `(K, R)`.
 
     Raises:
         ValueError: If H is not finite.
     """
-    size, _ = matrix.shape
-    h = ops.convert_to_numpy(second_moment)
-    order = np.argsort(-h.diagonal(), kind="stable")
-    factor = inverse_factor(h[np.ix_(order, order)], damping)
+    order = np.argsort(-second_moment.diagonal(), kind="stable")
+    factor = inverse_factor(second_moment[np.ix_(order, order)], damping)
     # The changes of later inputs for an error of 1 at an input.
     factor /= factor.diagonal()[:, None].copy()
     factor = factor.astype("float32")
-    tail = ops.take(matrix, order, axis=0)
-    scales = ops.take(grid.spread(scales, size), order, axis=0)
-    kept = ops.cast(ops.not_equal(tail, 0), "float32")
-    step, done = compiled(_in_order, 5), []
-    for start in range(0, size, _BLOCK):
-        part = slice(start, min(start + _BLOCK, size))
-        count = part.stop - start
-        own = ops.convert_to_tensor(-factor[part, part].T.copy())
-        rounded, moved = step(
-            tail[:count], own, kept[part], scales[part], None, grid
+    rest, scales = matrix[order], grid.spread(scales, len(matrix))[order]
+    kept = (rest != 0).astype("float32")
+    rounded = np.empty_like(matrix)
+    for start in range(0, len(matrix), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        later = slice(start + _BLOCK, None)
+        own = -factor[part, part].T
+        rounded[order[part]], moved = _in_order(
+            rest[part], own, kept[part], scales[part], None, grid
         )
-        done.append(rounded)
-        if part.stop < size:
-            across = ops.convert_to_tensor(factor[part, part.stop :].T.copy())
-            change = ops.matmul(across, moved) * kept[part.stop :]
-            tail = tail[count:] + change
-    return ops.take(ops.concatenate(done), np.argsort(order), axis=0)
+        rest[later] += factor[part, later].T @ moved * kept[later]
+    return rounded
 
 
 def descend(
@@ -209,39 +200,50 @@ def descend(
     step minimizes a parabola over the allowed values, so no unit's error rises.
 
     Args:
-        matrix: float32 tensor of shape `(K, R)`, the matrix W.
-        rounded: float32 tensor of the same shape, W', on the grid.
-        scales: float32 tensor of shape `(G, R)`.
-        second_moment: float32 tensor of shape `(K, K)`, H, with a positive
+        matrix: float32 array of shape `(K, R)`, the matrix W.
+        rounded: float32 array of the same shape, W', on the grid.
+        scales: float32 array of shape `(G, R)`.
+        second_moment: float32 array of shape `(K, K)`, H, with a positive
             diagonal.
         grid: `Grid`.
         sweeps: Int, at most how often. It ends when a sweep changes nothing.
             Defaults to `3`.
 
     Returns:
-        Pair of tensors, the new W' and the new scales.
+        Pair of arrays, the new W' and the new scales.
     """
-    size, _ = matrix.shape
     h = second_moment
-    kept = ops.cast(ops.not_equal(matrix, 0), "float32")
-    inverse = 1.0 / ops.diagonal(h)[:, None]
-    rescale, move = compiled(_best_scale), compiled(_best_integers, 7)
-    c = ops.matmul(h, matrix - rounded)
+    rounded, scales = rounded.copy(), scales.copy()
+    kept = (matrix != 0).astype("float32")
+    inverse = 1 / h.diagonal()[:, None]
+    c = h @ (matrix - rounded)
     for _ in range(sweeps):
-        before = rounded
-        parts, new_scales = [], []
-        for group, start in enumerate(range(0, size, grid.group_size)):
-            part = slice(start, min(start + grid.group_size, size))
-            values, own = rounded[part], h[part, part]
-            scale, integers = rescale(values, scales[group], own, c[part])
-            scale = grid.rounded_scales(scale)
-            rows = kept[part], inverse[part], own, c[part]
-            new = move(values, integers, scale, *rows, grid)
-            c = c - ops.matmul(h[:, part], new - values)
-            parts.append(new)
-            new_scales.append(scale)
-        rounded, scales = ops.concatenate(parts), ops.stack(new_scales)
-        if not bool(ops.any(ops.not_equal(rounded, before))):
+        has_changed = False
+        for group, start in enumerate(range(0, len(matrix), grid.group_size)):
+            part = slice(start, start + grid.group_size)
+            own, values = h[part, part], rounded[part]
+            integers = np.rint(values / scales[group])
+            curvature = np.sum(integers * (own @ integers), axis=0)
+            slope = np.sum(integers * c[part], axis=0)
+            best = scales[group] + slope / np.maximum(curvature, _TINY)
+            usable = (curvature > _TINY) & (np.abs(best) > _TINY)
+            best = grid.rounded_scales(np.where(usable, best, scales[group]))
+            rescaled = integers * best
+            slopes = c[part] - own @ (rescaled - values)
+            new, _ = _in_order(
+                rescaled + slopes * inverse[part],
+                own * inverse[part],
+                kept[part],
+                np.broadcast_to(best, values.shape),
+                rescaled,
+                grid,
+            )
+            change = new - values
+            if change.any():
+                has_changed = True
+                c -= h[:, part] @ change
+            rounded[part], scales[group] = new, best
+        if not has_changed:
             break
     return rounded, scales
 
@@ -285,55 +287,32 @@ def round_kept(
     ```
     """
     grid = grid or Grid()
-    w = ops.cast(ops.convert_to_tensor(matrix), "float32")
-    size = w.shape[0]
+    w = _array(matrix)
     if second_moment is None:
-        scales = search_scales(w, ops.ones((size,), "float32"), grid)
-        values = grid.nearest(w, grid.spread(scales, size))
-        return Rounded(values, scales, values)
-    h = ops.cast(ops.convert_to_tensor(second_moment), "float32")
-    moment, h = h, damped(h, damping)
-    scales = search_scales(w, ops.diagonal(h), grid)
-    nearest = grid.nearest(w, grid.spread(scales, size))
-    values = gptq(w, scales, moment, grid, damping)
-    # The loss of GPTQ on weights that are not kept may make a unit worse.
-    is_better = _errors(w, values, h) < _errors(w, nearest, h)
-    values = ops.where(is_better, values, nearest)
-    values, scales = descend(w, values, scales, h, grid)
-    return Rounded(values, scales, nearest)
+        scales = search_scales(w, np.ones(len(w), "float32"), grid)
+        values = nearest = grid.nearest(w, grid.spread(scales, len(w)))
+    else:
+        moment = _array(second_moment)
+        h = _array(damped(ops.convert_to_tensor(moment), damping))
+        scales = search_scales(w, h.diagonal().copy(), grid)
+        nearest = grid.nearest(w, grid.spread(scales, len(w)))
+        values = gptq(w, scales, moment, grid, damping)
+        # The loss of GPTQ on weights that are not kept may make a unit worse.
+        is_better = _errors(w, values, h) < _errors(w, nearest, h)
+        values = np.where(is_better, values, nearest)
+        values, scales = descend(w, values, scales, h, grid)
+    return Rounded(*map(backend.current().tensor_of, (values, scales, nearest)))
+
+
+def _array(tensor: Any) -> Any:
+    tensor = ops.convert_to_tensor(tensor)
+    array = backend.current().array_of(tensor)
+    return np.ascontiguousarray(array, "float32")
 
 
 def _errors(w: Any, rounded: Any, h: Any) -> Any:
     rest = w - rounded
-    return ops.sum(rest * ops.matmul(h, rest), axis=0)
-
-
-def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
-    """Return the best scale of a group for its integers, and these."""
-    integers = ops.round(values / scale)
-    curvature = ops.sum(integers * ops.matmul(own, integers), axis=0)
-    slope = ops.sum(integers * c, axis=0)
-    best = scale + slope / ops.maximum(curvature, _TINY)
-    best = ops.where((curvature > _TINY) & (abs(best) > _TINY), best, scale)
-    return best, integers
-
-
-def _best_integers(
-    values: Any,
-    integers: Any,
-    scale: Any,
-    kept: Any,
-    inverse: Any,
-    own: Any,
-    c: Any,
-    grid: Grid,
-) -> Any:
-    """Return the best values of a group with a new scale."""
-    rescaled = integers * scale
-    c = c - ops.matmul(own, rescaled - values)
-    targets = rescaled + c * inverse
-    scales = ops.broadcast_to(scale, targets.shape)
-    return _in_order(targets, own * inverse, kept, scales, rescaled, grid)[0]
+    return np.sum(rest * (h @ rest), axis=0)
 
 
 def _in_order(
@@ -349,50 +328,26 @@ def _in_order(
     The value rounded in row i is `targets[i] - coupling[i, :i] @ moved[:i]`.
 
     Args:
-        targets, kept, scales: Tensors of shape `(rows, R)`.
-        coupling: Tensor of shape `(rows, rows)`.
+        targets, kept, scales: float32 arrays of shape `(rows, R)`.
+        coupling: float32 array of shape `(rows, rows)`.
         before: What the result moves from, or None: from what is rounded.
         grid: `Grid`.
 
     Returns:
-        Pair of tensors, the multiples and `moved`.
+        Pair of arrays, the multiples and `moved`.
     """
-    size = targets.shape[0]
-    in_place = backend.current().in_place()
-    if in_place:
-        limits = grid.low, grid.high
-        return in_place.round_in_order(
-            targets, coupling, kept, scales, before, *limits
+    rounded, moved = np.empty_like(targets), np.empty_like(targets)
+    if library := native.library():
+        arrays = targets, coupling, kept, scales, before
+        arrays = [x if x is None else np.ascontiguousarray(x) for x in arrays]
+        library.kwm_round_in_order(
+            *(x if x is None else x.ctypes.data for x in arrays),
+            *(*targets.shape, grid.low, grid.high),
+            *(rounded.ctypes.data, moved.ctypes.data),
         )
-    if size > _ROWS:
-        half = size // 2
-        a, b = slice(half), slice(half, size)
-
-        def part(targets: Any, at: slice) -> Any:
-            was = None if before is None else before[at]
-            own = coupling[at, at], kept[at], scales[at], was
-            return _in_order(targets, *own, grid)
-
-        first = part(targets[a], a)
-        rest = targets[b] - ops.matmul(coupling[b, a], first[1])
-        rounded, moved = map(ops.concatenate, zip(first, part(rest, b)))
         return rounded, moved
-
-    def step(targets: Any, row: Any) -> Any:
-        place, along, is_kept, scale, *was = row
-        target = targets[place] * is_kept
-        rounded = grid.nearest(target, scale)
-        moved = rounded - (was[0] if was else target)
-        return targets - along[:, None] * moved, (rounded, moved)
-
-    rows: Any = ops.arange(size), ops.transpose(coupling), kept, scales
-    rows = rows if before is None else (*rows, before)
-    if keras.backend.backend() == "jax":
-        return ops.scan(step, targets, rows)[1]
-    # A loop like ops.scan, which on TensorFlow takes only carry's structure.
-    outputs = []
-    for place in range(size):
-        targets, output = step(targets, [each[place] for each in rows])
-        outputs.append(output)
-    rounded, moved = map(ops.stack, zip(*outputs))
+    for i, target in enumerate(targets):
+        target = (target - coupling[i, :i] @ moved[:i]) * kept[i]
+        rounded[i] = grid.nearest(target, scales[i])
+        moved[i] = rounded[i] - (target if before is None else before[i])
     return rounded, moved

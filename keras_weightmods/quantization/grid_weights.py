@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.rounding import Grid
@@ -58,27 +59,11 @@ class GridWeights(Reparameterization):
         )
 
     def effective(self, stored: Any) -> Any:
-        low, high = self.grid.low, self.grid.high
-
-        @ops.custom_gradient
-        def through_rounding(groups: Any, scales: Any) -> Any:
-            ratio = groups / scales
-            clipped = ops.clip(ratio, low, high)
-            integers = ops.round(clipped)
-            inside = ops.equal(clipped, ratio)
-            # The derivative by the scale.
-            by_scale = ops.where(inside, integers - ratio, integers)
-
-            def pullback(*args: Any, upstream: Any = None) -> Any:
-                # torch passes the inputs too.
-                slope = args[0] if upstream is None else upstream
-                by_scales = ops.sum(slope * by_scale, axis=2, keepdims=True)
-                return ops.where(inside, slope, 0.0), by_scales
-
-            return integers * scales, pullback
-
         groups = self._grouped(self._as_stack(stored))
-        return self._as_kernel(through_rounding(groups, self._trained_scales()))
+        limits = self.grid.low, self.grid.high
+        return self._as_kernel(
+            multiples(groups, self._trained_scales(), limits)
+        )
 
     def folded(self) -> Any:
         # Exactly on the grid, which the sum in training may miss.
@@ -86,8 +71,10 @@ class GridWeights(Reparameterization):
         scales = self.grid.rounded_scales(self.scales * factor.value)
         self.scales = ops.stop_gradient(scales)
         groups = self._grouped(self._as_stack(self.target.variable.value))
-        rounded = self.grid.nearest(groups, self.scales[:, :, None])
-        return ops.cast(self._as_kernel(rounded), self.dtype)
+        scales = self.scales[:, :, None]
+        integers = ops.round(groups / scales)
+        integers = ops.clip(integers, self.grid.low, self.grid.high)
+        return ops.cast(self._as_kernel(integers * scales), self.dtype)
 
     def _trained_scales(self) -> Any:
         """Return the scales of groups, of shape `(S, G, 1, R)`."""
@@ -145,3 +132,36 @@ class GridScales(GridWeights):
 
     def folded(self) -> Any:
         return ops.cast(self.effective(self.target.variable), self.dtype)
+
+
+def multiples(groups: Any, scales: Any, limits: Any) -> Any:
+    """Round weights to multiples of their scales, with gradients of both.
+
+    Args:
+        groups: Tensor `(S, G, group, R)`.
+        scales: Tensor `(S, G, 1, R)`.
+        limits: Pair of ints, the smallest and the largest multiple.
+    """
+    in_place = backend.current().in_place()
+    values = in_place and in_place.multiples(groups, scales, limits)
+    if values is not None:
+        return values
+
+    @ops.custom_gradient
+    def through_rounding(groups: Any, scales: Any) -> Any:
+        ratio = groups / scales
+        clipped = ops.clip(ratio, *limits)
+        integers = ops.round(clipped)
+        inside = ops.equal(clipped, ratio)
+        # The derivative by the scale.
+        by_scale = ops.where(inside, integers - ratio, integers)
+
+        def pullback(*args: Any, upstream: Any = None) -> Any:
+            # torch passes the inputs too.
+            slope = args[0] if upstream is None else upstream
+            by_scales = ops.sum(slope * by_scale, axis=2, keepdims=True)
+            return ops.where(inside, slope, 0.0), by_scales
+
+        return integers * scales, pullback
+
+    return through_rounding(groups, scales)

@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
-from keras import ops
 
+from keras_weightmods import native
 from keras_weightmods.ops import nm_project, rounding
 from keras_weightmods.ops.rounding import Grid, round_kept
 from tests import references
-from tests.backends import breadth
 from tests.models import correlated, numpy
 
 
@@ -29,27 +28,29 @@ def errors(w, after, h):
 CASES = [(24, 3, 8), (72, 4, 64), (136, 4, 24)]
 
 
-@breadth(("size", "bits", "group_size"), CASES)
-def test_each_step_is_its_reference(size, bits, group_size):
+@pytest.mark.one_backend
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("size", "bits", "group_size"), CASES)
+def test_each_step_is_its_reference(
+    size, bits, group_size, compiled, monkeypatch
+):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     h, w = make(size, 4)
     grid = Grid(bits, group_size)
-    tensor, weights = map(ops.convert_to_tensor, (w, np.diag(h).copy()))
-    scales = numpy(rounding.search_scales(tensor, weights, grid))
+    scales = rounding.search_scales(w, np.diag(h).copy(), grid)
     expected = references.search_scales(w, np.diag(h), bits, group_size)
     assert set(np.sign(expected).flat) == {-1, 1}
     np.testing.assert_array_equal(scales, expected)
-    scales = ops.convert_to_tensor(scales)
-    values = rounding.gptq(tensor, scales, ops.convert_to_tensor(h), grid)
-    expected = references.gptq(w, numpy(scales), h, bits, group_size)
-    np.testing.assert_allclose(numpy(values), expected, rtol=1e-6, atol=1e-15)
-    moment = ops.convert_to_tensor(damped(h))
-    found = rounding.descend(tensor, values, scales, moment, grid, 2)
-    expected = references.descend(
-        w, numpy(values), numpy(scales), damped(h), bits, group_size, 2
-    )
+    values = rounding.gptq(w, scales, h, grid)
+    expected = references.gptq(w, scales, h, bits, group_size)
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-15)
+    rest = values, scales, damped(h)
+    found = rounding.descend(w, *rest, grid, 2)
+    expected = references.descend(w, *rest, bits, group_size, 2)
     for one, other in zip(found, expected):
-        np.testing.assert_allclose(numpy(one), other, rtol=1e-6)
-    assert (numpy(found[0]) != numpy(values)).any()
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert (found[0] != values).any()
 
 
 # Also fewer rows than inputs: the second moment is singular then.
@@ -88,8 +89,8 @@ def test_sweeps_end_where_none_lowers_the_error():
     h, w = make(72, 8)
     grid = Grid()
     end = round_kept(w, h, grid)
-    parts = map(ops.convert_to_tensor, (w, end.values, end.scales, damped(h)))
-    found, scales = map(numpy, rounding.descend(*parts, grid, sweeps=100))
+    parts = w, numpy(end.values), numpy(end.scales), damped(h)
+    found, scales = rounding.descend(*parts, grid, sweeps=100)
     again, _ = references.descend(w, found, scales, damped(h), 4, 64)
     last = errors(w, numpy(end.nearest), damped(h)).sum()
     for after, share in ((numpy(end.values), 0.7), (found, 1), (again, 1)):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.quantization import head as module
 from keras_weightmods.quantization import quantize
 from tests import models, references
 from tests.models import normal, numpy
@@ -135,8 +136,9 @@ def test_with_the_kernels(head):
 
 @pytest.mark.filterwarnings("ignore:All was rounded to nearest")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_numpy_holds_a_large_table_once(dtype):
+def test_numpy_holds_a_large_table_once(dtype, monkeypatch):
     """When the weights are given back after the measure of nearest."""
+    monkeypatch.setattr(module, "_UNITS", 512)
     model, _ = make()
     kwm.quantize(model, TOKENS, targets=[], refine=None, verbose=0)
     tokens = keras.Input((None,), dtype="int32")

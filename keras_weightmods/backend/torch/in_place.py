@@ -9,6 +9,8 @@ import math
 import torch
 from keras import ops
 
+from keras_weightmods import native
+from keras_weightmods.backend.torch.operators import threads
 from keras_weightmods.utils.dtypes import restored
 
 # Entries updated at once on a CPU; an accelerator takes a variable whole.
@@ -135,6 +137,7 @@ def adamw(
     epsilon,
     indices=None,
     weight_decay=0.0,
+    kept=None,
 ):
     """Update one variable, and its two moments.
 
@@ -148,7 +151,11 @@ def adamw(
         epsilon: Float, added after the correction of the moments.
         indices: `keras.Variable` with the entries to update, or None for all.
         weight_decay: Float.
+        kept: Boolean tensor of the shape of the gradient, which is set to zero
+            elsewhere, or None.
     """
+    if kept is not None:
+        gradient.mul_(kept)
     weight = variable.value.data
     flat = weight.contiguous().view(-1)
     places = None if indices is None else indices.value.data.long()
@@ -188,19 +195,43 @@ def distillation_gradient(log_p, soft, q, labels, by_label, by_teacher):
     return slope.scatter_add_(1, labels.long(), -by_label)
 
 
-@torch.no_grad()
-def round_in_order(targets, coupling, kept, scales, before, low, high):
-    """See `_in_order` of `ops.rounding`."""
-    targets, moved = targets * kept, torch.empty_like(targets)
-    rounded = torch.empty_like(targets)
-    columns = moved.T
-    for i in range(len(targets)):
-        target, value = targets[i], rounded[i]
-        if i:
-            change = torch.mv(columns[:, :i], coupling[i, :i])
-            target.sub_(change.mul_(kept[i]))
-        torch.div(target, scales[i], out=value)
-        value.round_().clamp_(low, high).mul_(scales[i])
-        origin = target if before is None else before[i]
-        torch.sub(value, origin, out=moved[i])
-    return rounded, moved
+class _Multiples(torch.autograd.Function):
+    """The compiled form of `multiples` in `quantization.grid_weights`."""
+
+    @staticmethod
+    def forward(ctx, groups, scales, *limits):
+        groups, scales = groups.contiguous(), scales.contiguous()
+        ctx.save_for_backward(groups, scales)
+        ctx.limits = limits
+        values = torch.empty_like(groups)
+        stacks, count, *shape = groups.shape
+        native.library().kwm_multiples(
+            *(groups.data_ptr(), scales.data_ptr(), stacks * count),
+            *(*shape, *limits, values.data_ptr(), *threads()),
+        )
+        return values
+
+    @staticmethod
+    def backward(ctx, slope):
+        slope = slope.contiguous()
+        groups, scales = ctx.saved_tensors
+        gradients = torch.empty_like(groups), torch.empty_like(scales)
+        stacks, count, *shape = groups.shape
+        native.library().kwm_multiples_gradient(
+            *(x.data_ptr() for x in (slope, groups, scales)),
+            *(stacks * count, *shape, *ctx.limits),
+            *(x.data_ptr() for x in gradients),
+            *threads(),
+        )
+        return *gradients, None, None
+
+
+def multiples(groups, scales, limits):
+    """Return multiples of scales; None where the library cannot.
+
+    Args:
+        groups, scales, limits: As in `quantization.grid_weights`.
+    """
+    if native.library() is None or groups.device.type != "cpu":
+        return None
+    return _Multiples.apply(groups, scales, *map(float, limits))

@@ -138,6 +138,22 @@ struct HeadOfKeys {
 // A score that leaves a place without weight, unless all have it.
 constexpr float kHidden = 1e38f;
 
+// As of kwm_round_in_order, for some columns of n = `stride`.
+struct RowsToRound {
+  static constexpr int64_t kMostColumns = 64;
+
+  const float* targets;
+  const float* coupling;
+  const float* kept;
+  const float* scales;
+  const float* before;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+  float low;
+  float high;
+};
+
 constexpr int kManyVectors = 4;
 constexpr int kDenseVectors = 3;
 
@@ -191,6 +207,22 @@ struct Kernels {
   void (*attend)(const float* q, int64_t stride, int queries, int heads,
                  const HeadOfKeys& head, int64_t mask_stride, float scale,
                  float* scratch, float* out);
+
+  void (*round_in_order)(const RowsToRound& of, float* rounded, float* moved);
+
+  // As kwm_search_scales, for some columns of one group.
+  void (*search_scales)(const float* matrix, int64_t stride,
+                        const float* weights, int64_t rows, int64_t columns,
+                        const float* factors, int64_t count, float low,
+                        float high, float split, float* scales);
+
+  // As kwm_multiples and kwm_multiples_gradient, for one group.
+  void (*multiples)(const float* weights, const float* scales, int64_t rows,
+                    int64_t columns, float low, float high, float* values);
+  void (*multiples_gradient)(const float* slope, const float* weights,
+                             const float* scales, int64_t rows, int64_t columns,
+                             float low, float high, float* by_weight,
+                             float* by_scale);
 };
 
 // Those of kwm_isa.

@@ -29,6 +29,7 @@
 #endif
 
 #include "attend_impl.h"
+#include "round_impl.h"
 #include "tile_rows.h"
 
 namespace {
@@ -397,6 +398,10 @@ const kwm::Kernels* kernels(int isa) {
       multiply_dense<S>,
       gradient<S>,
       attend<S>,
+      round_in_order,
+      search_scales,
+      multiples,
+      multiples_gradient,
   };
   return &table;
 }

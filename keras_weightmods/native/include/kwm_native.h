@@ -70,7 +70,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 9
+#define KWM_ABI_VERSION 10
 
 enum {
   KWM_FLOAT32 = 0,
@@ -194,6 +194,45 @@ KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t queries, int64_t places, int64_t heads,
                         int64_t key_heads, int64_t size, float scale,
                         float* out, kwm_parallel_for parallel_for, void* pool);
+
+// Rounds rows one after the other, for the changes of those above. Row i of
+// rounded (rows, n) has the multiples of scales[i], low to high times it, nearest
+// to kept[i] * (targets[i] - coupling[i, :i] @ moved[:i]). moved is what they
+// differ by from before or, where that is NULL, from what was rounded. kept is 0
+// or 1. coupling is (rows, rows), and all others are as rounded.
+KWM_API void kwm_round_in_order(const float* targets, const float* coupling,
+                                const float* kept, const float* scales,
+                                const float* before, int64_t rows, int64_t n,
+                                float low, float high, float* rounded,
+                                float* moved);
+
+// scales (ceil(k / rows), n) for groups of `rows` rows of matrix (k, n): of the
+// `count` products of a factor and the largest |w| with its sign, the first for
+// which the multiples nearest to w, low to high times it, have the least sum of
+// weights (k) times squared errors. A scale has as many bits as split, a power
+// of two, leaves to 24. It is 1 where all |w| < 1e-30.
+KWM_API void kwm_search_scales(const float* matrix, const float* weights,
+                               int64_t k, int64_t rows, int64_t n,
+                               const float* factors, int64_t count, float low,
+                               float high, float split, float* scales);
+
+// values (groups, rows, n) = the multiples of scales (groups, n), low to high
+// times them, nearest to weights.
+KWM_API void kwm_multiples(const float* weights, const float* scales,
+                           int64_t groups, int64_t rows, int64_t n, float low,
+                           float high, float* values,
+                           kwm_parallel_for parallel_for, void* pool);
+
+// Its gradients, for the slope of values, as if weights and ratios were not
+// rounded. by_weight is the slope, and 0 where a weight is beyond the limits.
+// by_scale (groups, n) is the sum over rows of slope * (integer - ratio), and of
+// slope * integer there.
+KWM_API void kwm_multiples_gradient(const float* slope, const float* weights,
+                                    const float* scales, int64_t groups,
+                                    int64_t rows, int64_t n, float low,
+                                    float high, float* by_weight,
+                                    float* by_scale,
+                                    kwm_parallel_for parallel_for, void* pool);
 
 // A kwm_parallel_for on the OpenMP threads that the process has already.
 // The pool: the address of GOMP_parallel, and the threads to use.
