@@ -124,7 +124,11 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
     for group, chosen in enumerate(scales):
         start = group * grid.group_size
         part = slice(start, start + grid.group_size)
-        own, most, least = matrix[part], matrix[part].max(0), matrix[part].min(0)
+        own, most, least = (
+            matrix[part],
+            matrix[part].max(0),
+            matrix[part].min(0),
+        )
         largest = np.where(most > -least, most, least)
         best = np.full(units, np.inf, "float32")
         for factor in factors:
@@ -338,8 +342,8 @@ def _in_order(
     """
     rounded, moved = np.empty_like(targets), np.empty_like(targets)
     if library := native.library():
-        arrays = targets, coupling, kept, scales, before
-        arrays = [x if x is None else np.ascontiguousarray(x) for x in arrays]
+        given = targets, coupling, kept, scales, before
+        arrays = [x if x is None else np.ascontiguousarray(x) for x in given]
         library.kwm_round_in_order(
             *(x if x is None else x.ctypes.data for x in arrays),
             *(*targets.shape, grid.low, grid.high),

@@ -82,16 +82,14 @@ def test_scales_are_the_best_of_the_candidates(name, size, group, units):
             continue
         tried = (w[np.argmax(np.abs(w))] * factors).astype("float32")
         tried = tried.astype("bfloat16").astype("float64")
-        errors = [
-            weights[part] @ (w - nearest(w / s) * s) ** 2 for s in tried
-        ]
+        errors = [weights[part] @ (w - nearest(w / s) * s) ** 2 for s in tried]
         assert row == tried[np.argmin(errors)]
 
 
 @pytest.mark.parametrize("name", library.isas())
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 8, 21), (2, 64, 128)])
 def test_multiples_and_their_gradients(name, shape):
-    groups, rows, units = shape
+    groups, _, units = shape
     weights, slope = 2 * made(*shape), made(*shape, seed=5)
     scales = positive(groups, 1, units)
     limits = *shape, LOW, HIGH

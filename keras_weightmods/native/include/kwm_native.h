@@ -1,5 +1,5 @@
-// 2:4 sparse matmul and attention on the CPU: a plain C interface, no Python,
-// no framework.
+// Products with packed weights, attention and rounding on the CPU: a plain C
+// interface, no Python, no framework.
 //
 // A kernel W of shape (k, n) is packed in groups of 4 along k, the contraction
 // axis; of each group and column at most 2 values are nonzero, and 2 are kept.
