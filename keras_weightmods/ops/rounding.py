@@ -86,7 +86,7 @@ class Grid:
 
     def spread(self, scales: Any, size: int) -> Any:
         """Return the scale of each of `size` inputs, an array `(K, R)`."""
-        return np.repeat(scales, self.group_size, axis=0)[:size]
+        return np.repeat(scales, min(self.group_size, size), axis=0)[:size]
 
     def nearest(self, values: Any, scales: Any) -> Any:
         """Round arrays to the nearest multiples of scales."""
