@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods import native
 from keras_weightmods.calibration import block_reconstruction
 from keras_weightmods.core import seam
 from keras_weightmods.ops.rounding import Grid
@@ -237,8 +238,11 @@ def test_kernels_are_fitted_to_the_first_positions_of_texts(monkeypatch):
     assert found == [7, 4, 28, 4]
 
 
-def test_straight_through():
+@breadth("compiled", [True, False])
+def test_straight_through(compiled, monkeypatch):
     """The forward pass rounds; the gradients pass, but for what is clipped."""
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     model = make_sparse(models.sequential((6,), keras.layers.Dense(3)), "1:2")
     (target,) = kwm.find_targets(model)
     w = numpy(target.variable.value).copy()
