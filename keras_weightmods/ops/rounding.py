@@ -10,6 +10,9 @@ the largest |w| of a group over the largest |q| is |s|, without rounding.
 The inputs are known by their second moment `H = X^T X / rows`, of shape
 (K, K). The error of a unit with the weights w and w' is `e = r^T H r`, with
 `r = w - w'`; its slope is -2 c, with `c = H r`.
+
+Arrays are NumPy's, so that each backend gives the same integers. All of it runs
+on the CPU, wherever the model is.
 """
 
 import dataclasses
@@ -297,6 +300,10 @@ def round_kept(
         values = nearest = grid.nearest(w, grid.spread(scales, len(w)))
     else:
         moment = _array(second_moment)
+        # Only ratios of H matter. With large inputs sums would overflow, and
+        # with small ones they would count as zero.
+        _, exponent = np.frexp(moment.diagonal().max())
+        moment = np.ldexp(moment, -exponent)
         h = _array(damped(ops.convert_to_tensor(moment), damping))
         scales = search_scales(w, h.diagonal().copy(), grid)
         nearest = grid.nearest(w, grid.spread(scales, len(w)))

@@ -130,3 +130,14 @@ def test_scales_of_fewer_bits():
     values = numpy(round_kept(w, h, Grid(4, 64, 5)).values)
     np.testing.assert_array_equal(values, references.bfloat16(values))
     assert references.is_on_grid(values, 4, 64)
+
+
+@pytest.mark.one_backend
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("power", [-111, 127])
+def test_the_size_of_the_inputs_does_not_matter(power):
+    h, w = make(72, 4)
+    expected = round_kept(w, h)
+    h = np.ldexp(h, power - np.frexp(h.max())[1])
+    for one, other in zip(round_kept(w, h), expected):
+        np.testing.assert_array_equal(numpy(one), numpy(other))

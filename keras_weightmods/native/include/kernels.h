@@ -138,10 +138,11 @@ struct HeadOfKeys {
 // A score that leaves a place without weight, unless all have it.
 constexpr float kHidden = 1e38f;
 
+// The most columns that are rounded at a time: they stay in a cache.
+constexpr int64_t kColumnsToRound = 64;
+
 // As of kwm_round_in_order, for some columns of n = `stride`.
 struct RowsToRound {
-  static constexpr int64_t kMostColumns = 64;
-
   const float* targets;
   const float* coupling;
   const float* kept;

@@ -21,7 +21,7 @@ inline float nearest_integer(float x) {
 }
 
 void round_in_order(const kwm::RowsToRound& of, float* rounded, float* moved) {
-  float target[kwm::RowsToRound::kMostColumns];
+  float target[kwm::kColumnsToRound];
   const int64_t columns = of.columns;
   for (int64_t i = 0; i < of.rows; ++i) {
     const int64_t at = i * of.stride;
@@ -50,7 +50,7 @@ void search_scales(const float* matrix, int64_t stride, const float* weights,
                    float* scales) {
   // Smaller weights are rounded to zero.
   constexpr float kTiny = 1e-30f;
-  constexpr int64_t kMost = kwm::RowsToRound::kMostColumns;
+  constexpr int64_t kMost = kwm::kColumnsToRound;
   float largest[kMost], tried[kMost], error[kMost], best[kMost], least[kMost];
   for (int64_t j = 0; j < columns; ++j) largest[j] = least[j] = matrix[j];
   for (int64_t i = 1; i < rows; ++i) {
