@@ -12,7 +12,9 @@ A row is the name of a form that is made here, or a file: one of
 or a GGUF file, which llama.cpp runs. `Q4_K_M` is the file that all others are
 made from, `Q4_0` the same weights rounded once more. Rows called quantized are
 rounded by `quantize` on 48 rows of 256 tokens, half of them chats of the model
-about functions of numpy, Keras and KerasHub, for half an hour.
+about functions of numpy, Keras and KerasHub, for half an hour. Those called
+16:32 are made sparse on 100 such rows, and stored in bfloat16. CAST then trains
+on these rows, 25,600 tokens, with the original model as its teacher.
 
 The question and the beginning of the answer are those of EvalPlus, in the chat
 template of the model. An answer ends with its block of code. Its imports,
@@ -64,10 +66,13 @@ ROUNDED: dict[str, tuple[dict, dict]] = {
     "quantized int4, int8 head": ({"head": False}, {"head": "int8"}),
     "quantized to 322 MB": ({"size": "322MB"}, {}),
 }
+# Row: rows of 256 tokens that CAST trains the one before it on.
+SPARSE = {"16:32": 0, "16:32, CAST": 100}
+_REFINE = ("swaps", "blocks")
 DENSE = ("float32", "bfloat16")
 KERAS = ("Keras int8", "Keras int4")
 LLAMA = ("Q4_K_M", "Q4_0")
-ROWS = (*DENSE, *PACKED, *ROUNDED, *KERAS, *LLAMA)
+ROWS = (*DENSE, *PACKED, *ROUNDED, *SPARSE, *KERAS, *LLAMA)
 # Those of EvalPlus.
 QUESTION = """\
 Please provide a self-contained Python script that solves the following \
@@ -224,11 +229,11 @@ def write_file(path, args):
     warnings.simplefilter("ignore")
     path, row = pathlib.Path(path), pathlib.Path(path).stem
     part = path.with_stem(f"part of {row}")
+    dtype = row if row in DENSE else "float32"
     if row in ROUNDED:
         tokens = calibration_rows(args.gguf)
+    if row in ROUNDED or row in SPARSE:
         dtype = "mixed_bfloat16"
-    else:
-        dtype = row if row in DENSE else "float32"
     model = qwen_coder.load_qwen_coder(dtype, args.gguf)
     if row in KERAS:
         model = type(model)(backbone=model.backbone, preprocessor=None)
@@ -244,10 +249,45 @@ def write_file(path, args):
             blocks = path.with_suffix("")
             print(kwm.quantize(model, tokens, resume=blocks, **rounding))
             kwm.pack(model, **packing)
+        elif row in SPARSE:
+            make_sparse(model, row, args)
+            kwm.pack(model, "bfloat16")
         kwm.save_model(model, part)
     part.replace(path)
     if row in ROUNDED:
         shutil.rmtree(blocks)
+
+
+def make_sparse(model, row, args):
+    """Make a dense model that of a row of `SPARSE`."""
+    import keras_weightmods as kwm
+    from benchmarks.quality import make_teacher, schedule
+    from examples.data.prose import model_inputs
+
+    steps = SPARSE[row]
+    rows = calibration_rows(args.gguf, max(SPARSE.values()), length=257)
+    inputs = model_inputs(rows[:, :-1])
+    if not steps:
+        start = {"criterion": "sparsegpt", "refine": _REFINE}
+        print(kwm.sparsify(model, "16:32", inputs, **start))
+        return
+    teacher = make_teacher(model)
+    start = kwm.load_model(file_of("16:32", args))
+    kwm.unpack(start)
+    model.set_weights(start.get_weights())
+    del start
+    cast = kwm.CAST(model, "16:32", teacher=teacher)
+    recipe = cast.default_recipe("sparsegpt", _REFINE, cast.targets)
+    rate = schedule(recipe.pop("learning_rate"), steps)
+    cast.compile(kwm.AdamS(rate, steps, "16:32", **recipe))
+    saved = kwm.Checkpoint(args.logs / f"{row} checkpoint", save_freq=25)
+    cast.fit(
+        *(inputs, rows[:, 1:]),
+        batch_size=1,
+        shuffle=False,
+        callbacks=[saved],
+    )
+    print(cast.finalize(), cast.report)
 
 
 def calibration_rows(path, count=48, length=256):

@@ -138,8 +138,8 @@ def run(args):
     keras.utils.set_random_seed(args.seed)
     model = load_model(args, "float32")
     texts, train = load_texts(args, model.preprocessor.tokenizer)
-    sparse, seconds = make_sparse(args, train, console)
-    results = compare(model, sparse, seconds, texts, train, args, console)
+    trained, seconds = make_sparse(args, train, console)
+    results = compare(model, trained, seconds, texts, train, args, console)
     console.print(make_table(results, args))
     for row in results:
         console.print(f"[bold]{row['form']}[/bold]: {escape(row['text'])}")
@@ -190,10 +190,10 @@ def load_texts(args, tokenizer):
 
 
 def make_sparse(args, train, console):
-    """Train by CAST, save the model, and return its weights.
+    """Train by CAST, and save the model.
 
     Returns:
-        Tuple (weights, seconds of the processor that it took).
+        Tuple (model, seconds of the processor that it took).
     """
     import keras_weightmods as kwm
 
@@ -212,7 +212,7 @@ def make_sparse(args, train, console):
         f"{model.name}: {model.count_params():,} parameters, "
         f"{len(cast.targets)} kernels to make {args.pattern} in {args.dtype}; "
         f"teacher {cast.teacher_bytes / 2**20:,.0f} MiB; start: {args.init}, "
-        f"recipe: {cast.default_recipe(args.init, refine)}"
+        f"recipe: {cast.default_recipe(args.init, refine, cast.targets)}"
     )
     cast.compile()
     began = time.process_time()
@@ -238,14 +238,15 @@ def make_sparse(args, train, console):
         f"{args.pattern}."
     )
     sparse.save(args.output)
-    return sparse.get_weights(), seconds
+    return sparse, seconds
 
 
-def compare(model, sparse, spent, texts, train, args, console):
+def compare(model, trained, spent, texts, train, args, console):
     """Measure the dense and the sparse weights in each form.
 
     Args:
-        spent: Float, the seconds of the processor that `sparse` took.
+        trained: The sparse model, in the policy of the training.
+        spent: Float, the seconds of the processor that it took.
 
     Returns:
         List of dicts, one for each form.
@@ -254,12 +255,14 @@ def compare(model, sparse, spent, texts, train, args, console):
 
     measure = kwm.Perplexity(model)
     kwm.compile_generate(model)
-    dense = model.get_weights()
+    dense, sparse = model.get_weights(), trained.get_weights()
 
     def quantize(bits):
-        # The rows that `make_sparse` prunes on.
+        # On the rows that `make_sparse` prunes on. Mixed precision is faster.
         rows = model_inputs(train[: args.init_rows, :-1])
-        kwm.quantize(model, rows, bits, refine=args.rounding)
+        trained.set_weights(model.get_weights())
+        kwm.quantize(trained, rows, bits, refine=args.rounding)
+        model.set_weights(trained.get_weights())
         kwm.pack(model)
 
     forms = [

@@ -19,7 +19,7 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.utils.report import Table
 
 # Learning rates are given for weights of this root mean square.
-_ROOT_MEAN_SQUARE = 0.2
+ROOT_MEAN_SQUARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def train_block(
         trained += item.parameters if item else ()
     sparse = {
         id(v): (
-            _root_mean_square(v) / _ROOT_MEAN_SQUARE,
+            root_mean_square(v) / ROOT_MEAN_SQUARE,
             ops.not_equal(v.value, 0),
         )
         for v in (target.variable for target in targets)
@@ -325,9 +325,9 @@ def relative_error(outputs, taught, weights):
     return ops.sum(errors * weights) / total
 
 
-def _root_mean_square(variable):
+def root_mean_square(variable):
     """Return that of the weights that are not zero; 1 if all are."""
-    weights = ops.cast(ops.convert_to_tensor(variable), "float32")
+    weights = ops.cast(ops.stop_gradient(variable.value), "float32")
     count = ops.sum(ops.cast(ops.not_equal(weights, 0), "float32"))
     energy = ops.sum(ops.square(weights))
     return float(ops.sqrt(energy / count)) if float(count) else 1.0

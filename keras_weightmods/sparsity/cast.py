@@ -156,7 +156,8 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        recipe = cast_run.default_recipe(init, init_refine)
+        # Checks its arguments.
+        cast_run.default_recipe(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
@@ -198,7 +199,7 @@ class CAST(LogitsDistiller):
             self.targets = usable
             self.init_report: sparsify.SparsifyReport | None = None
             self.report: SparsityReport | None = None
-            self._recipe = recipe
+            self._recipe = cast_run.default_recipe(init, init_refine, usable)
             self._optimizer_is_default = False
             # Checkpoint state beside variables: the length of the run, None if
             # it is not planned here, and whether the one-shot start is done.
@@ -224,9 +225,10 @@ class CAST(LogitsDistiller):
                 to arrive at 40 % of the run. It ranks the mask by
                 activation-weighted magnitude, measured on the first batches.
                 From a one-shot start, it keeps the mask fixed. Both recipes
-                have a warm-up and linear decay of the learning rate. `targets`
-                and `total_steps` are filled in where they are not given.
-                Defaults to `None`.
+                have a warm-up and linear decay of the learning rate, which is
+                lower for a model of small weights (see `default_recipe`).
+                `targets` and `total_steps` are filled in where they are not
+                given. Defaults to `None`.
             loss: The loss on the labels. `None` takes the cross-entropy from
                 logits for a KerasHub language model, and is an error for any
                 other. Sample weights and masks apply to it and to the

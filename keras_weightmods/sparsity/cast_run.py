@@ -1,10 +1,15 @@
 """The start and the end of a run of `CAST`."""
 
+import statistics
 import warnings
 from typing import Any
 
 from keras import ops
 
+from keras_weightmods.calibration.block_reconstruction import (
+    ROOT_MEAN_SQUARE,
+    root_mean_square,
+)
 from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.core import data
 from keras_weightmods.core.restored import RestoredOnError
@@ -30,12 +35,17 @@ _MEASURED_BATCHES = 8
 
 
 def default_recipe(
-    init: str = "dense", init_refine: Any = None
+    init: str = "dense", init_refine: Any = None, targets: Any = None
 ) -> dict[str, Any]:
     """Return the arguments of the default `AdamS` for a start of `CAST`.
 
     Args:
         init, init_refine: As in `CAST`.
+        targets: `Targets`, or a list of `Target`. The learning rate is in
+            proportion to the median root mean square of their weights where
+            this is below 0.2. The steps of Adam do not depend on the size of
+            weights: those of Qwen2.5-Coder-0.5B are a sixteenth of those of
+            SmolLM2. Defaults to `None`, for weights of 0.2 and more.
 
     Raises:
         ValueError: If no run can start in this way.
@@ -50,6 +60,9 @@ def default_recipe(
     start = "dense" if init == "dense" else "sparse"
     start = "blocks" if "blocks" in refinements else start
     rate, ramp, criterion = _RECIPES[start]
+    if targets:
+        sizes = [root_mean_square(target.variable) for target in targets]
+        rate *= min(1.0, statistics.median(sizes) / ROOT_MEAN_SQUARE)
     recipe = {"decay": "relative", "ramp": ramp, "criterion": criterion}
     return {"learning_rate": rate, **recipe}
 

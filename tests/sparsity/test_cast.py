@@ -50,6 +50,23 @@ def test_a_token_net_becomes_sparse():
 
 
 @one_backend
+def test_the_default_rate_is_in_proportion_to_small_weights():
+    """Found on a model whose weights are a sixteenth of the usual ones."""
+    rates = []
+    for size in (0.4, 0.2, 0.1, 0.0125):
+        model = models.mlp(16, 16, 4)
+        for layer in model.layers:
+            signs = np.sign(models.normal(*layer.kernel.shape))
+            layer.kernel.assign(size * signs)
+        cast = kwm.CAST(model, init="magnitude")
+        cast.compile(loss="mse")
+        rates.append(float(numpy(cast.adam_s.learning_rate)))
+    known = kwm.CAST.default_recipe("magnitude")["learning_rate"]
+    expected = [known, known, known / 2, known / 16]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+@one_backend
 def test_raw_strings():
     import tensorflow as tf
 
