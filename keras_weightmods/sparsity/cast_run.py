@@ -1,9 +1,9 @@
 """The start and the end of a run of `CAST`."""
 
-import statistics
 import warnings
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration.block_reconstruction import (
@@ -62,7 +62,7 @@ def default_recipe(
     rate, ramp, criterion = _RECIPES[start]
     if targets:
         sizes = [root_mean_square(target.variable) for target in targets]
-        rate *= min(1.0, statistics.median(sizes) / ROOT_MEAN_SQUARE)
+        rate *= min(1.0, float(np.median(sizes)) / ROOT_MEAN_SQUARE)
     recipe = {"decay": "relative", "ramp": ramp, "criterion": criterion}
     return {"learning_rate": rate, **recipe}
 
