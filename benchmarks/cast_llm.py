@@ -123,7 +123,7 @@ def run(args):
         init=args.init,
         teacher_dtype=args.teacher_dtype,
     )
-    recipe = kwm.CAST.default_recipe(args.init)
+    recipe = kwm.CAST.default_recipe(args.init, targets=cast.targets)
     if args.learning_rate is None:
         cast.compile()
     else:

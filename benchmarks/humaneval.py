@@ -66,7 +66,7 @@ ROUNDED: dict[str, tuple[dict, dict]] = {
     "quantized int4, int8 head": ({"head": False}, {"head": "int8"}),
     "quantized to 322 MB": ({"size": "322MB"}, {}),
 }
-# Row: rows of 256 tokens that CAST trains the one before it on.
+# Row: the steps of CAST after the one-shot start, each of one row.
 SPARSE = {"16:32": 0, "16:32, CAST": 100}
 _REFINE = ("swaps", "blocks")
 DENSE = ("float32", "bfloat16")
@@ -259,7 +259,7 @@ def write_file(path, args):
 
 
 def make_sparse(model, row, args):
-    """Make a dense model that of a row of `SPARSE`."""
+    """Prune the dense model, or train the pruned one, for a row of `SPARSE`."""
     import keras_weightmods as kwm
     from benchmarks.quality import make_teacher, schedule
     from examples.data.prose import model_inputs

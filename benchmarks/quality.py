@@ -641,7 +641,9 @@ class Cast:
         cast = kwm.CAST(model, **settings)
         recipe = {
             **kwm.CAST.default_recipe(
-                self.settings["init"], self.settings["init_refine"]
+                self.settings["init"],
+                self.settings["init_refine"],
+                cast.targets,
             ),
             **self.recipe,
         }

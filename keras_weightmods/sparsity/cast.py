@@ -156,8 +156,6 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        # Checks its arguments.
-        cast_run.default_recipe(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
@@ -169,6 +167,7 @@ class CAST(LogitsDistiller):
             pattern,
             lambda target: None if target.variable.trainable else "frozen",
         )
+        recipe = cast_run.default_recipe(init, init_refine, usable)
         others = [teacher] if isinstance(teacher, keras.Model) else []
         with RestoredOnError(model, *others):
             if seam.has_built_optimizer(model):
@@ -199,7 +198,7 @@ class CAST(LogitsDistiller):
             self.targets = usable
             self.init_report: sparsify.SparsifyReport | None = None
             self.report: SparsityReport | None = None
-            self._recipe = cast_run.default_recipe(init, init_refine, usable)
+            self._recipe = recipe
             self._optimizer_is_default = False
             # Checkpoint state beside variables: the length of the run, None if
             # it is not planned here, and whether the one-shot start is done.
@@ -226,7 +225,7 @@ class CAST(LogitsDistiller):
                 activation-weighted magnitude, measured on the first batches.
                 From a one-shot start, it keeps the mask fixed. Both recipes
                 have a warm-up and linear decay of the learning rate, which is
-                lower for a model of small weights (see `default_recipe`).
+                lower for a model with small weights (see `default_recipe`).
                 `targets` and `total_steps` are filled in where they are not
                 given. Defaults to `None`.
             loss: The loss on the labels. `None` takes the cross-entropy from

@@ -64,6 +64,8 @@ def test_the_default_rate_is_in_proportion_to_small_weights():
     known = kwm.CAST.default_recipe("magnitude")["learning_rate"]
     expected = [known, known, known / 2, known / 16]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="`targets` must be `Targets`"):
+        kwm.CAST.default_recipe("magnitude", targets=[model])
 
 
 @one_backend
