@@ -64,6 +64,8 @@ class Size:
 SIZES = {
     "27k x 40": Size(2, 2, 32, 28, 40),
     "106k x 10": Size(2, 4, 64, 56, 10, (0.1, 0.3, 1.0), (0.3,), 1, False),
+    # No rows are left for ten tokens a weight.
+    "426k x 40": Size(2, 4, 128, 104, 40, BUDGETS[:-1]),
 }
 # The control gains nothing at 0.1 tokens a weight and below, at any rate.
 CONTROL_FROM = 0.3

@@ -204,6 +204,7 @@ class CAST(LogitsDistiller):
             # it is not planned here, and whether the one-shot start is done.
             self._planned: int | None = None
             self.is_started = init == "dense"
+            self._run_losses = cast_run.Losses()
             self._verbose: Any = 0
             self._building = contextlib.ExitStack()
 
@@ -320,7 +321,10 @@ class CAST(LogitsDistiller):
         steps = steps or data.batch_count(x, batch_size, split) or math.inf
         # With these, `epochs` includes the epochs of an interrupted fit.
         is_resumed = False
-        for callback in keras.tree.flatten(kwargs.get("callbacks")):
+        callbacks = keras.tree.flatten(kwargs.get("callbacks"))
+        # Before a `Checkpoint`, which saves what they hold.
+        kwargs["callbacks"] = [self._run_losses, *filter(None, callbacks)]
+        for callback in callbacks:
             is_resumed |= isinstance(callback, keras.callbacks.BackupAndRestore)
             if isinstance(callback, Checkpoint):
                 # Load before the start of the run, so that it is not made
@@ -386,7 +390,8 @@ class CAST(LogitsDistiller):
         """Prune by the last mask, fold the scales, and return the model.
 
         Before the end of the run this cuts weights that still matter. A warning
-        then says how much, and how to continue.
+        then says how much, and how to continue. Another one comes if the loss
+        rose from a one-shot start.
 
         Args:
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
@@ -420,6 +425,8 @@ class CAST(LogitsDistiller):
             self.adam_s.prune()
             progress.add()
             seam.fold_items(self.student, scales)
+            if self.init != "dense":
+                self._run_losses.warn_if_they_rose()
             self.report = sparsity_report(
                 self.student, self.pattern, targets=self.targets, verbose=0
             )
@@ -446,6 +453,7 @@ class CAST(LogitsDistiller):
         for place, state in enumerate(self._random_states()):
             store[f"random_{place}"] = ops.convert_to_numpy(state)
         store["is_started"] = np.asarray(self.is_started)
+        store["losses"] = np.asarray(self._run_losses.values)
         if self._planned is not None:
             store["planned_batches"] = np.asarray(self._planned)
 
@@ -454,6 +462,7 @@ class CAST(LogitsDistiller):
         # optimizer. Building takes the length of the run.
         saved = {key: np.asarray(store[key]) for key in list(store.keys())}
         self.is_started = bool(saved.get("is_started", self.is_started))
+        self._run_losses.values = saved.get("losses", np.zeros(0)).tolist()
         for place, state in enumerate(self._random_states()):
             state.assign(saved.get(f"random_{place}", state))
         if not self.compiled:

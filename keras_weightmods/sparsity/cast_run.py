@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -32,6 +33,10 @@ _RECIPES = {
 WARMUP = 0.1
 # The number of batches that measure the importance of inputs.
 _MEASURED_BATCHES = 8
+# The losses that are compared: of the first steps and of this share of the run,
+# if these are enough. By chance alone, all of five are above all of three in
+# one run of 56.
+_FIRST, _LAST, _ENOUGH = 3, 0.1, 5
 
 
 def default_recipe(
@@ -137,3 +142,42 @@ def warn_about_the_end(adam_s: AdamS, last: int | None = None) -> None:
             "For another run make a new `CAST`.",
             stacklevel=3,
         )
+
+
+class Losses(keras.callbacks.Callback):
+    """Collect the losses of a run, in all calls of `fit`.
+
+    Attributes:
+        values: List of floats, the mean loss of each step or, with
+            `steps_per_execution`, of each group of steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+        self.async_safe = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._means: list[Any] = []
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # Keras gives the mean since the beginning of the epoch.
+        self._means.append((batch + 1, logs["loss"]))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        counts, means = np.asarray(self._means, "float64").reshape(-1, 2).T
+        sums = np.diff(counts * means, prepend=0.0)
+        self.values += (sums / np.diff(counts, prepend=0.0)).tolist()
+
+    def warn_if_they_rose(self) -> None:
+        """Warn if all of the last are above all of the first."""
+        count = round(_LAST * len(self.values))
+        first, last = self.values[:_FIRST], self.values[-count:]
+        if count >= _ENOUGH and min(last) > max(first):
+            warnings.warn(
+                f"CAST: the loss rose from {np.mean(first):.4g} in the first "
+                f"steps to {np.mean(last):.4g} in the last. So the model is "
+                "probably worse than its one-shot start. Train that again "
+                "with a smaller `AdamS(learning_rate=...)`.",
+                stacklevel=3,
+            )

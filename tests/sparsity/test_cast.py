@@ -392,6 +392,29 @@ def test_an_early_stop_is_warned_about():
         cast.finalize()
 
 
+@pytest.mark.parametrize(("last_rate", "rises"), [(3.0, True), (1e-4, False)])
+def test_a_loss_that_rose_from_a_one_shot_start_is_warned_about(
+    last_rate, rises, recwarn, tmp_path
+):
+    rates = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [70], [1e-4, last_rate]
+    )
+
+    def start():
+        optimizer = kwm.AdamS(rates, total_steps=80)
+        return compiled(optimizer, init="magnitude")
+
+    cast = start()
+    callbacks = [kwm.Checkpoint(tmp_path)]
+    fit(cast, batch_size=8, epochs=20, callbacks=callbacks)
+    cast = start()
+    fit(cast, batch_size=8, epochs=40, callbacks=callbacks)
+    assert len(cast._run_losses.values) == 80
+    cast.finalize()
+    rose = [each for each in recwarn if "the loss rose" in str(each.message)]
+    assert len(rose) == rises
+
+
 @one_backend
 @pytest.mark.parametrize("init", ["dense", "sparsegpt"])
 def test_a_resumed_run_is_the_same(init, tmp_path):
