@@ -439,10 +439,16 @@ was told to keep what is freed (`MALLOC_TRIM_THRESHOLD_`). Without it the first
 eight problems take 2.7 GB in int8, and all of them 4.0 in bfloat16, where
 llama.cpp takes 1.4.
 
+Sparse 16:32 it solves 32, and after 25,600 tokens of CAST 26, where the dense
+model solves 89. CAST solves 3 that the one-shot file does not, and misses 9
+that it solves, which is within the noise. For a coder of this size take
+integers. Both sparse rows ran on a Xeon, with JAX.
+
 ```bash
 OMP_NUM_THREADS=1 python -m benchmarks.humaneval --backend torch --cores 1 \\
   --rows "bfloat16;int8;int4, int8 head;quantized int4, int8 head;\
 quantized to 322 MB;Q4_K_M;Q4_0"
+python -m benchmarks.humaneval --backend jax --cores 2 --rows "16:32"
 ```""",
     "LIFT: quality": """\
 - What is trained counts for little once the rate is right: all weights,

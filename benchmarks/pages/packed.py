@@ -171,6 +171,7 @@ def humaneval(log):
     rows = log["rows"]
     first = rows[0]
     loads = [row["load"] for row in rows]
+    machines = [f"{row['cpu']} by {row['cores']} threads" for row in rows]
     return "\n\n".join(
         [
             "Qwen2.5-Coder-0.5B-Instruct, from a GGUF file of Q4_K_M, on the "
@@ -182,9 +183,9 @@ def humaneval(log):
             "and the first row does not, and the other way round. Tokens a "
             "second are those of `generate`, with reading and compiling, and "
             "*by CPU* those of a second of the processor; "
-            f"{first['cpu']}, {first['cores']} threads, on a machine with a "
-            f"load of {min(loads):.1f} to {max(loads):.1f}. Files named by "
-            "their type alone were rounded to nearest.",
+            f"{', '.join(dict.fromkeys(machines))}, in the order of the rows, "
+            f"with a load of {min(loads):.1f} to {max(loads):.1f}. Files "
+            "named by their type alone were rounded to nearest.",
             table(
                 " | ".join(["form", *COLUMNS]),
                 [humaneval_cells(row, first) for row in rows],

@@ -104,7 +104,7 @@ def train_block(
     trained = [target.variable for target in targets]
     for target in targets:
         item = slots(target.layer).get(target.attribute)
-        trained += item.parameters if item else ()
+        trained += item.parameters if item and not item.is_idle else ()
     sparse = {
         id(v): (
             root_mean_square(v) / ROOT_MEAN_SQUARE,

@@ -33,6 +33,8 @@ class Reparameterization:
         mixin: A class to put in front of the layer's, with another `call`.
         is_empty: Bool, whether it was made from a file, see `from_config`.
         is_own: Bool, whether the layer's own class made it, and not `attach`.
+        is_idle: Bool, whether the layer computes with the stored weight
+            meanwhile, as if there were no reparameterization.
         get_model: Callable that returns the model that `attach` was given.
 
     Args:
@@ -53,7 +55,7 @@ class Reparameterization:
 
     def __init__(self, target: Any = None) -> None:
         self.parameters: tuple[Any, ...] = ()
-        self.is_empty = self.is_own = False
+        self.is_empty = self.is_own = self.is_idle = False
         self.get_model: Any = lambda: None
         # What `seam` replaced in the variable, and its place there.
         self.replaced: dict[str, Any] = {}

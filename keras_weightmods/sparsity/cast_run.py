@@ -1,6 +1,8 @@
 """The start and the end of a run of `CAST`."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -13,11 +15,13 @@ from keras_weightmods.calibration.block_reconstruction import (
 )
 from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.core import data
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.criteria import CRITERIA
+from keras_weightmods.sparsity.scaling import Scaling
 from keras_weightmods.utils import checks
 
 # The learning rate, ramp and criterion for a dense start, a one-shot start and
@@ -101,14 +105,32 @@ def start(
             )
             how: Any = (cast.pattern, cast.init, refine)
             is_shown = int(verbose in ("auto", 1))
-            report = sparsify.prune(
-                *own, first[:enough], *how, verbose=is_shown
-            )
+            with _without_scales(cast.student):
+                report = sparsify.prune(
+                    *own, first[:enough], *how, verbose=is_shown
+                )
         if is_ranked_by_inputs:
             batches = first[:_MEASURED_BATCHES]
             measure_importance(cast.adam_s, *own, batches, verbose, began)
     cast.init_report, cast.is_started = report, True
     return x
+
+
+@contextlib.contextmanager
+def _without_scales(model: Any) -> Iterator[None]:
+    """Let the layers compute with their kernels, as all scales are one."""
+    scaled = [
+        item
+        for item in reparameterizations(model, Scaling)
+        if all(bool(ops.all(scale == 1)) for scale in item.parameters)
+    ]
+    try:
+        for item in scaled:
+            item.is_idle = True
+        yield
+    finally:
+        for item in scaled:
+            item.is_idle = False
 
 
 def check_sparsified(adam_s: AdamS, targets: Targets) -> None:

@@ -192,6 +192,13 @@ def test_a_start_is_refined():
     assert len(blocks) == 2
     assert all(block.after < block.before for block in blocks)
     np.testing.assert_array_equal(numpy(cast.teacher(x)), dense)
+    expected = make_mlp()
+    kwm.sparsify(
+        expected, "2:4", x[:16], refine="blocks", batch_size=4, verbose=0
+    )
+    for target, own in zip(kwm.find_targets(expected), cast.targets):
+        found = numpy(own.variable)
+        np.testing.assert_allclose(found, numpy(target.variable), rtol=1e-5)
     fit(cast, (x, y))
     kwm.assert_sparse(cast.finalize(), "2:4")
 
