@@ -65,6 +65,9 @@ def parse_arguments(arguments=None):
         "--source-share", type=float, default=0.0, help="of rows of code"
     )
     parser.add_argument(
+        "--pattern", default="2:4", help="of one-shot methods and CAST"
+    )
+    parser.add_argument(
         "--rate", type=float, help="peak learning rate of CAST, for its own"
     )
     parser.add_argument(
@@ -103,6 +106,7 @@ def run(args):
 
     methods = make_methods(
         args.steps,
+        args.pattern,
         start=args.start,
         rate=args.rate,
         batch=args.batch,
@@ -260,11 +264,11 @@ class Measure:
         return np.concatenate(found)
 
 
-def make_methods(steps, **settings):
+def make_methods(steps, pattern="2:4", **settings):
     """{name: function(model, rows) -> details, or None if nothing trains}.
 
-    `settings` are those of `Cast` for a whole run: `start`, `rate`, `batch` and
-    `checkpoint`.
+    `pattern` is that of one-shot methods and of CAST. `settings` are those of
+    `Cast` for a whole run: `start`, `rate`, `batch` and `checkpoint`.
     """
     methods = {
         "dense": lambda model, train: None,
@@ -344,6 +348,8 @@ def make_methods(steps, **settings):
         ),
     }
     for method in methods.values():
+        if isinstance(method, OneShot | Cast):
+            method.pattern = pattern
         if isinstance(method, Cast):
             vars(method).update(settings)
     return methods
@@ -607,7 +613,7 @@ class Cast:
     """
 
     start = rate = checkpoint = None
-    batch = 1
+    pattern, batch = "2:4", 1
 
     def __init__(
         self,
@@ -638,7 +644,7 @@ class Cast:
             if settings["teacher"] == "self":
                 settings["teacher"] = make_teacher(model)
             harness.load_weights(model, self.start)
-        cast = kwm.CAST(model, **settings)
+        cast = kwm.CAST(model, self.pattern, **settings)
         recipe = {
             **kwm.CAST.default_recipe(
                 self.settings["init"],
@@ -654,6 +660,7 @@ class Cast:
             optimizer = kwm.AdamS(
                 schedule(peak, self.steps),
                 total_steps=self.steps,
+                pattern=self.pattern,
                 **recipe,
             )
             cast.compile(optimizer)
@@ -671,7 +678,7 @@ class Cast:
         ]
         spread = float(sum(s.std() for s in scales) / max(1, len(scales)))
         cast.finalize()
-        kwm.assert_sparse(model)
+        kwm.assert_sparse(model, self.pattern)
         return {
             "largest_masked": history.history["largest_masked"][-1],
             "kept_share": history.history["kept_share"][-1],
@@ -743,7 +750,7 @@ def report(args, rows):
     dense = all(re.match(kinds, row["method"]) for row in rows)
     return {
         "model": f"{MODELS[args.model]}, all kernels of its blocks"
-        + (", and the head" if dense else ", 2:4"),
+        + (", and the head" if dense else f", {args.pattern}"),
         "machine": f"{harness.cpu()}, "
         f"{os.environ.get('OMP_NUM_THREADS', len(os.sched_getaffinity(0)))} of "
         f"{os.cpu_count()} cores",

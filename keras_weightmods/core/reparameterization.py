@@ -1,6 +1,7 @@
 """How effective weights follow from stored variables."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 from keras import ops
@@ -113,6 +114,10 @@ class Reparameterization:
         """
         raise NotImplementedError
 
+    def is_identity(self) -> bool:
+        """Whether, as it is now, it leaves any stored weight as it is."""
+        return False
+
     def regularizer(self, regularizer: Any) -> Any:
         """Return the replacement of the variable's `regularizer`."""
         return lambda stored: regularizer(self.effective(stored))
@@ -158,6 +163,19 @@ def reparameterizations(
         if isinstance(item, kind)
     ]
     return sorted(items, key=lambda item: item.target.depth)
+
+
+@contextlib.contextmanager
+def left_out(items: Iterable[Any]) -> Iterator[None]:
+    """Let the layers compute with the stored weights of some items."""
+    items = list(items)
+    try:
+        for item in items:
+            item.is_idle = True
+        yield
+    finally:
+        for item in items:
+            item.is_idle = False
 
 
 def weight_formats(model: Any) -> list[tuple[tuple[int, ...], str]]:

@@ -148,8 +148,10 @@ def _effective_weight(attribute, layer):
     # coarse to train.
     scope = keras_compat.get_autocast_scope()
     with keras_compat.AutocastScope(None):
-        weight = variable if item.is_idle else item.effective(variable)
-        weight = ops.cast(weight, item.dtype)
+        if item.is_idle:
+            weight = ops.convert_to_tensor(variable)
+        else:
+            weight = ops.cast(item.effective(variable), item.dtype)
         if attribute == "kernel" and getattr(layer, "lora_enabled", False):
             delta = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
             rate = layer.lora_alpha / layer.lora_rank

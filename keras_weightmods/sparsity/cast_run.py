@@ -1,8 +1,6 @@
 """The start and the end of a run of `CAST`."""
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -15,7 +13,10 @@ from keras_weightmods.calibration.block_reconstruction import (
 )
 from keras_weightmods.calibration.inputs import measure_importance
 from keras_weightmods.core import data
-from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.reparameterization import (
+    left_out,
+    reparameterizations,
+)
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Targets
 from keras_weightmods.sparsity import sparsify
@@ -105,7 +106,9 @@ def start(
             )
             how: Any = (cast.pattern, cast.init, refine)
             is_shown = int(verbose in ("auto", 1))
-            with _without_scales(cast.student):
+            # The scales are ones.
+            scales = reparameterizations(cast.student, Scaling)
+            with left_out(item for item in scales if item.is_identity()):
                 report = sparsify.prune(
                     *own, first[:enough], *how, verbose=is_shown
                 )
@@ -114,23 +117,6 @@ def start(
             measure_importance(cast.adam_s, *own, batches, verbose, began)
     cast.init_report, cast.is_started = report, True
     return x
-
-
-@contextlib.contextmanager
-def _without_scales(model: Any) -> Iterator[None]:
-    """Let the layers compute with their kernels, as all scales are one."""
-    scaled = [
-        item
-        for item in reparameterizations(model, Scaling)
-        if all(bool(ops.all(scale == 1)) for scale in item.parameters)
-    ]
-    try:
-        for item in scaled:
-            item.is_idle = True
-        yield
-    finally:
-        for item in scaled:
-            item.is_idle = False
 
 
 def check_sparsified(adam_s: AdamS, targets: Targets) -> None:

@@ -14,6 +14,10 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import splittable_head
+from keras_weightmods.core.reparameterization import (
+    left_out,
+    reparameterizations,
+)
 from keras_weightmods.ops.distillation import chunk_positions, chunked_losses
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
@@ -341,6 +345,9 @@ class FrozenTwin(keras.Model):
         # In a closure, or Keras would track, save and freeze the original.
         self._get_model = lambda: model
         self._copies = {id(v): self._copy(v, dtype) for v in model.variables}
+        # Such as scales of one, which cost a pass over each kernel.
+        items = reparameterizations(model)
+        self._left_out = [item for item in items if item.is_identity()]
         self.built = True
 
     def call(self, inputs, training=False):
@@ -357,7 +364,8 @@ class FrozenTwin(keras.Model):
         # refuses.
         takes = keras_compat.takes_training(part)
         options = {"training": False} if takes else {}
-        outputs, _ = part.stateless_call(*values, inputs, **options)
+        with left_out(self._left_out):
+            outputs, _ = part.stateless_call(*values, inputs, **options)
         return outputs
 
     def values_of(self, variables):

@@ -191,6 +191,10 @@ class Scaling(Reparameterization):
         (scale,) = self.parameters
         return compute_scaled(stored, scale, self.target.contraction_axes)
 
+    def is_identity(self) -> bool:
+        (scale,) = self.parameters
+        return bool(ops.all(ops.equal(scale, 1)))
+
     def summary(self) -> ScaledKernel:
         target, (scale,) = self.target, self.parameters
         return ScaledKernel(target.path, target.shape, self.groups, scale)

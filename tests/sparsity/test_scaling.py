@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.core.reparameterization import (
+    left_out,
+    reparameterizations,
+)
 from keras_weightmods.sparsity.scaling import attach_scaling, compute_scaled
 from tests import models
 from tests.backends import breadth
@@ -43,6 +47,21 @@ def test_compute_scaled_equals_reference(shape, axes, groups):
     scaled = numpy(compute_scaled(kernel, scale, axes))
     expected = reference_scaled(kernel, scale, axes)
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+def test_scales_are_left_out_for_a_while():
+    model, x = mlp(8, 4, 2), normal(3, 8)
+    plain = numpy(model(x))
+    attach_scaling(model)
+    first, second = reparameterizations(model)
+    assert all(item.is_identity() for item in (first, second))
+    first.parameters[0].assign(2 * np.ones((2, 4)))
+    assert not first.is_identity()
+    scaled = numpy(model(x))
+    assert np.abs(scaled - plain).max() > 0.1
+    with left_out([first, second]):
+        np.testing.assert_array_equal(numpy(model(x)), plain)
+    np.testing.assert_array_equal(numpy(model(x)), scaled)
 
 
 @one_backend
