@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 # The types of packed values.
 TYPES = {
@@ -55,6 +55,8 @@ _SIGNATURES = {
     "kwm_search_scales": ("", "PPqqqPqfffP"),
     "kwm_multiples": ("", "PPqqqffPPP"),
     "kwm_multiples_gradient": ("", "PPPqqqffPPPP"),
+    "kwm_prune_in_order": ("", "PPqqqqPP"),
+    "kwm_swap_in_order": ("", "PPPPqqqqPP"),
 }
 
 _WAY_OUT = (

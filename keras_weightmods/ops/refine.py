@@ -10,9 +10,10 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_weightmods import backend
+from keras_weightmods import backend, native
 from keras_weightmods.ops.nm import (
     Pattern,
     nm_violations,
@@ -125,7 +126,6 @@ def swap_mask(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
             part = w[:, start : start + most], weights[:, start : start + most]
             swapped.append(swap_mask(*part, h, n, m, sweeps))
         return ops.concatenate(swapped, axis=1)
-    step = compiled(_swap, 6)
     diagonal = ops.diagonal(h)
     # If it is zero, no swap to this weight is an improvement.
     inverse = ops.where(
@@ -139,23 +139,50 @@ def swap_mask(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
         before = weights
         swept = []
         for start in range(0, size, length):
-            stop = min(start + length, size)
-            own = h[start:stop, start:stop]
-            block_c, block = c[start:stop], []
-            for row in range(start, stop, m):
-                group = slice(row, row + m)
-                here = row - start
-                columns = own[:, here : here + m]
-                parts = weights[group], w[group], inverse[group], columns
-                new, block_c = step(*parts, block_c, here, n)
-                block.append(new)
-            swept.append(ops.concatenate(block))
-            change = swept[-1] - weights[start:stop]
-            c = c - ops.matmul(h[:, start:stop], change)
+            part = slice(start, min(start + length, size))
+            given = weights[part], w[part], h[part, part], inverse[part]
+            swept.append(_swap_block(*given, c[part], n, m))
+            change = swept[-1] - weights[part]
+            c = c - ops.matmul(h[:, part], change)
         weights = ops.concatenate(swept)
         if not bool(ops.any(ops.not_equal(weights, before))):
             break
     return weights
+
+
+def _swap_block(
+    weights: Any, dense: Any, own: Any, inverse: Any, c: Any, n: int, m: int
+) -> Any:
+    """Make the best swaps in one group after the other."""
+    size, units = weights.shape
+    if arrays := host_arrays(weights, dense, own, inverse, c):
+        slope, new = arrays.pop().copy(), np.empty((size, units), "float32")
+        native.library().kwm_swap_in_order(
+            *(x.ctypes.data for x in arrays),
+            *(size, units, m, n, slope.ctypes.data, new.ctypes.data),
+        )
+        return backend.current().tensor_of(new)
+    step = compiled(_swap, 6)
+    swapped = []
+    for start in range(0, size, m):
+        group = slice(start, start + m)
+        parts = weights[group], dense[group], inverse[group], own[:, group]
+        new, c = step(*parts, c, start, n)
+        swapped.append(new)
+    return ops.concatenate(swapped)
+
+
+def host_arrays(*tensors: Any) -> list[Any]:
+    """Return float32 arrays for a compiled function; none to do without it.
+
+    It takes a block of `_BLOCK` rows at most, on the CPU.
+    """
+    if native.library() is None or tensors[0].shape[0] > _BLOCK:
+        return []
+    views = [backend.current().view_of(each) for each in tensors]
+    if any(view is None for view in views):
+        return []
+    return [np.ascontiguousarray(view, "float32") for view in views]
 
 
 def _swap(

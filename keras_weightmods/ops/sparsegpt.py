@@ -7,8 +7,9 @@ moment `H = X^T X / rows`, of shape (K, K).
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend, native
 from keras_weightmods.ops.nm import nm_mask, parse_pattern
-from keras_weightmods.ops.refine import compiled
+from keras_weightmods.ops.refine import compiled, host_arrays
 
 # After so many inputs, one large product updates all others.
 _BLOCK = 128
@@ -147,13 +148,13 @@ def sparsegpt(matrix, factor, pattern="2:4"):
     for start in range(0, size, block):
         stop = min(start + block, size)
         head = ops.slice(tail, (0, 0), (stop - start, units))
-        own = factor[start:stop, start:stop]
+        own = factor[start:stop, start:stop].copy()
         kept, errors = _pruned_block(head, own, n, m)
-        done += kept
+        done.append(kept)
         if stop < size:
             rest = ops.slice(tail, (stop - start, 0), (size - stop, units))
             spread = _transposed(factor[start:stop, stop:])
-            tail = rest - ops.matmul(spread, ops.concatenate(errors))
+            tail = rest - ops.matmul(spread, errors)
     return ops.cast(ops.concatenate(done), matrix.dtype)
 
 
@@ -196,8 +197,15 @@ def relative_error(before, after, second_moment):
 
 
 def _pruned_block(block, factor, n, m):
-    """Return groups of pruned rows, and their scaled errors."""
+    """Return pruned rows, and their scaled errors."""
     size, units = block.shape
+    if arrays := host_arrays(block, ops.convert_to_tensor(factor)):
+        pruned, scaled = np.empty((2, size, units), "float32")
+        native.library().kwm_prune_in_order(
+            *(x.ctypes.data for x in arrays),
+            *(size, units, m, n, pruned.ctypes.data, scaled.ctypes.data),
+        )
+        return [backend.current().tensor_of(x) for x in (pruned, scaled)]
     step = compiled(_pruned_group, 2)
     kept, errors = [], []
     for start in range(0, size, m):
@@ -210,7 +218,7 @@ def _pruned_block(block, factor, n, m):
         if start + m < size:
             # Zero to the left of the group: finished inputs do not change.
             block = block - ops.matmul(_transposed(rows), scaled)
-    return kept, errors
+    return ops.concatenate(kept), ops.concatenate(errors)
 
 
 def _pruned_group(group, factor, n):

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_weightmods import native
 from keras_weightmods.ops import nm_violations, sparsegpt
 from tests import references
 from tests.backends import breadth
@@ -19,7 +20,10 @@ def pruned(w, h, n=2, m=4, damping=0.01):
     ("size", "n", "m"),
     [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4), (64, 16, 32)],
 )
-def test_sparsegpt_is_the_reference(size, n, m):
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_sparsegpt_is_the_reference(size, n, m, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     x, w = correlated(size, 5)
     h = x.T @ x / len(x)
     expected = references.sparsegpt(w, h, n, m)

@@ -155,6 +155,17 @@ struct RowsToRound {
   float high;
 };
 
+// As of kwm_prune_in_order and kwm_swap_in_order, likewise.
+struct GroupsOfRows {
+  const float* weights;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+  int64_t m;
+  int64_t kept;
+};
+constexpr int64_t kMostGroupedRows = 128;
+
 constexpr int kManyVectors = 4;
 constexpr int kDenseVectors = 3;
 
@@ -224,6 +235,12 @@ struct Kernels {
                              const float* scales, int64_t rows, int64_t columns,
                              float low, float high, float* by_weight,
                              float* by_scale);
+
+  void (*prune_in_order)(const GroupsOfRows& of, const float* factor,
+                         float* pruned, float* errors);
+  void (*swap_in_order)(const GroupsOfRows& of, const float* dense,
+                        const float* moment, const float* inverse, float* slope,
+                        float* swapped);
 };
 
 // Those of kwm_isa.

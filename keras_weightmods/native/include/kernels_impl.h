@@ -29,6 +29,7 @@
 #endif
 
 #include "attend_impl.h"
+#include "prune_impl.h"
 #include "round_impl.h"
 #include "tile_rows.h"
 
@@ -402,6 +403,8 @@ const kwm::Kernels* kernels(int isa) {
       search_scales,
       multiples,
       multiples_gradient,
+      prune_in_order,
+      swap_in_order,
   };
   return &table;
 }

@@ -70,7 +70,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 10
+#define KWM_ABI_VERSION 11
 
 enum {
   KWM_FLOAT32 = 0,
@@ -233,6 +233,26 @@ KWM_API void kwm_multiples_gradient(const float* slope, const float* weights,
                                     float high, float* by_weight,
                                     float* by_scale,
                                     kwm_parallel_for parallel_for, void* pool);
+
+// Prunes rows to `kept` of m, group after group, and lets later rows make up for
+// it (SparseGPT, arXiv 2301.00774). rows, at most 128, is a multiple of m. factor
+// (rows, rows) is upper triangular. Of each group and column the weights (rows,
+// n) with the largest |w_i / factor_ii| stay, the earlier of equal ones. errors
+// are the removed ones over factor_ii. Row i of the factor times the error of row
+// i leaves the rows below.
+KWM_API void kwm_prune_in_order(const float* weights, const float* factor,
+                                int64_t rows, int64_t n, int64_t m,
+                                int64_t kept, float* pruned, float* errors);
+
+// Makes the best swap of each column in each group of m rows, one after the other.
+// weights (rows, n) have at most `kept` nonzero of m, and dense are those before
+// pruning. moment is (rows, rows). inverse (rows) is one over its diagonal, or 0
+// where a row cannot improve a column. slope (rows, n) = moment @ (dense -
+// weights) over all inputs, and is updated.
+KWM_API void kwm_swap_in_order(const float* weights, const float* dense,
+                               const float* moment, const float* inverse,
+                               int64_t rows, int64_t n, int64_t m, int64_t kept,
+                               float* slope, float* swapped);
 
 // A kwm_parallel_for on the OpenMP threads that the process has already.
 // The pool: the address of GOMP_parallel, and the threads to use.
