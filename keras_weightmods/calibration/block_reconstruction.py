@@ -1,7 +1,6 @@
 """Training a pruned block to give the outputs of the dense one."""
 
 import dataclasses
-import gc
 import math
 import operator
 import warnings
@@ -146,7 +145,7 @@ def train_part(
     """Train some variables of a `Part`, by Adam; return two losses.
 
     Args:
-        part: `Part`.
+        part: `Part`, of no use afterwards.
         trained: List of variables of it.
         fit, held: `Batches`, to train on and to measure on. What is worse on
             the latter after the training is undone.
@@ -159,8 +158,6 @@ def train_part(
         Pair of floats, the losses on `held` before and after. What was undone
         has a larger second one, or NaN.
     """
-    # The last part, with its optimizer: Keras' models are in cycles.
-    gc.collect()
     steps = epochs * len(fit)
     schedule = WarmupLinearDecay(learning_rate, max(1, steps // 10), steps)
     # On JAX a step that fails loses all variables of the part.
@@ -185,6 +182,8 @@ def train_part(
         if not after <= before:
             undo.give_values_back()
         undo.structure.restore()
+    # Gives the optimizer back now: Keras' models are in cycles.
+    vars(part).clear()
     return before, after
 
 

@@ -158,42 +158,41 @@ def sparsegpt(matrix, factor, pattern="2:4"):
     return ops.cast(ops.concatenate(done), matrix.dtype)
 
 
-def reconstruction_error(before, after, second_moment):
-    """Return how much pruning changes outputs: `|X W' - X W|^2 / |X W|^2`.
+def output_energy(matrix, second_moment):
+    """Return `|X W|^2`, over the rows of X.
 
     Args:
-        before: Tensor of shape `(K, R)`, the matrix W.
-        after: Tensor of the same shape, W'.
+        matrix: float32 tensor of shape `(K, R)`, W. For what pruning changes,
+            the difference of two matrices.
         second_moment: Tensor of shape `(K, K)`.
 
     Returns:
-        Pair of floats, the energy of the change and that of the outputs.
+        Float.
 
     Example:
 
     ```python
     import numpy as np
-    from keras_weightmods.ops.sparsegpt import reconstruction_error
+    from keras_weightmods.ops.sparsegpt import output_energy
 
     w = np.ones((2, 1), "float32")
-    change, whole = reconstruction_error(w, w * 0.5, np.eye(2, dtype="float32"))
-    assert change / whole == 0.25
+    assert output_energy(w, np.eye(2, dtype="float32")) == 2.0
     ```
     """
+    product = ops.matmul(second_moment, matrix)
+    return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
-    def energy(matrix):
-        product = ops.matmul(second_moment, matrix)
-        return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
+def relative_errors(before, candidates, second_moment):
+    """Return `|X W' - X W|^2 / |X W|^2` of each candidate W', for stacks."""
     before = ops.cast(before, "float32")
-    return energy(ops.cast(after, "float32") - before), energy(before)
 
+    def energy(stack):
+        return sum(map(output_energy, stack, second_moment))
 
-def relative_error(before, after, second_moment):
-    """Return `|X W' - X W|^2 / |X W|^2` of stacks of matrices."""
-    pairs = map(reconstruction_error, before, after, second_moment)
-    change, whole = map(sum, zip(*pairs))
-    return change / whole if whole > 0 else 0.0
+    whole = energy(before)
+    changes = [ops.cast(each, "float32") - before for each in candidates]
+    return [energy(each) / whole if whole > 0 else 0.0 for each in changes]
 
 
 def _pruned_block(block, factor, n, m):

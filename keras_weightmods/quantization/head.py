@@ -14,7 +14,7 @@ from keras_weightmods.core.head import Head, reversible_embeddings
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets
 from keras_weightmods.ops.rounding import Grid, round_kept
-from keras_weightmods.ops.sparsegpt import reconstruction_error
+from keras_weightmods.ops.sparsegpt import output_energy
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.progress import Progress
@@ -91,12 +91,10 @@ def round_table(
             units = ops.cast(units, "float32")
             after = round_kept(units, fit, grid, damping)
             nearest = round_kept(units, None, grid)
-            errors = []
-            for each in (nearest, after):
-                change, whole = reconstruction_error(
-                    units, each.values, measured
-                )
-                errors.append(change)
+            changes = [each.values - units for each in (nearest, after)]
+            whole, *errors = (
+                output_energy(each, measured) for each in (units, *changes)
+            )
             if errors[1] > errors[0]:
                 after, errors[1] = nearest, errors[0]
             sums += (*errors, whole)

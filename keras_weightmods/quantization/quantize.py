@@ -32,7 +32,7 @@ from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.native.layout import GROUP
 from keras_weightmods.ops.rounding import Grid, round_kept
-from keras_weightmods.ops.sparsegpt import relative_error
+from keras_weightmods.ops.sparsegpt import relative_errors
 from keras_weightmods.quantization.budget import (
     WIDTHS,
     bytes_in,
@@ -464,10 +464,8 @@ class _Quantizer:
             errors: list[Any] = [None, None]
             own = note
             if moments is not None:
-                errors = [
-                    relative_error(before, values, moments.held)
-                    for values in (nearest, after)
-                ]
+                pair = nearest, after
+                errors = relative_errors(before, pair, moments.held)
                 if errors[1] > errors[0]:
                     after, scales = nearest, nearest_scales
                     errors[1] = errors[0]

@@ -26,7 +26,7 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.refine import refined
-from keras_weightmods.ops.sparsegpt import relative_error
+from keras_weightmods.ops.sparsegpt import relative_errors
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
@@ -280,23 +280,23 @@ def prune(
             after = ops.stack([rule(*each, pattern) for each in pairs])
             error, own = None, note
             if moments is not None:
-                error = relative_error(before, after, moments.held)
+                found = [after]
                 if "swaps" in refinements:
                     parts = zip(before, after, moments.fit)
-                    swapped = ops.stack(
-                        [refined(*each, pattern, damping) for each in parts]
-                    )
-                    other = relative_error(before, swapped, moments.held)
-                    if other <= error:
-                        after, error = swapped, other
-                    else:
-                        own = f"{own}; no swaps, worse on rows held out"
+                    swaps = [refined(*each, pattern, damping) for each in parts]
+                    found.append(ops.stack(swaps))
                 if held is not None:
-                    plain = ops.stack([nm_project(w, pattern) for w in before])
-                    plain = relative_error(before, plain, moments.held)
-                    errors.append((error, plain))
-                    if error > plain:
-                        own = f"{own}; {plain:.1%} by magnitude"
+                    plain = [nm_project(w, pattern) for w in before]
+                    found.append(ops.stack(plain))
+                error, *others = relative_errors(before, found, moments.held)
+                if "swaps" in refinements and others[0] <= error:
+                    after, error = found[1], others[0]
+                elif "swaps" in refinements:
+                    own = f"{own}; no swaps, worse on rows held out"
+                if held is not None:
+                    errors.append((error, others[-1]))
+                    if error > others[-1]:
+                        own = f"{own}; {others[-1]:.1%} by magnitude"
             target.variable.assign(from_stack(after, target.shape, *axes))
             own = own.removeprefix("; ")
             yield SparsifiedKernel(
