@@ -179,6 +179,7 @@ def output_energy(matrix, second_moment):
     assert output_energy(w, np.eye(2, dtype="float32")) == 2.0
     ```
     """
+    matrix = ops.convert_to_tensor(matrix)
     product = ops.matmul(second_moment, matrix)
     return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
