@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_weightmods import native
+from keras_weightmods import backend, native
 from keras_weightmods.ops import nm_violations, sparsegpt
 from tests import references
 from tests.backends import breadth
@@ -32,6 +32,17 @@ def test_sparsegpt_is_the_reference(size, n, m, is_compiled, monkeypatch):
     np.testing.assert_array_equal(actual == 0, expected == 0)
     assert actual.dtype == np.float32
     assert int(nm_violations(actual, (n, m))) == 0
+
+
+def test_it_can_be_traced():
+    x, w = correlated(24, 5)
+    factor = sparsegpt.inverse_factor(x.T @ x / len(x))
+    traced = backend.current().compiled(
+        lambda matrix: sparsegpt.sparsegpt(matrix, factor), ()
+    )
+    found = numpy(traced(ops.convert_to_tensor(w, "float32")))
+    expected = numpy(sparsegpt.sparsegpt(w, factor))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.one_backend

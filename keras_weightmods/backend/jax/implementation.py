@@ -48,6 +48,8 @@ class _JAX(Backend):
         return [jnp.where(is_there, x, -x) for x in tensors]
 
     def view_of(self, tensor):
+        if isinstance(tensor, jax.core.Tracer):
+            return None
         if [device.platform for device in tensor.devices()] == ["cpu"]:
             return np.asarray(tensor)
         return None
