@@ -5,6 +5,19 @@ FINDINGS = {
 A mask that stays free brings nothing from this start, and neither does half
 of the rate. A third of KL with two thirds of cross-entropy, the default of
 `CAST`, is better than KL alone.""",
+    "16:32, one shot and 25,600 tokens": """\
+The rate of 2:4, 7e-5, and half of it are equally good. Twice the rate is worse
+on each text. Each row has one seed.
+
+```bash
+python -m benchmarks.quality --pattern 16:32 --dtype mixed_bfloat16 \\
+  --steps 100 --self-share 0.5 --documentation-share 0.25 --save DIR \\
+  --methods "one-shot SparseGPT + swaps + blocks"
+python -m benchmarks.quality --pattern 16:32 --dtype mixed_bfloat16 \\
+  --steps 100 --self-share 0.5 --documentation-share 0.25 --rate 3.5e-5 \\
+  --methods "CAST from SparseGPT + swaps + blocks" --start \\
+  "DIR/one-shot SparseGPT + swaps + blocks 0.npz"
+```""",
     "From that start, 512,000 tokens": """\
 The default is better than KL alone on the prose that it was trained on and
 on the reference, and equal on news and code. Ten times as many tokens as
