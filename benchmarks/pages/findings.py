@@ -7,7 +7,8 @@ of the rate. A third of KL with two thirds of cross-entropy, the default of
 `CAST`, is better than KL alone.""",
     "16:32, one shot and 25,600 tokens": """\
 The rate of 2:4, 7e-5, and half of it are equally good. Twice the rate is worse
-on each text. Each row has one seed.
+on each text. Each row has one seed. Other work ran beside the one-shot row, so
+its minutes say nothing.
 
 ```bash
 python -m benchmarks.quality --pattern 16:32 --dtype mixed_bfloat16 \\

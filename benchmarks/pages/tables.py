@@ -34,6 +34,7 @@ COMMANDS = {
     "--json FILE",
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
+    "quality_16_32": "benchmarks.quality --pattern 16:32 --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
