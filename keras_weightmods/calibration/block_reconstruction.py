@@ -183,7 +183,7 @@ def train_part(
             undo.give_values_back()
         undo.structure.restore()
     # Gives the optimizer back now: Keras' models are in cycles.
-    vars(part).clear()
+    keras_compat.attributes(part).clear()
     return before, after
 
 
