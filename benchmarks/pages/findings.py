@@ -55,7 +55,7 @@ other rows then, so that its figures differ a little now.""",
   start. The runs have 1.25 and 1.07, within its intervals. For SmolLM2 after
   512,000 tokens of 2:4 it says 1.43 (1.35 to 1.53), and the run gave 1.46 on
   four texts.
-- 16:32 costs some 0.6 of what 2:4 does, in logarithms, at each budget.
+- There 16:32 costs 0.6 of what 2:4 does, in logarithms, at each budget.
 - In the smallest model there is no power law: from a one-shot start CAST gains
   nothing below 0.3 tokens a weight, which are too few steps. Its laws say too
   much for larger budgets.
