@@ -236,16 +236,21 @@ def packed_size(size: Any) -> Any:
     return -(-size // 8)
 
 
-def _to_groups(x: Any, m: Any, axis: Any) -> Any:
-    matrix = to_matrix(x, axis)
-    size, columns = matrix.shape
+def check_groups(size: int, m: int, shape: Any, axis: Any = 0) -> None:
+    """Raise ValueError unless axes of `size` entries divide into groups."""
     if size % m:
         raise ValueError(
             "The size of the contraction axes must be a multiple of the group "
-            f"size m={m}. Received: shape={tuple(x.shape)}, axis={axis}, "
+            f"size m={m}. Received: shape={tuple(shape)}, axis={axis}, "
             f"which is {size} entries. Choose another m or leave this tensor "
             "out; it is never padded."
         )
+
+
+def _to_groups(x: Any, m: Any, axis: Any) -> Any:
+    matrix = to_matrix(x, axis)
+    size, columns = matrix.shape
+    check_groups(size, m, x.shape, axis)
     return ops.reshape(matrix, (size // m, m, columns))
 
 

@@ -57,7 +57,7 @@ def refined(
         damped error increased, but for rounding.
 
     Raises:
-        ValueError: If `pruned` is not n:m.
+        ValueError: If `pruned` is not n:m, or has another shape than `dense`.
 
     Example:
 
@@ -78,6 +78,11 @@ def refined(
     """
     tensors = map(ops.convert_to_tensor, (dense, pruned, second_moment))
     w, weights, h = [ops.cast(x, "float32") for x in tensors]
+    if w.shape != weights.shape:
+        raise ValueError(
+            "`dense` must be of the shape of `pruned`, "
+            f"{tuple(weights.shape)}. Received: shape {tuple(w.shape)}"
+        )
     n, m = parse_pattern(pattern)
     if violations := int(nm_violations(weights, (n, m))):
         raise ValueError(

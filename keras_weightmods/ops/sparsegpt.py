@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import backend, native
-from keras_weightmods.ops.nm import nm_mask, parse_pattern
+from keras_weightmods.ops.nm import check_groups, nm_mask, parse_pattern
 from keras_weightmods.ops.refine import compiled, host_arrays
 
 # After so many inputs, one large product updates all others.
@@ -121,7 +121,8 @@ def sparsegpt(matrix, factor, pattern="2:4"):
         Tensor of the shape and dtype of `matrix`.
 
     Raises:
-        ValueError: If `pattern` is malformed.
+        ValueError: If `pattern` is malformed, m does not divide K, or
+            `factor` has another shape.
 
     Example:
 
@@ -141,7 +142,14 @@ def sparsegpt(matrix, factor, pattern="2:4"):
     n, m = parse_pattern(pattern)
     matrix = ops.convert_to_tensor(matrix)
     size, units = matrix.shape
+    check_groups(size, m, matrix.shape)
     factor = np.asarray(factor, "float32")
+    if factor.shape != (size, size):
+        raise ValueError(
+            f"`factor` must be of shape {(size, size)} for a `matrix` of shape "
+            f"{tuple(matrix.shape)}. Received: shape {factor.shape}. Pass "
+            "`inverse_factor` of the second moment of its inputs."
+        )
     block = max(m, _BLOCK // m * m)
     tail = ops.cast(matrix, "float32")
     done = []
@@ -197,12 +205,18 @@ def relative_errors(before, candidates, second_moment):
 
 
 def _pruned_block(block, factor, n, m):
-    """Return pruned rows, and their scaled errors."""
+    """Return pruned rows, and their scaled errors.
+
+    Args:
+        block: float32 tensor of shape `(rows, R)`.
+        factor: Contiguous float32 array of shape `(rows, rows)`.
+        n, m: Ints; m divides the rows.
+    """
     size, units = block.shape
-    if arrays := host_arrays(block, ops.convert_to_tensor(factor)):
+    if arrays := host_arrays(block):
         pruned, scaled = np.empty((2, size, units), "float32")
         native.library().kwm_prune_in_order(
-            *(x.ctypes.data for x in arrays),
+            *(x.ctypes.data for x in (*arrays, factor)),
             *(size, units, m, n, pruned.ctypes.data, scaled.ctypes.data),
         )
         return [backend.current().tensor_of(x) for x in (pruned, scaled)]

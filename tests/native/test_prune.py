@@ -39,6 +39,18 @@ def test_prunes_as_sparsegpt(name, rows, units, n, m):
 
 
 @pytest.mark.parametrize("name", library.isas())
+def test_nan_counts_as_the_largest(name):
+    w = np.array([[3.0], [np.nan], [1.0], [2.0]], "float32")
+    empty, factor = (np.empty_like(w), np.empty_like(w)), np.eye(4)
+    with library.isa(name):
+        *_, pruned, _ = call(
+            *("kwm_prune_in_order", w, factor.astype("float32")),
+            *(4, 1, 4, 2, *empty),
+        )
+    np.testing.assert_array_equal(pruned[:, 0], [3.0, np.nan, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("name", library.isas())
 @sizes
 def test_swaps_as_one_sweep(name, rows, units, n, m):
     w, h = made(rows, units)

@@ -166,3 +166,5 @@ def test_wrong_arguments():
         refine.refined(w, w, h)
     with pytest.raises(ValueError, match="multiple of the group"):
         refine.refined(w, pruned, h, "2:3")
+    with pytest.raises(ValueError, match=r"`dense` .*\(8, 2\).*\(8, 1\)"):
+        refine.refined(w[:, :1], pruned, h)

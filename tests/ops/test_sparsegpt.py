@@ -114,3 +114,8 @@ def test_wrong_arguments():
         sparsegpt.inverse_factor(np.full((4, 4), np.nan))
     with pytest.raises(ValueError, match="`pattern`"):
         sparsegpt.sparsegpt(w, factor, (5, 4))
+    # The compiled function would write beyond its arrays.
+    with pytest.raises(ValueError, match="multiple of the group"):
+        sparsegpt.sparsegpt(w, factor, "2:3")
+    with pytest.raises(ValueError, match=r"`factor` .*\(8, 8\).*\(6, 6\)"):
+        sparsegpt.sparsegpt(w, factor[:6, :6], "2:4")

@@ -19,11 +19,12 @@ void prune_in_order(const kwm::GroupsOfRows& of, const float* factor,
   }
   for (int64_t group = 0; group < of.rows; group += of.m) {
     const int64_t end = group + of.m;
-    // What it costs to remove a weight, as a root.
+    // What it costs to remove a weight, as a root. That of NaN is infinite.
     for (int64_t i = group; i < end; ++i) {
       const float root = factor[i * of.rows + i];
       for (int64_t j = 0; j < columns; ++j) {
-        errors[i * n + j] = fabsf(pruned[i * n + j] / root);
+        const float cost = fabsf(pruned[i * n + j] / root);
+        errors[i * n + j] = cost == cost ? cost : INFINITY;
         rank[i][j] = 0;
       }
     }
