@@ -178,13 +178,17 @@ class Losses(keras.callbacks.Callback):
         self.values += (sums / np.diff(counts, prepend=0.0)).tolist()
 
     def warn_if_they_rose(self) -> None:
-        """Warn if all of the last are above all of the first."""
+        """Warn if the last are above the first, or far above the very first."""
         count = round(_LAST * len(self.values))
         first, last = self.values[:_FIRST], self.values[-count:]
-        if count >= _ENOUGH and min(last) > max(first):
+        if count < _ENOUGH:
+            return
+        # The very first is of the start, and the next may be of a spoilt model.
+        has_doubled = np.median(last) - first[0] > abs(first[0])
+        if min(last) > max(first) or has_doubled:
             warnings.warn(
-                f"CAST: the loss rose from {np.mean(first):.4g} in the first "
-                f"steps to {np.mean(last):.4g} in the last. So the model is "
+                f"CAST: the loss rose from {first[0]:.4g} in the first step "
+                f"to {np.mean(last):.4g} in the last ones. So the model is "
                 "probably worse than its one-shot start. Train that again "
                 "with a smaller `AdamS(learning_rate=...)`.",
                 stacklevel=3,

@@ -399,12 +399,15 @@ def test_an_early_stop_is_warned_about():
         cast.finalize()
 
 
-@pytest.mark.parametrize(("last_rate", "rises"), [(3.0, True), (1e-4, False)])
+@pytest.mark.parametrize(
+    ("change", "last_rate", "rises"),
+    [(70, 3.0, True), (0, 3.0, True), (70, 1e-4, False)],
+)
 def test_a_loss_that_rose_from_a_one_shot_start_is_warned_about(
-    last_rate, rises, recwarn, tmp_path
+    change, last_rate, rises, recwarn, tmp_path
 ):
     rates = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [70], [1e-4, last_rate]
+        [change], [1e-4, last_rate]
     )
 
     def start():
