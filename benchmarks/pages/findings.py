@@ -69,12 +69,13 @@ other rows then, so that its figures differ a little now.""",
   smaller models have 1.5 and 3.5 % fewer bytes.
 
 The model of 106k weights has one seed, three budgets and no rival. CAST from
-the dense model has one seed, and so has all that is of ten tokens a weight. Rates were searched at 0.1 and 1 token a weight, and
-at 0.3 for 106k. Those of CAST at three and ten are not their own, nor is that
-of the control at three. At 0.003 and 0.01 the largest model took the rate of
-0.1, which is too high for so few steps: it ends above its start. At ten the
-control had three rates, and the largest was best, by 1.6 %. The rate at 0.3 in
-the smallest model was found with larger batches, and is too high for 16:32.""",
+the dense model has one seed, and so has all that is of ten tokens a weight.
+Rates were searched at 0.1 and 1 token a weight, and at 0.3 for 106k. Those of
+CAST at three and ten are not their own, nor is that of the control at three. At
+0.003 and 0.01 the largest model took the rate of 0.1, which is too high for so
+few steps: it ends above its start. At ten the control had three rates, and the
+largest was best, by 1.6 %. The rate at 0.3 in the smallest model was found with
+larger batches, and is too high for 16:32.""",
     "Rounded to few bits, and to budgets": """\
 At about as many bytes, in as much time and on the same rows, dense weights are
 better than sparse ones. A budget of 60 MB, 3.3 bits on the mean, loses least:
