@@ -177,9 +177,10 @@ def _swap_block(
 
 
 def host_arrays(*tensors: Any) -> list[Any]:
-    """Return float32 arrays for a compiled function; none to do without it.
+    """Return tensors as float32 arrays, for a compiled function.
 
-    It takes a block of `_BLOCK` rows at most, on the CPU.
+    The list is empty where there is none for them: without the library, on
+    another device than the CPU, and for more than `_BLOCK` rows.
     """
     if native.library() is None or tensors[0].shape[0] > _BLOCK:
         return []

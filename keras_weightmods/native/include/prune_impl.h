@@ -19,7 +19,7 @@ void prune_in_order(const kwm::GroupsOfRows& of, const float* factor,
   }
   for (int64_t group = 0; group < of.rows; group += of.m) {
     const int64_t end = group + of.m;
-    // What it costs to remove a weight, as a root. That of NaN is infinite.
+    // The cost of removing a weight, as a root. It is infinite for NaN.
     for (int64_t i = group; i < end; ++i) {
       const float root = factor[i * of.rows + i];
       for (int64_t j = 0; j < columns; ++j) {
