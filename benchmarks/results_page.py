@@ -81,6 +81,7 @@ PARTS = (
     ("From that start, 51,200 tokens", "quality_200", sparse_llm.texts),
     ("From that start, 512,000 tokens", "quality_1000", sparse_llm.texts),
     ("16:32, one shot and 25,600 tokens", "quality_16_32", sparse_llm.texts),
+    ("16:32, 512,000 tokens", "quality_16_32_1000", sparse_llm.texts),
     (
         "At equal tokens, on two texts (an older log)",
         "cast_quality",

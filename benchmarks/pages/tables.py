@@ -35,6 +35,7 @@ COMMANDS = {
     "finetune_sparse": "examples.finetune_sparse --json FILE",
     "packed_llm_compiled": "benchmarks.packed_llm --compiled --json FILE",
     "quality_16_32": "benchmarks.quality --pattern 16:32 --json FILE",
+    "quality_16_32_1000": "benchmarks.quality --pattern 16:32 --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
