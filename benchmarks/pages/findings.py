@@ -20,11 +20,15 @@ python -m benchmarks.quality --pattern 16:32 --dtype mixed_bfloat16 \\
   "DIR/one-shot SparseGPT + swaps + blocks 0.npz"
 ```""",
     "16:32, 512,000 tokens": """\
-It starts from the one-shot model above. 2:4 came to 1.46 after as many tokens,
-on other rows. The power law of the small models says 1.43 for 2:4, which is
-1.24 for 16:32 at 0.6 of the logarithm. Three texts are of kinds that were never
-trained on. Against the dense model the reference is at 1.19, news at 1.44 and
-code at 1.34, and prose of the kind trained on at 0.94. There is one seed.
+It starts from the one-shot model above. There is one seed. 2:4 came to 1.46
+after as many tokens, on other rows. The power law of the small models says 1.43
+for 2:4. There 16:32 cost 0.6 of its logarithm, which makes 1.24.
+
+Prose of the kind trained on is at 0.94 times the dense perplexity, the
+reference at 1.19, news at 1.44 and code at 1.34. The model is hardly more like
+the dense one than in one shot: the divergence fell from 0.47 to 0.44 nats, and
+66 % of the first tokens are the same, after 65 %. Other work ran beside it for
+three of the minutes.
 
 ```bash
 python -m benchmarks.quality --pattern 16:32 --dtype mixed_bfloat16 \\
