@@ -151,7 +151,9 @@ def _effective_weight(attribute, layer):
         if item.is_idle:
             weight = ops.convert_to_tensor(variable)
         else:
-            weight = ops.cast(item.effective(variable), item.dtype)
+            weight = item.effective(variable)
+            if scope is None or item.dtype != "float32":
+                weight = ops.cast(weight, item.dtype)
         if attribute == "kernel" and getattr(layer, "lora_enabled", False):
             delta = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
             rate = layer.lora_alpha / layer.lora_rank

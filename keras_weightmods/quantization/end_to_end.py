@@ -121,7 +121,7 @@ class _Divergence(keras.layers.Layer):
             ops.zeros_like(weights, dtype="int32"),
             weights / total,
             1.0,
-            chunk_size=chunk_positions(self.head.classes),
+            chunk_size=chunk_positions(self.head.classes) // 2,
         )[0]
 
 

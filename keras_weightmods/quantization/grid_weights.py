@@ -66,15 +66,19 @@ class GridWeights(Reparameterization):
         )
 
     def folded(self) -> Any:
+        scales = self._folded_scales()
+        groups = self._grouped(self._as_stack(self.target.variable.value))
+        integers = ops.round(groups / scales)
+        integers = ops.clip(integers, self.grid.low, self.grid.high)
+        return ops.cast(self._as_kernel(integers * scales), self.dtype)
+
+    def _folded_scales(self) -> Any:
+        """Set `scales` to what the training gave; return them with an axis."""
         # Exactly on the grid, which the sum in training may miss.
         (factor,) = self.parameters
         scales = self.grid.rounded_scales(self.scales * factor.value)
         self.scales = ops.stop_gradient(scales)
-        groups = self._grouped(self._as_stack(self.target.variable.value))
-        scales = self.scales[:, :, None]
-        integers = ops.round(groups / scales)
-        integers = ops.clip(integers, self.grid.low, self.grid.high)
-        return ops.cast(self._as_kernel(integers * scales), self.dtype)
+        return self.scales[:, :, None]
 
     def _trained_scales(self) -> Any:
         """Return the scales of groups, of shape `(S, G, 1, R)`."""
@@ -127,11 +131,18 @@ class GridScales(GridWeights):
         return ops.cast(self._as_kernel(integers), self.dtype)
 
     def effective(self, stored: Any) -> Any:
-        groups = self._grouped(self._as_stack(stored))
-        return self._as_kernel(groups * self._trained_scales())
+        # Integers and scales are exact in bfloat16, so that their product is
+        # that in float32, rounded once.
+        dtype = self.target.layer.compute_dtype
+        dtype = dtype if dtype == "bfloat16" else "float32"
+        groups = self._grouped(self._as_stack(ops.stop_gradient(stored)))
+        scales = ops.cast(self._trained_scales(), dtype)
+        return self._as_kernel(ops.cast(groups, dtype) * scales)
 
     def folded(self) -> Any:
-        return ops.cast(self.effective(self.target.variable), self.dtype)
+        groups = self._grouped(self._as_stack(self.target.variable.value))
+        kernel = self._as_kernel(groups * self._folded_scales())
+        return ops.cast(kernel, self.dtype)
 
 
 def multiples(groups: Any, scales: Any, limits: Any) -> Any:

@@ -1,7 +1,10 @@
 """What each backend of Keras does for the library."""
 
+import gc
 import inspect
+import weakref
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -30,6 +33,29 @@ def test_a_backend_keeps_to_the_interface():
     }.items():
         if module is not None:
             assert all(hasattr(module, name) for name in names.split())
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="others recompute nothing"
+)
+def test_what_is_recomputed_is_freed_at_once():
+    """Without a search for garbage."""
+    layer, inside = keras.layers.Dense(4, activation="tanh"), []
+
+    def function(x):
+        y = layer(x)
+        inside.append(weakref.ref(y))
+        return layer(y)
+
+    x = ops.ones((2, 4))
+    layer.build(x.shape)
+    gc.collect()
+    gc.disable()
+    try:
+        ops.sum(backend.current().recomputed(function)(x)).backward()
+        assert [each() for each in inside] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_waiting_changes_no_bit():

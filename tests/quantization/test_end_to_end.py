@@ -72,13 +72,18 @@ def test_scales_of_a_model_without_a_head(positions):
         assert references.is_on_grid(w, 2, 64)
 
 
-def test_gradients_of_scales():
-    """The stored weights are integers, and a scale gets the sum of theirs."""
-    model = models.sequential((6,), keras.layers.Dense(3))
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_gradients_of_scales(policy):
+    """The stored weights are integers, and a scale gets the sum of theirs.
+
+    In bfloat16 the weight is the exact product, rounded once.
+    """
+    model = models.sequential((6,), keras.layers.Dense(3, dtype=policy))
     (target,) = kwm.find_targets(model)
     scales = normal(2, 3, seed=1).round(1) / 8 + 0.5
     spread = np.repeat(scales, 4, axis=0)[:6]
     integers = np.clip(np.rint(4 * normal(6, 3)), -8, 7)
+    stored = keras.ops.convert_to_tensor(integers)
     target.variable.assign(integers * spread)
     item = GridScales(
         target, keras.ops.convert_to_tensor(scales[None]), Grid(4, 4)
@@ -87,16 +92,24 @@ def test_gradients_of_scales():
     np.testing.assert_array_equal(numpy(target.variable), integers)
     (factor,) = item.parameters
     outer = keras.ops.convert_to_tensor(normal(6, 3, seed=3))
+    values = numpy(keras.ops.cast(item.effective(stored), "float32"))
+    weight = integers * item.grid.rounded_scales(spread)
+    weight = keras.ops.cast(weight, target.layer.compute_dtype)
+    weight = numpy(keras.ops.cast(weight, "float32"))
+    np.testing.assert_array_equal(values, weight)
 
     def loss(value):
         with keras.StatelessScope([(factor, value)]):
-            return keras.ops.sum(item.effective(integers) * outer)
+            return keras.ops.sum(
+                keras.ops.multiply(item.effective(stored), outer)
+            )
 
     (gradient,) = gradients(loss, np.ones((1, 2, 3), "float32"))
     products = integers * spread * numpy(outer)
     groups = np.pad(products, ((0, 2), (0, 0)))
     expected = groups.reshape(2, 4, 3).sum(axis=1)
-    np.testing.assert_allclose(gradient[0], expected, rtol=1e-5)
+    error = 1e-5 if policy == "float32" else 0.02
+    np.testing.assert_allclose(gradient[0], expected, rtol=error, atol=error)
     factor.assign(numpy(factor) * 1.1)
     seam.fold(model, GridScales)
     assert references.is_on_grid(numpy(target.variable), 4, 4)

@@ -4,6 +4,7 @@ import contextlib
 
 import keras
 import torch
+import torch.utils.checkpoint
 
 from keras_weightmods.backend.interface import Backend
 
@@ -34,7 +35,15 @@ class _Torch(Backend):
             torch.set_float32_matmul_precision(before)
 
     def recomputed(self, function):
-        return keras.remat(function)
+        function = keras.remat(function)
+
+        def run(*args, **kwargs):
+            # An early stop is an exception, whose frames would hold all
+            # tensors of a layer until the next search for garbage.
+            with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+                return function(*args, **kwargs)
+
+        return run
 
     def view_of(self, tensor):
         tensor = tensor.detach()
