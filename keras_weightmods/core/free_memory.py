@@ -1,7 +1,9 @@
-"""Whether the arrays of a training fit into the memory that is free."""
+"""Memory that is free: whether a training fits, and what goes back."""
 
+import ctypes
 import math
 import pathlib
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +46,16 @@ def warn_if_short(
         f"{way_out}",
         stacklevel=3,
     )
+
+
+def give_back() -> None:
+    """Give freed memory to the system, where the C library can.
+
+    The one of Linux keeps what lies between arrays in use.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _free_bytes() -> int | None:

@@ -11,7 +11,7 @@ from keras_weightmods.calibration.block_reconstruction import (
     relative_error,
     train_part,
 )
-from keras_weightmods.core import seam
+from keras_weightmods.core import free_memory, seam
 from keras_weightmods.core.head import Head, input_of, output_of
 from keras_weightmods.ops.distillation import chunk_positions, chunked_losses
 from keras_weightmods.quantization.grid_weights import GridScales
@@ -52,6 +52,8 @@ def train_scales(
         Pair of floats, the mean loss of a position held out, before the
         training and after it. They are equal where the training was undone.
     """
+    # What the earlier stages took: this one has the largest arrays.
+    free_memory.give_back()
     # It has no optimizer or compiled functions of its own.
     whole = keras.Model(input_of(model), output_of(model))
     calls: Any = [((x,), {}) for x, _ in outputs.batches]

@@ -1,7 +1,10 @@
 """What does not fit into memory is said before it is trained."""
 
+import ctypes
+import pathlib
 import warnings
 
+import numpy as np
 import pytest
 
 import keras_weightmods as kwm
@@ -77,3 +80,22 @@ def test_lift_says_what_it_needs(free):
 
     with pytest.warns(UserWarning, match="`PrincipalMaskCallback` needs .*"):
         callback.attach(model)
+
+
+@pytest.mark.one_backend
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/statm").exists()
+    or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="needs Linux with glibc",
+)
+def test_memory_between_arrays_goes_back():
+    def pages():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+    # Small enough for the heap, and every second one is freed.
+    arrays = [np.ones(2**13) for _ in range(2000)]
+    del arrays[::2]
+    before = pages()
+    free_memory.give_back()
+    assert before - pages() > 2**13 * 8 * 900 / 4096 / 2
+    assert len(arrays) == 1000
