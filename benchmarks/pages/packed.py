@@ -6,6 +6,7 @@ from benchmarks.humaneval import COLUMNS
 from benchmarks.humaneval import cells as humaneval_cells
 from benchmarks.pages.tables import megabytes, table
 from benchmarks.quality import MODELS
+from benchmarks.rounding import NUMBERS, table_rows
 from benchmarks.runtimes import PLOT, SIZES, SOURCES
 from benchmarks.runtimes import cells as runtime_cells
 
@@ -189,6 +190,22 @@ def humaneval(log):
             table(
                 " | ".join(["form", *COLUMNS]),
                 [humaneval_cells(row, first) for row in rows],
+            ),
+        ]
+    )
+
+
+def rounding(log):
+    return "\n\n".join(
+        [
+            f"{log['rows']} rows of 256 tokens, {log['backend']}, "
+            f"{log['dtype']}. quantize is `kwm.quantize` with its defaults, "
+            f"and sparsegpt `kwm.sparsify` to {log['pattern']}; "
+            f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
+            table(
+                " | ".join(("model | method", *NUMBERS)),
+                table_rows(log),
+                text_columns=2,
             ),
         ]
     )
