@@ -55,7 +55,10 @@ def parse_arguments():
     parser.add_argument("--pattern", default="16:32")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     harness.add_json(parser, "rounding.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rows < 2:
+        parser.error("--rows must be at least 2")
+    return args
 
 
 def measure(args, name, method):

@@ -53,9 +53,10 @@ def give_back() -> None:
 
     The one of Linux keeps what lies between arrays in use.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _free_bytes() -> int | None:
