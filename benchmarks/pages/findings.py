@@ -138,6 +138,10 @@ OMP_NUM_THREADS=1 python -m benchmarks.quality --backend tensorflow \\
   --methods "dense,int4 to nearest,int4 by GPTQ + blocks + scales" \\
   --json benchmarks/results/quality_32.json
 ```""",
+    "Rounding and pruning: time and memory": """\
+Before the call SmolLM2 has 0.54 GB of weights. The rest are imports, TensorFlow
+among them: KerasHub imports it on each backend. The peak of quantize is in the
+training of the scales, where the logits of 128 positions are in memory.""",
     "Beside rounding to nearest": """\
 Four bits, the head included. *to nearest* and *`quantize`* are perplexities
 over the dense model's, on four rows of each of four texts. *worst text* is the

@@ -37,6 +37,7 @@ COMMANDS = {
     "quality_16_32": "benchmarks.quality --pattern 16:32 --json FILE",
     "quality_16_32_1000": "benchmarks.quality --pattern 16:32 --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
+    "rounding": "benchmarks.rounding --models smollm2,gemma3",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
     "runtimes_engines": "benchmarks.runtimes --json FILE",
