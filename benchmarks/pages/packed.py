@@ -200,7 +200,8 @@ def rounding(log):
         [
             f"{log['rows']} rows of 256 tokens, {log['backend']}, "
             f"{log['dtype']}. quantize is `kwm.quantize` with its defaults, "
-            f"and sparsegpt `kwm.sparsify` to {log['pattern']}; "
+            f"and sparsegpt `kwm.sparsify` to {log['pattern']}. The nats are "
+            "the divergence from the float model on rows held out; "
             f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
             table(
                 " | ".join(("model | method", *NUMBERS)),

@@ -51,7 +51,7 @@ def warn_if_short(
 def give_back() -> None:
     """Give freed memory to the system, where the C library can.
 
-    The one of Linux keeps what lies between arrays in use.
+    On Linux it keeps freed memory that lies between arrays in use.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

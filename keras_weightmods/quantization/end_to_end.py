@@ -52,7 +52,7 @@ def train_scales(
         Pair of floats, the mean loss of a position held out, before the
         training and after it. They are equal where the training was undone.
     """
-    # What the earlier stages took: this one has the largest arrays.
+    # This stage has the largest arrays. First it gets what others freed.
     free_memory.give_back()
     # It has no optimizer or compiled functions of its own.
     whole = keras.Model(input_of(model), output_of(model))
@@ -123,6 +123,7 @@ class _Divergence(keras.layers.Layer):
             ops.zeros_like(weights, dtype="int32"),
             weights / total,
             1.0,
+            # CAST takes more at a time, to sum the gradient of a table less.
             chunk_size=chunk_positions(self.head.classes) // 2,
         )[0]
 

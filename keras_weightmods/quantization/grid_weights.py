@@ -131,8 +131,8 @@ class GridScales(GridWeights):
         return ops.cast(self._as_kernel(integers), self.dtype)
 
     def effective(self, stored: Any) -> Any:
-        # Integers and scales are exact in bfloat16, so that their product is
-        # that in float32, rounded once.
+        # Integers and scales are exact in bfloat16. Their product there is the
+        # one of float32, rounded once, in half of the memory.
         dtype = self.target.layer.compute_dtype
         dtype = dtype if dtype == "bfloat16" else "float32"
         groups = self._grouped(self._as_stack(ops.stop_gradient(stored)))
