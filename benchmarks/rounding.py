@@ -117,10 +117,10 @@ def table_rows(report):
 
 NUMBERS = (
     "minutes",
-    "of the processor",
+    "of a core",
     "GB before",
-    "GB at the peak",
-    "nats to nearest",
+    "peak GB",
+    "nats, nearest",
     "nats",
 )
 
@@ -133,7 +133,7 @@ def print_report(report):
     )
     for row in table_rows(report):
         table.add_row(*row)
-    harness.print_all(table, harness.describe(report), width=110)
+    harness.print_all(table, harness.describe(report), width=130)
 
 
 if __name__ == "__main__":
