@@ -183,7 +183,7 @@ class Study:
         self.measure = kwm.Perplexity(self.judge, batch_size=64)
 
     def make(self, width):
-        return harness.make_llama(
+        return harness.make_llm(
             vocabulary_size=VOCABULARY,
             num_layers=self.spec.layers,
             hidden_dim=width,

@@ -102,7 +102,7 @@ def make(name, dtype, shapes):
     import keras_weightmods as kwm
 
     keras.utils.set_random_seed(0)
-    model = harness.make_llama(**shapes, dtype=dtype)
+    model = harness.make_llm(**shapes, dtype=dtype)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if name == "Keras":
         model.compile(keras.optimizers.AdamW(1e-4), loss, weighted_metrics=None)

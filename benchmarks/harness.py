@@ -262,17 +262,20 @@ def token_batch(vocabulary, batch, length):
     return model_inputs(tokens[:, :-1]), tokens[:, 1:]
 
 
-def make_llama(dtype="float32", **sizes):
-    """Return a Llama of these sizes, embeddings tied, that takes tokens."""
+def make_llm(dtype="float32", family="Llama", **sizes):
+    """Return a model of these sizes, embeddings tied, that takes tokens."""
     import warnings
 
     # keras_hub imports TensorFlow on every backend, with its own warnings.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from keras_hub.models import LlamaBackbone, LlamaCausalLM
+        from keras_hub import models
 
-        backbone = LlamaBackbone(**sizes, tie_word_embeddings=True, dtype=dtype)
-        return LlamaCausalLM(backbone=backbone, preprocessor=None)
+        backbone = getattr(models, f"{family}Backbone")(
+            **sizes, tie_word_embeddings=True, dtype=dtype
+        )
+        causal_lm = getattr(models, f"{family}CausalLM")
+        return causal_lm(backbone=backbone, preprocessor=None)
 
 
 def table(title, text=(), numbers=(), **kwargs):

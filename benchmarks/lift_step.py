@@ -142,7 +142,7 @@ def make(method):
     import keras_weightmods as kwm
 
     keras.utils.set_random_seed(0)
-    model = harness.make_llama(**SHAPES)
+    model = harness.make_llm(**SHAPES)
     if method == "LoRA":
         enable_lora(model, DENSITY)
     model.compile(

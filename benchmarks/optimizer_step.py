@@ -111,7 +111,7 @@ def make_models():
     models = {}
     for name, make_optimizer in optimizers.items():
         keras.utils.set_random_seed(0)
-        models[name] = harness.make_llama(**SHAPES)
+        models[name] = harness.make_llm(**SHAPES)
         models[name].compile(
             make_optimizer(models[name]),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),

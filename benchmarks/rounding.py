@@ -2,9 +2,11 @@
 
     python -m benchmarks.rounding
     python -m benchmarks.rounding --models gemma3 --methods sparsegpt
+    python -m benchmarks.rounding --models qwen_coder,1.5b --dtype bfloat16
 
 Each method has a process of its own, for its peak of memory, and the same rows
-of 256 tokens, half of them docstrings. `quantize` is `kwm.quantize` with its
+of 256 tokens, half of them docstrings. `1.5b` has the shape of Qwen2.5 1.5B,
+and weights and tokens at random. `quantize` is `kwm.quantize` with its
 defaults: four bits, blocks and scales, the head included. `sparsegpt` prunes to
 `--pattern`, and `blocks` adds swaps and blocks to that. The time is that of the
 call alone. The memory before it has the imports and the model. The nats are the
@@ -19,7 +21,9 @@ import time
 
 from benchmarks import harness
 from benchmarks.quality import MODELS
+from benchmarks.runtimes import SHAPES
 
+NAMES = {**MODELS, "1.5b": "Qwen2.5 1.5B, random weights"}
 METHODS = ("quantize", "sparsegpt", "blocks")
 
 
@@ -48,7 +52,7 @@ def main():
 def parse_arguments():
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
-    parser.add_argument("--models", type=harness.subset(MODELS), default=MODELS)
+    parser.add_argument("--models", type=harness.subset(NAMES), default=MODELS)
     parser.add_argument(
         "--methods", type=harness.subset(METHODS), default=METHODS[:2]
     )
@@ -66,17 +70,28 @@ def parse_arguments():
 def measure(args, name, method):
     """Return the seconds and the memory of a method, in this process."""
     harness.choose_backend(args.backend)
+    import keras
     import numpy as np
 
     import keras_weightmods as kwm
     from benchmarks.quality import load
     from examples.data.prose import load_rows, model_inputs
 
-    model = load(name, args.dtype)
-    tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
-    half = args.rows // 2
-    rows = load_rows(tokenizer, 257, documentation=half, train=args.rows - half)
-    rows = np.random.default_rng(0).permutation(np.concatenate(rows))
+    random = np.random.default_rng(0)
+    if name in SHAPES:
+        keras.utils.set_random_seed(0)
+        model = harness.make_llm(args.dtype, **SHAPES[name])
+        rows = random.integers(
+            SHAPES[name]["vocabulary_size"], size=(args.rows, 257)
+        )
+    else:
+        model = load(name, args.dtype)
+        tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
+        half = args.rows // 2
+        rows = load_rows(
+            tokenizer, 257, documentation=half, train=args.rows - half
+        )
+        rows = random.permutation(np.concatenate(rows))
     data = model_inputs(rows[:, :-1])
     loaded = harness.resident_bytes()
     began, processor = time.monotonic(), time.process_time()
@@ -102,7 +117,7 @@ def table_rows(report):
     """Return a row of strings for each model and method."""
     return [
         [
-            MODELS[model],
+            NAMES[model],
             method,
             f"{row['seconds'] / 60:.1f}",
             f"{row['processor_seconds'] / 60:.1f}",

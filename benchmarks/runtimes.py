@@ -3,7 +3,7 @@
     python -m benchmarks.runtimes
     python -m benchmarks.runtimes --backends tensorflow --rows packed --smoke
     python -m benchmarks.runtimes --model qwen_coder --rows int4
-    python -m benchmarks.runtimes --model 1b
+    python -m benchmarks.runtimes --model 1.5b
     python -m benchmarks.runtimes --report     (the log there is, once more)
 
 A model (`--model`) runs dense, packed 2:4 in every form of `pack`, packed dense
@@ -45,7 +45,7 @@ default for the others. `--files` takes files that `save_model` has written. A
 name that is not in the list becomes a new row.
 llama.cpp's own tool makes the GGUF types with a K or an I from BF16. Those that
 say imatrix weigh errors by the mean squares of the inputs, on rows of prose and
-docstrings. `--model 1b` has random weights: speeds alone.
+docstrings. `1b` and `1.5b` have random weights: speeds alone.
 
 The times are only good on a machine that does nothing else.
 """
@@ -75,8 +75,8 @@ SIZES = PLOT.with_name("sizes.png")
 CACHE = harness.ROOT / "build" / "runtimes"
 # The type of the GGUF file that a model's weights come from.
 SOURCES = {"smollm2": "Q4_1", "gemma3": "Q4_K_M", "qwen_coder": "Q4_K_M"}
-# Models of random weights. "1b" is the shape of Llama 3.2 1B. The tokenizer is
-# that of SmolLM2.
+# Models of random weights. "1b" is the shape of Llama 3.2 1B, with SmolLM2's
+# vocabulary, and "1.5b" that of Qwen2.5 1.5B.
 SHAPES = {
     # To see that all works.
     "tiny": {
@@ -96,7 +96,19 @@ SHAPES = {
         "num_key_value_heads": 8,
         "rope_max_wavelength": 500000,
     },
+    "1.5b": {
+        "family": "Qwen",
+        "vocabulary_size": 151936,
+        "num_layers": 28,
+        "hidden_dim": 1536,
+        "intermediate_dim": 8960,
+        "num_query_heads": 12,
+        "num_key_value_heads": 2,
+        "rope_max_wavelength": 1000000,
+    },
 }
+# Their texts say nothing, and are not measured. Those of "tiny" are, as a test.
+RANDOM = "1b", "1.5b"
 SHORT, LONG = 8, 512
 # Shares of the rows that the dense model wrote, and of docstrings.
 MIXTURE = 0.125, 0.375
@@ -367,7 +379,8 @@ def folder_of(args):
 
 def source_of(args):
     """Return the name in `MODELS` of the model whose tokenizer is used."""
-    return args.model if args.model in MODELS else "smollm2"
+    shapes = {"tiny": "smollm2", "1b": "smollm2", "1.5b": "qwen_coder"}
+    return shapes.get(args.model, args.model)
 
 
 def find_gguf(args):
@@ -461,7 +474,7 @@ def make_model(args, dtype="float32"):
         model = quality.load(args.model, dtype)
         return type(model)(backbone=model.backbone, preprocessor=None)
     keras.utils.set_random_seed(0)
-    model = harness.make_llama(dtype, **SHAPES[args.model])
+    model = harness.make_llm(dtype, **SHAPES[args.model])
     smollm2.keep_tied_embeddings(model.backbone)
     return model
 
@@ -970,7 +983,7 @@ def compare(args):
     harness.write_json(args.json, report)
     print_report(report)
     plot(report, args.plot)
-    if args.model != "1b":
+    if args.model not in RANDOM:
         plot_sizes(report, args.plot.with_name(SIZES.name))
 
 
@@ -1022,7 +1035,7 @@ def measure_group(anchor, anchor_worker, group, args, rows, leave_out):
                     task, ratio(found[anchor.label], seconds)
                 )
         for label, worker in workers.items():
-            if args.model != "1b" and "perplexity" not in rows[label]:
+            if args.model not in RANDOM and "perplexity" not in rows[label]:
                 try:
                     rows[label]["perplexity"] = worker.ask("perplexity")
                 except RuntimeError as error:

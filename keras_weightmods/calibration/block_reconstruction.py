@@ -15,6 +15,7 @@ from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.restored import RestoredOnError
+from keras_weightmods.utils import dtypes
 from keras_weightmods.utils.report import Table
 
 # Learning rates are given for weights of this root mean square.
@@ -335,6 +336,10 @@ def root_mean_square(variable):
 class SparseAdam(keras.optimizers.Adam):
     """Adam that keeps the zeros of some variables, at rates of their own.
 
+    A variable in 16 bits has its moments, and its value before rounding, in
+    float32. (In bfloat16 the `beta_2` of Keras' Adam is 1, and all its steps
+    are 0.)
+
     Args:
         learning_rate: As of `keras.optimizers.Adam`.
         sparse: Dict from the id of such a variable to what its rate is
@@ -343,24 +348,59 @@ class SparseAdam(keras.optimizers.Adam):
 
     def __init__(self, learning_rate, sparse):
         super().__init__(learning_rate, name="adam")
-        self.sparse, self.own = sparse, []
+        self.sparse, self.own, self.masters = sparse, [], []
+        self.places = {}
 
     def build(self, variables):
         super().build(variables)
         self.own = [self.sparse.get(id(v)) for v in variables]
+        new = self.add_variable_from_reference
+        self.masters = [
+            new(v, "master") if dtypes.has_16_bits(v) else None
+            for v in variables
+        ]
+        self.places = {
+            id(v): i for i, v in enumerate(self.masters) if v is not None
+        }
+
+    def add_variable_from_reference(
+        self, reference_variable, name=None, initializer="zeros"
+    ):
+        variable = reference_variable
+        if not dtypes.has_16_bits(variable):
+            new = super().add_variable_from_reference
+            return new(variable, name, initializer)
+        name = f"{variable.path.replace('/', '_')}_{name}"
+        layout = keras_compat.layout_of(variable)
+        return self.add_variable(
+            variable.shape, initializer, "float32", layout=layout, name=name
+        )
+
+    def _get_variable_index(self, variable):
+        if id(variable) in self.places:
+            return self.places[id(variable)]
+        return super()._get_variable_index(variable)
 
     def update_step(self, gradient, variable, learning_rate):
         place = self._get_variable_index(variable)
         # A weight that never gets a gradient stays.
         factor, kept = self.own[place] or (1.0, None)
         learning_rate = learning_rate * factor
-        in_place = backend.current().in_place()
-        if in_place is None or variable.dtype != "float32":
+        in_place, master = backend.current().in_place(), self.masters[place]
+        if in_place is None:
             if kept is not None:
                 gradient = gradient * ops.cast(kept, gradient.dtype)
-            super().update_step(gradient, variable, learning_rate)
+            if master is None:
+                super().update_step(gradient, variable, learning_rate)
+                return
+            whole = dtypes.restored(variable, ops.convert_to_tensor(master))
+            self.assign(master, whole)
+            super().update_step(gradient, master, learning_rate)
+            self.assign(variable, ops.cast(master, variable.dtype))
             return
-        state = self._momentums[place], self._velocities[place]
+        state = [self._momentums[place], self._velocities[place]]
+        if master is not None:
+            state.append(master)
         # Keras' Adam adds epsilon before the correction.
         correction = 1 - self.beta_2 ** (int(self.iterations) + 1)
         rest = learning_rate, self.epsilon * correction**-0.5

@@ -372,12 +372,10 @@ class Walk:
         group = [targets[place] for place in places()]
         if not rows_seen[0]:
             return group, None
-        fit, held = (
-            total / rows if rows else None
-            for total, rows in zip(totals, rows_seen)
-        )
-        held = fit if held is None else held
-        return group, Moments(fit, held, rows_seen[0])
+        # One after the other: each may take more memory than its kernel.
+        for place, rows in enumerate(rows_seen):
+            totals[place] = totals[place] / rows if rows else totals[0]
+        return group, Moments(totals[0], totals[1], rows_seen[0])
 
 
 def _idle_note(moment):

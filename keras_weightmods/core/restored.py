@@ -69,10 +69,15 @@ class RestoredOnError:
 
     def give_values_back(self) -> None:
         """Restore the values of the variables, also within the scope."""
-        for variable, value in self._values:
-            if isinstance(value, _Stored):
-                value = value.read()
-            variable.assign(value)
+        for variable, _ in self._values:
+            variable.assign(self.value_of(variable))
+
+    def value_of(self, variable: Any) -> Any:
+        """Return the value that a variable had before the scope."""
+        for each, value in self._values:
+            if each is variable:
+                return value.read() if isinstance(value, _Stored) else value
+        return variable.value
 
 
 class _Stored:

@@ -22,7 +22,6 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import backend, native
-from keras_weightmods.ops.refine import damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
@@ -173,7 +172,7 @@ def gptq(
         ValueError: If H is not finite.
     """
     order = np.argsort(-second_moment.diagonal(), kind="stable")
-    factor = inverse_factor(second_moment[np.ix_(order, order)], damping)
+    factor = inverse_factor(second_moment, damping, order)
     # The changes of later inputs for an error of 1 at an input.
     factor /= factor.diagonal()[:, None].copy()
     factor = factor.astype("float32")
@@ -299,15 +298,17 @@ def round_kept(
         scales = search_scales(w, np.ones(len(w), "float32"), grid)
         values = nearest = grid.nearest(w, grid.spread(scales, len(w)))
     else:
-        moment = _array(second_moment)
+        h = _array(second_moment)
         # Only ratios of H matter. With large inputs sums would overflow, and
         # with small ones they would count as zero.
-        _, exponent = np.frexp(moment.diagonal().max())
-        moment = np.ldexp(moment, -exponent)
-        h = _array(damped(ops.convert_to_tensor(moment), damping))
-        scales = search_scales(w, h.diagonal().copy(), grid)
+        _, exponent = np.frexp(h.diagonal().max())
+        diagonal = np.ldexp(h.diagonal(), -exponent)
+        diagonal += damping * diagonal.mean() or 1.0
+        scales = search_scales(w, diagonal, grid)
         nearest = grid.nearest(w, grid.spread(scales, len(w)))
-        values = gptq(w, scales, moment, grid, damping)
+        values = gptq(w, scales, h, grid, damping)
+        h = np.ldexp(h, -exponent)
+        h[np.diag_indices_from(h)] = diagonal
         # The loss of GPTQ on weights that are not kept may make a unit worse.
         is_better = _errors(w, values, h) < _errors(w, nearest, h)
         values = np.where(is_better, values, nearest)

@@ -128,12 +128,17 @@ class _Divergence(keras.layers.Layer):
         )[0]
 
 
-def values_of(head: Head | None) -> dict[int, Any]:
-    """Return copies of the values of a head's variables, by their ids."""
+def values_of(head: Head | None, value_of: Any) -> dict[int, Any]:
+    """Return copies of the values of a head's variables, by their ids.
+
+    Args:
+        head: `Head`, or None.
+        value_of: Callable from a variable to its value.
+    """
     if head is None:
         return {}
     dtype = head.layers[0].compute_dtype
     return {
-        id(each): ops.stop_gradient(ops.copy(ops.cast(each.value, dtype)))
+        id(each): ops.stop_gradient(ops.copy(ops.cast(value_of(each), dtype)))
         for each in head.variables
     }

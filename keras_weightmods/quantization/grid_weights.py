@@ -90,17 +90,17 @@ class GridWeights(Reparameterization):
 
     def _grouped(self, stack: Any) -> Any:
         """Return a stack as `(S, G, group, R)`, the last group filled up."""
-        stacks, groups, units = self.scales.shape
+        stacks, groups, _ = self.scales.shape
         size = self.target.contraction_size
         group_size = min(self.grid.group_size, size)
         if filling := groups * group_size - size:
             stack = ops.pad(stack, [(0, 0), (0, filling), (0, 0)])
-        return ops.reshape(stack, (stacks, groups, group_size, units))
+        return ops.reshape(stack, (stacks, groups, group_size, -1))
 
-    def _as_stack(self, kernel: Any) -> Any:
+    def _as_stack(self, kernel: Any, dtype: str = "float32") -> Any:
         axes = self.target.contraction_axes, self.target.stack_axes
         stack = to_stack(kernel, *axes, self.scales.shape[0])
-        return ops.cast(stack, "float32")
+        return ops.cast(stack, dtype)
 
     def _as_kernel(self, groups: Any) -> Any:
         """Return the kernel of what `_grouped` returns."""
@@ -123,25 +123,32 @@ class GridScales(GridWeights):
     def __init__(self, target: Target, scales: Any, grid: Grid) -> None:
         super().__init__(target, None, None, scales, grid)
 
+    @property
+    def _exact_in(self) -> str:
+        """The type that weights, integers and scales are all exact in."""
+        return self.dtype if self.dtype == "bfloat16" else "float32"
+
     def start(self, weight: Any) -> Any:
-        groups = self._grouped(self._as_stack(weight))
+        groups = self._grouped(self._as_stack(weight, self._exact_in))
         # JAX divides by multiplying with the inverse, which misses the
         # integers.
-        integers = ops.round(groups / self.scales[:, :, None])
-        return ops.cast(self._as_kernel(integers), self.dtype)
+        scales = ops.cast(self.scales[:, :, None], self._exact_in)
+        integers = self._as_kernel(ops.round(groups / scales))
+        return ops.cast(integers, self.dtype)
 
     def effective(self, stored: Any) -> Any:
         # Integers and scales are exact in bfloat16. Their product there is the
         # one of float32, rounded once, in half of the memory.
         dtype = self.target.layer.compute_dtype
         dtype = dtype if dtype == "bfloat16" else "float32"
-        groups = self._grouped(self._as_stack(ops.stop_gradient(stored)))
+        integers = self._as_stack(ops.stop_gradient(stored), dtype)
         scales = ops.cast(self._trained_scales(), dtype)
-        return self._as_kernel(ops.cast(groups, dtype) * scales)
+        return self._as_kernel(self._grouped(integers) * scales)
 
     def folded(self) -> Any:
-        groups = self._grouped(self._as_stack(self.target.variable.value))
-        kernel = self._as_kernel(groups * self._folded_scales())
+        stack = self._as_stack(self.target.variable.value, self._exact_in)
+        scales = ops.cast(self._folded_scales(), self._exact_in)
+        kernel = self._as_kernel(self._grouped(stack) * scales)
         return ops.cast(kernel, self.dtype)
 
 

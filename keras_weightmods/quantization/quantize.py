@@ -329,7 +329,6 @@ def quantize(
         if tables or is_mixed or "scales" in refinements:
             body = end.body if end else model
             outputs = Outputs(body, batches, held, verbose)
-            taught = values_of(end) if "scales" in refinements else {}
         if is_mixed:
             given = model, end, outputs, changed, quantizer.grid_for
             own_bits, size = record.once(
@@ -377,6 +376,7 @@ def quantize(
             if id(item.target.variable) not in shared
         ]
         if "scales" in refinements and items:
+            taught = values_of(end, undo.value_of)
             trained = train_scales(
                 model, end, taught, outputs, items, *_SCALES, step, verbose
             )

@@ -171,5 +171,8 @@ def test_values_come_back_from_disk_bit_for_bit(dtype):
     with RestoredOnError(layer, values=[layer.kernel], on_disk=True) as undo:
         for _ in range(2):
             layer.kernel.assign(np.zeros((2, 3)))
+            found = models.numpy(undo.value_of(layer.kernel))
+            models.assert_same_bits([found], [value.astype("float32")])
             undo.give_values_back()
             models.assert_same_bits([np.array(layer.kernel)], [value])
+        assert undo.value_of(layer.bias) is layer.bias.value

@@ -31,7 +31,7 @@ SIZE = 16
 @pytest.fixture(scope="module")
 def backbone():
     keras.utils.set_random_seed(0)
-    return harness.make_llama(**SIZES).backbone
+    return harness.make_llm(**SIZES).backbone
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_integers_leave_as_they_are(kind, dtype, sizes, tmp_path, monkeypatch):
 
 def test_groups_of_32_and_scales_that_fp16_has_not(tmp_path):
     path, rng = tmp_path / "model.gguf", np.random.default_rng(0)
-    backbone = harness.make_llama(**SIZES).backbone
+    backbone = harness.make_llm(**SIZES).backbone
     for name, (variable,) in gguf_file.tensors(LLAMA, backbone).items():
         value = gguf_file.tensor_value(LLAMA, name, [variable], SIZE)
         if value.ndim == 2:

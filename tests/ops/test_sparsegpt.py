@@ -54,6 +54,10 @@ def test_the_factor(size):
     damped = h + 0.1 * np.trace(h) / size * np.eye(size)
     np.testing.assert_allclose(u.T @ u, np.linalg.inv(damped), rtol=1e-8)
     np.testing.assert_array_equal(u, np.triu(u))
+    order = np.random.default_rng(0).permutation(size)
+    ordered = sparsegpt.inverse_factor(h, 0.1, order)
+    expected = sparsegpt.inverse_factor(h[np.ix_(order, order)], 0.1)
+    np.testing.assert_array_equal(ordered, expected)
 
 
 @pytest.mark.one_backend

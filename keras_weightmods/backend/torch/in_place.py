@@ -164,7 +164,11 @@ def adamw(
     # A weight in 16 bits gets the update of its master.
     wide = entries
     for own in master:
-        wide = own.copy_(restored(entries, own))
+        # Most of the time nothing else has changed the weight. To compare them
+        # takes a fraction of the time.
+        if not torch.equal(own.to(entries.dtype), entries):
+            own.copy_(restored(entries, own))
+        wide = own
     count = int(optimizer.iterations) + 1.0
     gradient = gradient.to(wide.dtype).reshape(-1)
     _fused_adamw(
