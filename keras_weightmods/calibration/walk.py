@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.calibration import inputs as calibration
-from keras_weightmods.core import keras_compat
+from keras_weightmods.core import free_memory, keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.utils.report import Skipped
@@ -269,6 +269,9 @@ class Walk:
 
         own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
         taught = outputs_of(taught)
+        if targets:
+            # Each kernel takes several large arrays.
+            free_memory.give_back()
         known = self.recall(targets)
         targets = [t for t in targets if t not in known]
         self.pending = [t for t in self.pending if t not in known]

@@ -175,18 +175,17 @@ def gptq(
     factor = inverse_factor(second_moment, damping, order)
     # The changes of later inputs for an error of 1 at an input.
     factor /= factor.diagonal()[:, None].copy()
-    factor = factor.astype("float32")
     rest, scales = matrix[order], grid.spread(scales, len(matrix))[order]
     kept = (rest != 0).astype("float32")
     rounded = np.empty_like(matrix)
     for start in range(0, len(matrix), _BLOCK):
         part = slice(start, start + _BLOCK)
         later = slice(start + _BLOCK, None)
-        own = -factor[part, part].T
+        changes = factor[part].T.astype("float32")
         rounded[order[part]], moved = _in_order(
-            rest[part], own, kept[part], scales[part], None, grid
+            rest[part], -changes[part], kept[part], scales[part], None, grid
         )
-        rest[later] += factor[part, later].T @ moved * kept[later]
+        rest[later] += changes[later] @ moved * kept[later]
     return rounded
 
 

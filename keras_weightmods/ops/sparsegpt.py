@@ -277,5 +277,7 @@ def _factor_in_place(h):
     s[...] = s @ last.T
     first -= s @ s.T
     _factor_in_place(first)
-    s[...] = -first @ (s @ last)
+    s[...] = s @ last
+    s[...] = first @ s
+    s *= -1
     h[half:, :half] = 0

@@ -140,10 +140,10 @@ def sparsify(
     runs again for each of its kernels with inputs of its own. A subclassed
     model runs again as a whole.
 
-    For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes while
-    it is pruned. A copy of all targets is held to the end, in case of an error.
-    With `"blocks"` the inputs and outputs of a block, dense and pruned, are
-    held for all data.
+    While a kernel with K inputs is pruned, it takes about `20 * K**2` bytes for
+    SparseGPT and `8 * K**2` for Wanda. A temporary file holds the original
+    weights, in case of an error. With `"blocks"` the inputs and outputs of a
+    block, dense and pruned, are held for all data.
 
     Every eighth row of the data is held out, and the report gives the errors on
     these rows. A refinement that makes a kernel or a block worse there is left
@@ -310,7 +310,7 @@ def prune(
 
     train = rebuild if "blocks" in refinements else None
     changed = [target.variable for target in targets]
-    with RestoredOnError(model, values=changed):
+    with RestoredOnError(model, values=changed, on_disk=True):
         kernels = change_kernels(
             model, targets, batches, change, train, verbose, held
         )
