@@ -44,7 +44,8 @@ class GridWeights(Reparameterization):
     def start(self, weight: Any) -> Any:
         # The closest to the weights, of all that round to the values.
         reach = 0.45 * ops.abs(self.scales)[:, :, None]
-        weights, values = map(self._grouped, (self.weights, self.values))
+        weights = self._grouped(ops.cast(self.weights, "float32"))
+        values = self._grouped(self.values)
         change = ops.clip(weights - values, -reach, reach)
         stored = ops.where(weights == 0, 0.0, values + change)
         return ops.cast(self._as_kernel(stored), self.dtype)

@@ -72,7 +72,7 @@ def test_scales_of_a_model_without_a_head(positions):
         assert references.is_on_grid(w, 2, 64)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16"])
 def test_gradients_of_scales(policy):
     """The stored weights are integers, and a scale gets the sum of theirs.
 
@@ -81,13 +81,14 @@ def test_gradients_of_scales(policy):
     model = models.sequential((6,), keras.layers.Dense(3, dtype=policy))
     (target,) = kwm.find_targets(model)
     scales = normal(2, 3, seed=1).round(1) / 8 + 0.5
+    # As `quantize` does: products are exact in the type of the weight.
+    grid = Grid(4, 4, precision=5 if policy == "bfloat16" else 8)
+    scales = grid.rounded_scales(scales)
     spread = np.repeat(scales, 4, axis=0)[:6]
     integers = np.clip(np.rint(4 * normal(6, 3)), -8, 7)
     stored = keras.ops.convert_to_tensor(integers)
     target.variable.assign(integers * spread)
-    item = GridScales(
-        target, keras.ops.convert_to_tensor(scales[None]), Grid(4, 4)
-    )
+    item = GridScales(target, keras.ops.convert_to_tensor(scales[None]), grid)
     seam.attach(model, [item])
     np.testing.assert_array_equal(numpy(target.variable), integers)
     (factor,) = item.parameters
