@@ -196,12 +196,15 @@ def humaneval(log):
 
 
 def rounding(log):
+    pruning = ""
+    if any("sparsegpt" in methods for methods in log["models"].values()):
+        pruning = f", and sparsegpt `kwm.sparsify` to {log['pattern']}"
     return "\n\n".join(
         [
             f"{log['rows']} rows of 256 tokens, {log['backend']}, "
-            f"{log['dtype']}. quantize is `kwm.quantize` with its defaults, "
-            f"and sparsegpt `kwm.sparsify` to {log['pattern']}. The nats are "
-            "the divergence from the float model on rows held out; "
+            f"{log['dtype']}. quantize is `kwm.quantize` with its defaults"
+            f"{pruning}. The nats are the divergence from the float model on "
+            "rows held out; "
             f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
             table(
                 " | ".join(("model | method", *NUMBERS)),

@@ -38,6 +38,8 @@ COMMANDS = {
     "quality_16_32_1000": "benchmarks.quality --pattern 16:32 --json FILE",
     "quality_nearest": "benchmarks.quality --model MODEL --backend BACKEND",
     "rounding": "benchmarks.rounding --models smollm2,gemma3",
+    "rounding_bfloat16": "benchmarks.rounding --models smollm2,qwen_coder "
+    "--methods quantize --dtype bfloat16 --json FILE",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
     "runtimes_engines": "benchmarks.runtimes --json FILE",
