@@ -143,9 +143,9 @@ Before the call SmolLM2 has 0.54 GB of weights. The rest are imports, TensorFlow
 among them: KerasHub imports it on each backend. The peak of quantize is in the
 training of the scales, where the logits of 128 positions are in memory.""",
     "Rounding in bfloat16": """\
-The models are stored in bfloat16, in half of the memory. A scale then has five
-significant bits, and not eight: its products with the integers are exact in
-bfloat16. SmolLM2 in mixed_bfloat16 came to 0.079 nats on this machine, in
+Weights in bfloat16 take half of the memory of float32. A scale then has five
+significant bits, and not eight, so that its products with the integers are
+exact. SmolLM2 in mixed_bfloat16 came to 0.079 nats on this machine, in
 2.60 GB. The two models ran at different hours.""",
     "Beside rounding to nearest": """\
 Four bits, the head included. *to nearest* and *`quantize`* are perplexities
