@@ -127,6 +127,7 @@ PARTS = (
     ("Perplexity by the size of the file", "runtimes_sizes", packed.sizes),
     ("The example of the README", "readme", packed.readme),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", packed.runtimes),
+    ("Runtimes at the shape of a 1.5B Qwen", "runtimes_1.5b", packed.runtimes),
     ("HumanEval, by form of the weights", "humaneval", packed.humaneval),
     ("Packed: the product by shape and rows", "sparse_matmul", packed.products),
     (

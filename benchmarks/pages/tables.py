@@ -41,6 +41,7 @@ COMMANDS = {
     "rounding_bfloat16": "benchmarks.rounding --models smollm2,qwen_coder "
     "--methods quantize --dtype bfloat16 --json FILE",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
+    "runtimes_1.5b": "benchmarks.runtimes --model 1.5b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
     "runtimes_engines": "benchmarks.runtimes --json FILE",
     "runtimes_gemma3": "benchmarks.runtimes --model gemma3",
