@@ -458,10 +458,10 @@ python -m benchmarks.runtimes --model 1b --together 7 --rounds 3 \\
 dense int4, int8 head;dense int4, int4 head;llama.cpp Q4_0;llama.cpp Q8_0"
 ```""",
     "Runtimes at the shape of a 1.5B Qwen": """\
-Dense int4 writes 1.23 times as many tokens a second as Q4_0 with its head in
-int8, and 1.42 times with its head in int4. It reads twice as fast, and takes
-twice the memory. The times vary with the memory of the machine: an earlier run,
-where llama.cpp took its turns in a second group, had 1.28 and 1.56.
+With a head in int8, dense int4 writes 1.23 times as many tokens a second as
+Q4_0. With a head in int4 it writes 1.42 times as many. Both read twice as fast,
+in twice the memory. The times vary with the memory of the machine: an earlier
+run, where llama.cpp took its turns in a second group, had 1.28 and 1.56.
 
 ```bash
 python -m benchmarks.runtimes --model 1.5b --together 4 --rounds 3 \\
