@@ -701,6 +701,8 @@ def make_files(wanted, args):
         if ended.returncode:
             print(f"writing {file} ended with status {ended.returncode}")
             (folder_of(args) / file).unlink(missing_ok=True)
+        if not (folder_of(args) / sources[0]).exists():
+            raise SystemExit("No form can run without these texts: see above")
 
 
 def command(*arguments):
