@@ -88,6 +88,7 @@ PARTS = (
         sparse_llm.methods,
     ),
     ("Rounded on 256 rows", "quality_256", sparse_llm.texts),
+    ("Rounded on 1,024 rows", "quality_1024", sparse_llm.texts),
     ("Rounded to few bits, and to budgets", "quality_64", sparse_llm.texts),
     ("Rounding and pruning: time and memory", "rounding", packed.rounding),
     ("Rounding in bfloat16", "rounding_bfloat16", packed.rounding),
