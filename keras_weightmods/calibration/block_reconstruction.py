@@ -12,7 +12,7 @@ from keras import ops
 from keras_weightmods import backend
 from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
-from keras_weightmods.core import keras_compat
+from keras_weightmods.core import free_memory, keras_compat
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.utils import dtypes
@@ -165,7 +165,7 @@ def train_part(
     is_lost = keras.backend.backend() == "jax"
     values = part.operation.variables if is_lost else trained
     undo = RestoredOnError(part.operation, values=values)
-    with undo, calibration.gradients():
+    with undo, calibration.gradients(), free_memory.kept():
         only_trained(part.operation, trained)
         for variable in trained:
             if sparse and id(variable) in sparse:

@@ -1,11 +1,13 @@
 """Memory that is free: whether a training fits, and what goes back."""
 
+import contextlib
 import ctypes
 import math
+import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from keras_weightmods import backend
@@ -14,6 +16,8 @@ from keras_weightmods.utils.report import size_text
 # What the system can give without swapping, and what a container may take.
 _SYSTEM = pathlib.Path("/proc/meminfo")
 _CONTAINER = pathlib.Path("/sys/fs/cgroup")
+# Options of glibc's `mallopt`.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def warn_if_short(
@@ -53,10 +57,39 @@ def give_back() -> None:
 
     On Linux it keeps freed memory that lies between arrays in use.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Keep freed memory within this scope, and give it back at the end.
+
+    By default glibc gives an array of some megabytes to the system as soon as
+    it is freed. The next step of a training then waits for new pages. Settings
+    that the user has made by an environment variable stay.
+    """
+    names = "MALLOC_", "GLIBC_TUNABLES"
+    option = _of_glibc("mallopt")
+    if option is None or any(name.startswith(names) for name in os.environ):
+        yield
+        return
+    try:
+        option(_MMAP_MAX, 0)
+        option(_TRIM_THRESHOLD, 2**31 - 1)
+        yield
+    finally:
+        # Its defaults, the second at the largest that it goes to by itself.
+        option(_MMAP_MAX, 2**16)
+        option(_TRIM_THRESHOLD, 2**26)
+        give_back()
+
+
+def _of_glibc(name: str) -> Any:
+    """Return a function of glibc; None where Python runs on another library."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def _free_bytes() -> int | None:

@@ -2,7 +2,9 @@
 
 import ctypes
 import mmap
+import os
 import pathlib
+import resource
 import warnings
 
 import numpy as np
@@ -83,12 +85,15 @@ def test_lift_says_what_it_needs(free):
         callback.attach(model)
 
 
-@pytest.mark.one_backend
-@pytest.mark.skipif(
+needs_glibc = pytest.mark.skipif(
     not pathlib.Path("/proc/self/statm").exists()
     or not hasattr(ctypes.CDLL(None), "malloc_trim"),
     reason="needs Linux with glibc",
 )
+
+
+@pytest.mark.one_backend
+@needs_glibc
 def test_memory_between_arrays_goes_back():
     def resident():
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
@@ -101,3 +106,35 @@ def test_memory_between_arrays_goes_back():
     free_memory.give_back()
     assert before - resident() > sum(x.nbytes for x in arrays) / 2
     assert len(arrays) == 1000
+
+
+@pytest.mark.one_backend
+@needs_glibc
+def test_freed_memory_is_kept_within_the_scope(monkeypatch):
+    for name in [x for x in os.environ if x.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    np.ones(2**24)
+    outside = faults()
+    with free_memory.kept():
+        np.ones(2**24)
+        assert faults() < outside / 10
+    assert faults() > outside / 2
+
+
+@pytest.mark.one_backend
+@needs_glibc
+def test_settings_of_the_user_stay(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    called = []
+    monkeypatch.setattr(
+        free_memory, "_of_glibc", lambda name: lambda *args: called.append(args)
+    )
+    with free_memory.kept():
+        pass
+    assert not called
