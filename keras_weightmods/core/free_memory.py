@@ -17,7 +17,7 @@ from keras_weightmods.utils.report import size_text
 _SYSTEM = pathlib.Path("/proc/meminfo")
 _CONTAINER = pathlib.Path("/sys/fs/cgroup")
 # Options of glibc's `mallopt`.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 def warn_if_short(
@@ -79,8 +79,10 @@ def kept() -> Iterator[None]:
         option(_TRIM_THRESHOLD, 2**31 - 1)
         yield
     finally:
-        # Its defaults, the second at the largest that it goes to by itself.
+        # From now on glibc does not adapt the thresholds. These are the largest
+        # that it goes to by itself.
         option(_MMAP_MAX, 2**16)
+        option(_MMAP_THRESHOLD, 2**25)
         option(_TRIM_THRESHOLD, 2**26)
         give_back()
 

@@ -111,7 +111,8 @@ def test_memory_between_arrays_goes_back():
 @pytest.mark.one_backend
 @needs_glibc
 def test_freed_memory_is_kept_within_the_scope(monkeypatch):
-    for name in [x for x in os.environ if x.startswith("MALLOC_")]:
+    names = "MALLOC_", "GLIBC_TUNABLES"
+    for name in [x for x in os.environ if x.startswith(names)]:
         monkeypatch.delenv(name)
 
     def faults():
