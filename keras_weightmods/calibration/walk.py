@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -26,13 +27,24 @@ class Moments:
 
     Attributes:
         fit: Tensor, over the rows that a kernel is fitted to.
-        held: Tensor, over the rows held out; `fit` where there are none.
-        rows: Int, the number of the former.
+        rows: Int, their number.
+        measure: Callable to the tensor over the rows held out; None where none
+            reach the kernel.
     """
 
     fit: Any
-    held: Any
     rows: int
+    measure: Any
+
+    @functools.cached_property
+    def held(self):
+        """Tensor, over the rows held out; `fit` where there are none.
+
+        It is computed on first use. Until then it takes no memory beside the
+        factor of `fit`. Nothing may have been changed before.
+        """
+        measured = self.measure()
+        return self.fit if measured is None else measured
 
 
 def change_kernels(
@@ -99,13 +111,6 @@ def change_kernels(
         return [target for target, _ in pairs]
 
     def visit(group, moments, note=""):
-        for each in () if moments is None else (moments.fit, moments.held):
-            if not bool(ops.all(ops.isfinite(each))):
-                raise ValueError(
-                    "The calibration data must give finite activations. "
-                    "Received: NaN or infinite ones at the input of "
-                    f"{group[0].path}"
-                )
         fitted = None if moments is None else moments.rows
         for row, target in zip(change(group, moments, note), group):
             see(target, row, fitted)
@@ -269,9 +274,6 @@ class Walk:
 
         own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
         taught = outputs_of(taught)
-        if targets:
-            # Each kernel takes several large arrays.
-            free_memory.give_back()
         known = self.recall(targets)
         targets = [t for t in targets if t not in known]
         self.pending = [t for t in self.pending if t not in known]
@@ -343,6 +345,8 @@ class Walk:
         else:
             note = f"its inputs cannot be read: {note}"
         self.pending = [t for t in self.pending if t not in group]
+        # Each kernel takes several large arrays.
+        free_memory.give_back()
         with calibration.compiled():
             self.visit(group, moments, note)
 
@@ -351,19 +355,14 @@ class Walk:
 
         And their `Moments`; None if there was no call.
         """
-        # Sums over the rows to fit, and over the rows held out.
-        totals: list[Any] = [0.0, 0.0]
-        rows_seen, first = [0, 0], None
+        first = None
         # {place of a target: its calls, and those with the same inputs}.
         count, same = [0] * len(targets), [0] * len(targets)
 
-        def see(place, rows, batch):
+        def compare(place, rows):
             nonlocal first
             if place == 0:
                 first = rows
-                moment, number = rows.moment(self.used[batch])
-                totals[batch >= self.fitted] += moment
-                rows_seen[batch >= self.fitted] += number
             count[place] += 1
             same[place] += first is not None and rows.same(first)
 
@@ -371,14 +370,42 @@ class Walk:
             return [i for i, n in enumerate(count) if same[i] == n == count[0]]
 
         calls = [(batch, *each) for batch, each in enumerate(calls)]
-        calibration.see_calls(self.model, targets, call, calls, see, places)
+        fit, held = calls[: self.fitted], calls[self.fitted :]
+        moment, rows = self._moment(call, fit, targets, compare, places)
         group = [targets[place] for place in places()]
-        if not rows_seen[0]:
+        if moment is None:
             return group, None
-        # One after the other: each may take more memory than its kernel.
-        for place, rows in enumerate(rows_seen):
-            totals[place] = totals[place] / rows if rows else totals[0]
-        return group, Moments(totals[0], totals[1], rows_seen[0])
+
+        def measure():
+            with calibration.eager_forward():
+                return self._moment(call, held, targets[:1])[0]
+
+        return group, Moments(moment, rows, measure)
+
+    def _moment(self, call, calls, targets, compare=None, needed=None):
+        """Return the mean moment at the first target, and the rows of it."""
+        total, number = 0.0, 0
+
+        def see(place, rows, batch):
+            nonlocal total, number
+            if place == 0:
+                moment, seen = rows.moment(self.used[batch])
+                total += moment
+                number += seen
+            if compare is not None:
+                compare(place, rows)
+
+        calibration.see_calls(self.model, targets, call, calls, see, needed)
+        if not number:
+            return None, 0
+        total = total / number
+        if not bool(ops.all(ops.isfinite(total))):
+            raise ValueError(
+                "The calibration data must give finite activations. "
+                "Received: NaN or infinite ones at the input of "
+                f"{targets[0].path}"
+            )
+        return total, number
 
 
 def _idle_note(moment):

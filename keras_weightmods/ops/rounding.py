@@ -304,8 +304,8 @@ def round_kept(
         diagonal = np.ldexp(h.diagonal(), -exponent)
         diagonal += damping * diagonal.mean() or 1.0
         scales = search_scales(w, diagonal, grid)
-        nearest = grid.nearest(w, grid.spread(scales, len(w)))
         values = gptq(w, scales, h, grid, damping)
+        nearest = grid.nearest(w, grid.spread(scales, len(w)))
         h = np.ldexp(h, -exponent)
         h[np.diag_indices_from(h)] = diagonal
         # The loss of GPTQ on weights that are not kept may make a unit worse.

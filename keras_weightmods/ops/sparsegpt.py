@@ -13,6 +13,8 @@ from keras_weightmods.ops.refine import compiled, host_arrays
 
 # After so many inputs, one large product updates all others.
 _BLOCK = 128
+# The rows of a matrix that change at a time.
+_PANEL = 1024
 
 
 def wanda(matrix, norms, pattern="2:4"):
@@ -90,10 +92,12 @@ def inverse_factor(second_moment, damping=0.01, order=None):
     ```
     """
     # With wide kernels each copy of it takes hundreds of megabytes.
-    if order is not None:
-        second_moment = second_moment[np.ix_(order, order)]
-    h = np.array(second_moment, "float64")
-    del second_moment
+    if order is None:
+        h = np.array(second_moment, "float64")
+    else:
+        h = np.empty(second_moment.shape, "float64")
+        for row, place in zip(h, order):
+            row[:] = second_moment[place, order]
     if not np.isfinite(h).all():
         raise ValueError(
             "The second moment of the inputs must be finite. Received: "
@@ -273,11 +277,15 @@ def _factor_in_place(h):
         return
     half = size // 2
     first, last, s = h[:half, :half], h[half:, half:], h[:half, half:]
+    # B^T is not needed. It has the products meanwhile, transposed.
+    free = h[half:, :half]
     _factor_in_place(last)
-    s[...] = s @ last.T
-    first -= s @ s.T
+    np.matmul(last, s.T, out=free)
+    for start in range(0, half, _PANEL):
+        panel = slice(start, start + _PANEL)
+        first[panel] -= free[:, panel].T @ free
     _factor_in_place(first)
-    s[...] = s @ last
-    s[...] = first @ s
-    s *= -1
-    h[half:, :half] = 0
+    np.matmul(free.T, last, out=s)
+    np.matmul(s.T, first.T, out=free)
+    np.negative(free.T, out=s)
+    free[...] = 0

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
-from keras_weightmods.core.free_memory import warn_if_short
+from keras_weightmods.core.free_memory import kept, warn_if_short
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import resolve_targets
@@ -366,7 +366,7 @@ class CAST(LogitsDistiller):
                 rows = x, batch_size, kwargs["sample_weight"]
                 x = cast_run.start(self, *rows, verbose, began)
         self._verbose = verbose
-        with contextlib.ExitStack() as self._building:
+        with contextlib.ExitStack() as self._building, kept():
             waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)
             history = super().fit(x, y, batch_size, epochs, verbose, **kwargs)

@@ -280,3 +280,37 @@ def test_weights_are_checked_in_parts(monkeypatch, dtype, place):
     else:
         with pytest.raises(ValueError, match=variable.path):
             walk.check_finite([variable])
+
+
+@one_backend
+def test_rows_held_out_are_measured_on_first_use():
+    """Their moments take memory only after the factor of the others."""
+    model = randomize(models.mlp(8, 12, 4))
+    kernel, bias, *_ = weights_of(model)
+    fit, held = normal(6, 8), normal(3, 8, seed=1)
+    expected, found = [], []
+    for rows in (fit, held):
+        hidden = np.maximum(rows @ kernel + bias, 0)
+        expected.append([x.T @ x / len(x) for x in (rows, hidden)])
+
+    def visit(group, moments, note):
+        assert "held" not in vars(moments)
+        found.append([numpy(x[0]) for x in (moments.fit, moments.held)])
+        assert moments.rows == 6
+
+    targets = list(kwm.find_targets(model))
+    walk.Walk(model, targets, [(fit, None)], visit, held=[(held, None)])()
+    for pair, own in zip(found, zip(*expected, strict=True), strict=True):
+        for a, b in zip(pair, own, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@one_backend
+def test_rows_held_out_must_be_finite():
+    model = randomize(models.mlp(8, 4))
+    before, x = weights_of(model), normal(64, 8)
+    # Every eighth row is held out.
+    x[7] = np.nan
+    with pytest.raises(ValueError, match=r"finite activations.*kernel"):
+        kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
+    models.assert_same_bits(weights_of(model), before)
