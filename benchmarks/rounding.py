@@ -7,11 +7,12 @@
 Each method has a process of its own, for its peak of memory, and the same rows
 of 256 tokens, half of them docstrings. `1.5b` has the shape of Qwen2.5 1.5B,
 and weights and tokens at random. `quantize` is `kwm.quantize` with its
-defaults: four bits, blocks and scales, the head included. `sparsegpt` prunes to
-`--pattern`, and `blocks` adds swaps and blocks to that. The time is that of the
-call alone. The memory before it has the imports and the model. The nats are the
-divergence from the float model on a few rows held out: after rounding to
-nearest, and by `quantize`. `benchmarks.quality` measures more.
+defaults: four bits, blocks and scales, the head included. `quantize_blocks`
+leaves the scales out. `sparsegpt` prunes to `--pattern`, and `blocks` adds
+swaps and blocks to that. The time is that of the call alone. The memory before
+it has the imports and the model. The nats are the divergence from the float
+model on a few rows held out: after rounding to nearest, and by `quantize`.
+`benchmarks.quality` measures more.
 
 Times and peaks are only good on a machine that does nothing else.
 """
@@ -24,7 +25,7 @@ from benchmarks.quality import MODELS
 from benchmarks.runtimes import SHAPES
 
 NAMES = {**MODELS, "1.5b": "Qwen2.5 1.5B, random weights"}
-METHODS = ("quantize", "sparsegpt", "blocks")
+METHODS = ("quantize", "sparsegpt", "blocks", "quantize_blocks")
 
 
 def main():
@@ -95,7 +96,9 @@ def measure(args, name, method):
     data = model_inputs(rows[:, :-1])
     loaded = harness.resident_bytes()
     began, processor = time.monotonic(), time.process_time()
-    if method == "quantize":
+    if method == "quantize_blocks":
+        report = kwm.quantize(model, data, refine="blocks")
+    elif method == "quantize":
         report = kwm.quantize(model, data)
     else:
         refine = ("swaps", "blocks") if method == "blocks" else None
