@@ -105,13 +105,11 @@ def train_block(
     for target in targets:
         item = slots(target.layer).get(target.attribute)
         trained += item.parameters if item and not item.is_idle else ()
-    sparse = {
-        id(v): (
-            root_mean_square(v) / ROOT_MEAN_SQUARE,
-            ops.not_equal(v.value, 0),
-        )
-        for v in (target.variable for target in targets)
-    }
+    sparse = {}
+    for v in (target.variable for target in targets):
+        kept = ops.not_equal(v.value, 0)
+        kept = None if bool(ops.all(kept)) else kept
+        sparse[id(v)] = root_mean_square(v) / ROOT_MEAN_SQUARE, kept
     part = Part(operation, operation, relative_error, data)
     before, after = train_part(
         part,
@@ -343,7 +341,8 @@ class SparseAdam(keras.optimizers.Adam):
     Args:
         learning_rate: As of `keras.optimizers.Adam`.
         sparse: Dict from the id of such a variable to what its rate is
-            multiplied by, and a boolean tensor: where it may change.
+            multiplied by, and a boolean tensor, where it may change, or None
+            for everywhere.
     """
 
     def __init__(self, learning_rate, sparse):

@@ -176,6 +176,14 @@ class Rows:
         shape = (self.stacks, *moments[0].shape[1:])
         return ops.broadcast_to(moments[0], shape), count
 
+    def matrices(self, used: Any = None) -> list[Any]:
+        """Return the rows of each kernel of the stack, (rows, K) float32."""
+        parts, _ = self._parts(used)
+        if self.routed is None:
+            parts = list(parts[0])
+            parts *= self.stacks // len(parts)
+        return parts
+
     def squares(self, used: Any = None) -> tuple[Any, int]:
         """Return sums of squares, (K,), of a mean kernel, and the number."""
         parts, count = self._parts(used)

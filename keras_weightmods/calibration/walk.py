@@ -14,6 +14,7 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import free_memory, keras_compat
 from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.ops.sparsegpt import output_energy
 from keras_weightmods.utils.report import Skipped
 
 _METRIC = "output error"
@@ -23,13 +24,14 @@ _ENTRIES = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The second moments of the inputs of a product, of shape (S, K, K).
+    """The second moments of the inputs of a product, and rows held out.
 
     Attributes:
-        fit: Tensor, over the rows that a kernel is fitted to.
+        fit: Tensor of shape (S, K, K), over the rows that a kernel is fitted
+            to.
         rows: Int, their number.
-        measure: Callable to the tensor over the rows held out; None where none
-            reach the kernel.
+        measure: Callable to the rows held out: a tensor (rows, K) for each of
+            the S matrices, or none where no such row reaches the kernel.
     """
 
     fit: Any
@@ -38,13 +40,39 @@ class Moments:
 
     @functools.cached_property
     def held(self):
-        """Tensor, over the rows held out; `fit` where there are none.
+        """What `measure` returns.
 
         It is computed on first use. Until then it takes no memory beside the
         factor of `fit`. Nothing may have been changed before.
         """
-        measured = self.measure()
-        return self.fit if measured is None else measured
+        return self.measure()
+
+    def errors(self, before, candidates):
+        """Return `|X W' - X W|^2 / |X W|^2` of each candidate W'.
+
+        Args:
+            before: Tensor of shape (S, K, R), W.
+            candidates: Iterable of such tensors.
+
+        Returns:
+            List of floats. X are the rows held out, or those of `fit` where
+            there are none.
+        """
+        before = ops.cast(before, "float32")
+
+        def energy(stack):
+            if not self.held:
+                return sum(map(output_energy, stack, self.fit))
+            outputs = map(ops.matmul, self.held, stack)
+            return sum(float(ops.sum(ops.square(y))) for y in outputs)
+
+        whole = energy(before)
+        return [
+            energy(ops.cast(each, "float32") - before) / whole
+            if whole > 0
+            else 0.0
+            for each in candidates
+        ]
 
 
 def change_kernels(
@@ -333,6 +361,8 @@ class Walk:
 
     def _visit_next(self, call, calls, here):
         """Visit the first of `here`, with those that have its inputs."""
+        # Each kernel takes several large arrays.
+        free_memory.give_back()
         leader = here[0]
         group, moments = [leader], None
         note = reason_unread(leader.layer, leader.attribute)
@@ -345,7 +375,6 @@ class Walk:
         else:
             note = f"its inputs cannot be read: {note}"
         self.pending = [t for t in self.pending if t not in group]
-        # Each kernel takes several large arrays.
         free_memory.give_back()
         with calibration.compiled():
             self.visit(group, moments, note)
@@ -377,12 +406,21 @@ class Walk:
             return group, None
 
         def measure():
+            parts = []
+
+            def see(place, rows, batch):
+                parts.append(rows.matrices(self.used[batch]))
+
+            own = targets[:1]
             with calibration.eager_forward():
-                return self._moment(call, held, targets[:1])[0]
+                calibration.see_calls(self.model, own, call, held, see)
+            found = [ops.concatenate(each) for each in zip(*parts)]
+            _check_activations(found, targets[0])
+            return found
 
         return group, Moments(moment, rows, measure)
 
-    def _moment(self, call, calls, targets, compare=None, needed=None):
+    def _moment(self, call, calls, targets, compare, needed):
         """Return the mean moment at the first target, and the rows of it."""
         total, number = 0.0, 0
 
@@ -392,20 +430,22 @@ class Walk:
                 moment, seen = rows.moment(self.used[batch])
                 total += moment
                 number += seen
-            if compare is not None:
-                compare(place, rows)
+            compare(place, rows)
 
         calibration.see_calls(self.model, targets, call, calls, see, needed)
         if not number:
             return None, 0
         total = total / number
-        if not bool(ops.all(ops.isfinite(total))):
-            raise ValueError(
-                "The calibration data must give finite activations. "
-                "Received: NaN or infinite ones at the input of "
-                f"{targets[0].path}"
-            )
+        _check_activations(total, targets[0])
         return total, number
+
+
+def _check_activations(matrices, target):
+    if not all(map(_is_finite, matrices)):
+        raise ValueError(
+            "The calibration data must give finite activations. Received: NaN "
+            f"or infinite ones at the input of {target.path}"
+        )
 
 
 def _idle_note(moment):

@@ -74,6 +74,8 @@ def kept() -> Iterator[None]:
     if option is None or any(name.startswith(names) for name in os.environ):
         yield
         return
+    # What lies free between arrays would stay so, beside new memory.
+    give_back()
     try:
         option(_MMAP_MAX, 0)
         option(_TRIM_THRESHOLD, 2**31 - 1)

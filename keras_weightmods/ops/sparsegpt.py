@@ -199,18 +199,6 @@ def output_energy(matrix, second_moment):
     return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
 
-def relative_errors(before, candidates, second_moment):
-    """Return `|X W' - X W|^2 / |X W|^2` of each candidate W', for stacks."""
-    before = ops.cast(before, "float32")
-
-    def energy(stack):
-        return sum(map(output_energy, stack, second_moment))
-
-    whole = energy(before)
-    changes = [ops.cast(each, "float32") - before for each in candidates]
-    return [energy(each) / whole if whole > 0 else 0.0 for each in changes]
-
-
 def _pruned_block(block, factor, n, m):
     """Return pruned rows, and their scaled errors.
 

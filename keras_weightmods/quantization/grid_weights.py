@@ -22,30 +22,26 @@ class GridWeights(Reparameterization):
 
     Args:
         target: The `Target`.
-        weights: Tensor of shape `(S, K, R)`, the weights before rounding.
-        values: Tensor of the same shape, what they are rounded to, which may
-            be another multiple than the nearest.
-        scales: Tensor of shape `(S, G, R)`, those of `values`.
+        weights: Tensor of shape `(S, K, R)`, the weights before rounding. The
+            kernel itself holds what they are rounded to, which may be another
+            multiple than the nearest.
+        scales: Tensor of shape `(S, G, R)`, those of the rounded weights.
         grid: `Grid`.
     """
 
     def __init__(
-        self, target: Target, weights: Any, values: Any, scales: Any, grid: Grid
+        self, target: Target, weights: Any, scales: Any, grid: Grid
     ) -> None:
         super().__init__(target)
-        self.weights, self.values = weights, values
-        self.scales, self.grid = scales, grid
-
-    def rounded(self) -> Any:
-        """Return `values` as a kernel, in its own type."""
-        values = self._as_kernel(self._grouped(self.values))
-        return ops.cast(values, self.dtype)
+        self.weights, self.scales, self.grid = weights, scales, grid
 
     def start(self, weight: Any) -> Any:
         # The closest to the weights, of all that round to the values.
         reach = 0.45 * ops.abs(self.scales)[:, :, None]
         weights = self._grouped(ops.cast(self.weights, "float32"))
-        values = self._grouped(self.values)
+        # Nothing reads them again.
+        self.weights = None
+        values = self._grouped(self._as_stack(weight, "float32"))
         change = ops.clip(weights - values, -reach, reach)
         stored = ops.where(weights == 0, 0.0, values + change)
         return ops.cast(self._as_kernel(stored), self.dtype)
@@ -60,6 +56,7 @@ class GridWeights(Reparameterization):
         )
 
     def effective(self, stored: Any) -> Any:
+        # In the type of the kernel, which the backward pass holds.
         groups = self._grouped(self._as_stack(stored))
         limits = self.grid.low, self.grid.high
         return self._as_kernel(
@@ -68,7 +65,8 @@ class GridWeights(Reparameterization):
 
     def folded(self) -> Any:
         scales = self._folded_scales()
-        groups = self._grouped(self._as_stack(self.target.variable.value))
+        groups = self._as_stack(self.target.variable.value, "float32")
+        groups = self._grouped(groups)
         integers = ops.round(groups / scales)
         integers = ops.clip(integers, self.grid.low, self.grid.high)
         return ops.cast(self._as_kernel(integers * scales), self.dtype)
@@ -98,10 +96,10 @@ class GridWeights(Reparameterization):
             stack = ops.pad(stack, [(0, 0), (0, filling), (0, 0)])
         return ops.reshape(stack, (stacks, groups, group_size, -1))
 
-    def _as_stack(self, kernel: Any, dtype: str = "float32") -> Any:
+    def _as_stack(self, kernel: Any, dtype: str | None = None) -> Any:
         axes = self.target.contraction_axes, self.target.stack_axes
         stack = to_stack(kernel, *axes, self.scales.shape[0])
-        return ops.cast(stack, dtype)
+        return ops.cast(stack, dtype) if dtype else stack
 
     def _as_kernel(self, groups: Any) -> Any:
         """Return the kernel of what `_grouped` returns."""
@@ -122,7 +120,7 @@ class GridScales(GridWeights):
     """
 
     def __init__(self, target: Target, scales: Any, grid: Grid) -> None:
-        super().__init__(target, None, None, scales, grid)
+        super().__init__(target, None, scales, grid)
 
     @property
     def _exact_in(self) -> str:
@@ -157,9 +155,12 @@ def multiples(groups: Any, scales: Any, limits: Any) -> Any:
     """Round weights to multiples of their scales, with gradients of both.
 
     Args:
-        groups: Tensor `(S, G, group, R)`.
-        scales: Tensor `(S, G, 1, R)`.
+        groups: Float tensor `(S, G, group, R)`.
+        scales: float32 tensor `(S, G, 1, R)`.
         limits: Pair of ints, the smallest and the largest multiple.
+
+    Returns:
+        float32 tensor `(S, G, group, R)`.
     """
     in_place = backend.current().in_place()
     values = in_place and in_place.multiples(groups, scales, limits)
@@ -183,4 +184,4 @@ def multiples(groups: Any, scales: Any, limits: Any) -> Any:
 
         return integers * scales, pullback
 
-    return through_rounding(groups, scales)
+    return through_rounding(ops.cast(groups, "float32"), scales)

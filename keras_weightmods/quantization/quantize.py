@@ -32,7 +32,6 @@ from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.native.layout import GROUP
 from keras_weightmods.ops.rounding import Grid, round_kept
-from keras_weightmods.ops.sparsegpt import relative_errors
 from keras_weightmods.quantization.budget import (
     WIDTHS,
     bytes_in,
@@ -49,7 +48,7 @@ from keras_weightmods.quantization.head import (
 from keras_weightmods.quantization.record import Record
 from keras_weightmods.quantization.report import QuantizedKernel, QuantizeReport
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.matrix import to_stack
+from keras_weightmods.utils.matrix import from_stack, to_stack
 from keras_weightmods.utils.report import skipped_text
 
 # Significant bits of floats that hold a product of scale and integer.
@@ -457,21 +456,19 @@ class _Quantizer:
                 round_kept(w, h, grid, self.damping)
                 for w, h in zip(before, fit)
             ]
-            plain = [round_kept(w, None, grid) for w in before]
-            (after, scales, _), (nearest, nearest_scales, _) = (
-                map(ops.stack, zip(*each)) for each in (rounded, plain)
-            )
+            after, scales, _ = map(ops.stack, zip(*rounded))
             errors: list[Any] = [None, None]
             own = note
             if moments is not None:
-                pair = nearest, after
-                errors = relative_errors(before, pair, moments.held)
+                plain = [round_kept(w, None, grid) for w in before]
+                nearest, nearest_scales, _ = map(ops.stack, zip(*plain))
+                errors = moments.errors(before, (nearest, after))
                 if errors[1] > errors[0]:
                     after, scales = nearest, nearest_scales
                     errors[1] = errors[0]
                     own = f"{own}; to nearest, better on rows held out"
-            item = GridWeights(target, before, after, scales, grid)
-            target.variable.assign(item.rounded())
+            target.variable.assign(from_stack(after, target.shape, *axes))
+            item = GridWeights(target, before, scales, grid)
             self.record.scales[target.key] = GridScales(target, scales, grid)
             if self.fit:
                 self.items[target.key] = item

@@ -46,7 +46,8 @@ class Record:
 
     Attributes:
         rows: Dict by key of the `QuantizedKernel`, in the order of rounding.
-        scales: Dict by key of the `GridScales`.
+        scales: Dict by key of the `GridScales`; where scales are not trained,
+            only until they are written.
         blocks: List of the `ReconstructedBlock`.
 
     Raises:
@@ -66,6 +67,7 @@ class Record:
         self.rows: dict[str, QuantizedKernel] = {}
         self.scales: dict[str, GridScales] = {}
         self.blocks: list[ReconstructedBlock] = []
+        self._trains_scales = "scales" in arguments["refine"]
         self._steps: set[str] = set()
         self._folder: Any = None
         if folder is None:
@@ -142,6 +144,9 @@ class Record:
             tensors[f"{place}/scales"] = scales.scales
         step = rows, block and dataclasses.astuple(block)
         self._write(_place(targets[0]), step, tensors)
+        if not self._trains_scales:
+            for key in own:
+                self.scales.pop(key, None)
 
     def recall(self, targets: Sequence[Target]) -> list[Any]:
         """Change kernels as an earlier call did.

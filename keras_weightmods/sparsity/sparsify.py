@@ -26,7 +26,6 @@ from keras_weightmods.core.restored import RestoredOnError
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.refine import refined
-from keras_weightmods.ops.sparsegpt import relative_errors
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.matrix import from_stack, to_stack
@@ -288,7 +287,7 @@ def prune(
                 if held is not None:
                     plain = [nm_project(w, pattern) for w in before]
                     found.append(ops.stack(plain))
-                error, *others = relative_errors(before, found, moments.held)
+                error, *others = moments.errors(before, found)
                 if "swaps" in refinements and others[0] <= error:
                     after, error = found[1], others[0]
                 elif "swaps" in refinements:

@@ -14,6 +14,7 @@ import keras_weightmods as kwm
 from keras_weightmods.calibration import inputs, walk
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.watched import called_by
+from keras_weightmods.utils.matrix import to_stack
 from tests import models, references
 from tests.backends import breadth
 from tests.models import normal, numpy, randomize, sequential, weights_of
@@ -284,14 +285,14 @@ def test_weights_are_checked_in_parts(monkeypatch, dtype, place):
 
 @one_backend
 def test_rows_held_out_are_measured_on_first_use():
-    """Their moments take memory only after the factor of the others."""
+    """They take memory only after the factor of the others."""
     model = randomize(models.mlp(8, 12, 4))
     kernel, bias, *_ = weights_of(model)
     fit, held = normal(6, 8), normal(3, 8, seed=1)
     expected, found = [], []
     for rows in (fit, held):
-        hidden = np.maximum(rows @ kernel + bias, 0)
-        expected.append([x.T @ x / len(x) for x in (rows, hidden)])
+        expected.append([rows, np.maximum(rows @ kernel + bias, 0)])
+    expected[0] = [x.T @ x / len(x) for x in expected[0]]
 
     def visit(group, moments, note):
         assert "held" not in vars(moments)
@@ -303,6 +304,39 @@ def test_rows_held_out_are_measured_on_first_use():
     for pair, own in zip(found, zip(*expected, strict=True), strict=True):
         for a, b in zip(pair, own, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "padded", "stack", "none held"])
+def test_errors_of_candidates(case):
+    """Those of the outputs, on positions that count."""
+    stacks = 3 if case == "stack" else 1
+    layer = keras.layers.Dense(4)
+    if stacks == 3:
+        layer = keras.layers.Conv1D(6, 1, groups=3)
+    model = randomize(sequential((5, 12), layer))
+    (target,) = kwm.find_targets(model)
+    fit, held = normal(8, 5, 12), normal(2, 5, 12, seed=1)
+    weights = np.ones((2, 5))
+    if case == "padded":
+        weights[:, 3:] = 0
+        held[:, 3:] = np.nan
+    seen = []
+
+    def visit(group, moments, note):
+        axes = target.contraction_axes, target.stack_axes
+        before = numpy(to_stack(target.variable, *axes, stacks))
+        candidates = [before, 0 * before, np.round(before, 1)]
+        seen.append((before, candidates, moments.errors(before, candidates)))
+
+    pairs = [] if case == "none held" else [(held, weights)]
+    walk.Walk(model, [target], [(fit, None)], visit, held=pairs)()
+    ((before, candidates, errors),) = seen
+    rows = held[:, :3] if case == "padded" else held if pairs else fit
+    x = rows.reshape(-1, stacks, 12 // stacks).transpose(1, 0, 2)
+    x = x.astype("float64")
+    whole = np.square(x @ before).sum()
+    expected = [np.square(x @ (w - before)).sum() / whole for w in candidates]
+    np.testing.assert_allclose(errors, expected, rtol=1e-4, atol=1e-7)
 
 
 @one_backend

@@ -239,7 +239,8 @@ def test_kernels_are_fitted_to_the_first_positions_of_texts(monkeypatch):
 
 
 @breadth("compiled", [True, False])
-def test_straight_through(compiled, monkeypatch):
+@breadth("dtype", ["float32", "bfloat16"])
+def test_straight_through(dtype, compiled, monkeypatch):
     """The forward pass rounds; the gradients pass, but for what is clipped."""
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
@@ -249,19 +250,24 @@ def test_straight_through(compiled, monkeypatch):
     scales = np.full((1, 2, 3), 0.0625, "float32")
     item = GridWeights(
         target,
-        *map(keras.ops.convert_to_tensor, (w[None], w[None], scales)),
+        *map(keras.ops.convert_to_tensor, (w[None], scales)),
         Grid(4, 4),
     )
     seam.attach(model, [item])
-    stored = 1.7 * w
+    assert item.weights is None
+    stored = numpy(keras.ops.cast(1.7 * w, dtype)).astype("float32")
     integers = np.clip(np.rint(stored / 0.0625), -8, 7)
     outer = keras.ops.convert_to_tensor(normal(6, 3, seed=3))
     (gradient,) = gradients(
-        lambda v: keras.ops.sum(item.effective(v) * outer), stored
+        lambda v: keras.ops.sum(
+            item.effective(keras.ops.cast(v, dtype)) * outer
+        ),
+        stored,
     )
+    rtol = 1e-5 if dtype == "float32" else 2**-8
     inside = (stored / 0.0625 >= -8) & (stored / 0.0625 <= 7)
     assert not inside.all()
-    np.testing.assert_allclose(gradient, numpy(outer) * inside, rtol=1e-5)
+    np.testing.assert_allclose(gradient, numpy(outer) * inside, rtol=rtol)
     np.testing.assert_allclose(
         numpy(item.effective(stored)), integers * 0.0625, rtol=1e-6
     )
