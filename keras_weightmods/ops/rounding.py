@@ -175,17 +175,23 @@ def gptq(
     factor = inverse_factor(second_moment, damping, order)
     # The changes of later inputs for an error of 1 at an input.
     factor /= factor.diagonal()[:, None].copy()
-    rest, scales = matrix[order], grid.spread(scales, len(matrix))[order]
-    kept = (rest != 0).astype("float32")
-    rounded = np.empty_like(matrix)
+    # Beside the factor of a wide kernel each array counts.
+    rows = matrix[order]
+    kept = rows != 0
     for start in range(0, len(matrix), _BLOCK):
         part = slice(start, start + _BLOCK)
         later = slice(start + _BLOCK, None)
         changes = factor[part].T.astype("float32")
-        rounded[order[part]], moved = _in_order(
-            rest[part], -changes[part], kept[part], scales[part], None, grid
+        rows[part], moved = _in_order(
+            *(rows[part], -changes[part], kept[part].astype("float32")),
+            *(scales[order[part] // grid.group_size], None, grid),
         )
-        rest[later] += changes[later] @ moved * kept[later]
+        change = changes[later] @ moved
+        change *= kept[later]
+        rows[later] += change
+    del factor
+    rounded = np.empty_like(rows)
+    rounded[order] = rows
     return rounded
 
 
