@@ -39,7 +39,8 @@ class HeldOut:
     def __call__(self) -> float:
         """Return the measure; NaN where no position counts."""
         change = size = 0.0
-        for y, before in zip(self._outputs(), self._before):
+        for pair in zip(self._outputs(), self._before):
+            y, before = (ops.cast(each, "float32") for each in pair)
             if self._head:
                 y, before = map(ops.log_softmax, (y, before))
                 change += float(ops.sum(ops.exp(before) * (before - y)))
@@ -69,5 +70,5 @@ class HeldOut:
                     y = ops.take(y, places.astype("int32"), axis=0)
                     if self._head:
                         y = self._head(y[None])[0]
-                    found.append(ops.cast(y, "float32"))
+                    found.append(y)
         return found

@@ -28,6 +28,9 @@ from keras_weightmods.utils import checks
 # After so many rounded rows, one product updates all others.
 _BLOCK = 64
 
+# The inputs that are updated at a time.
+_PANEL = 1024
+
 # How many scales are tried for a group.
 _SCALES = 16
 
@@ -180,15 +183,16 @@ def gptq(
     kept = rows != 0
     for start in range(0, len(matrix), _BLOCK):
         part = slice(start, start + _BLOCK)
-        later = slice(start + _BLOCK, None)
         changes = factor[part].T.astype("float32")
         rows[part], moved = _in_order(
             *(rows[part], -changes[part], kept[part].astype("float32")),
             *(scales[order[part] // grid.group_size], None, grid),
         )
-        change = changes[later] @ moved
-        change *= kept[later]
-        rows[later] += change
+        for place in range(start + _BLOCK, len(matrix), _PANEL):
+            later = slice(place, place + _PANEL)
+            change = changes[later] @ moved
+            change *= kept[later]
+            rows[later] += change
     del factor
     rounded = np.empty_like(rows)
     rounded[order] = rows

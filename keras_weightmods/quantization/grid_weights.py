@@ -22,25 +22,24 @@ class GridWeights(Reparameterization):
 
     Args:
         target: The `Target`.
-        weights: Tensor of shape `(S, K, R)`, the weights before rounding. The
-            kernel itself holds what they are rounded to, which may be another
-            multiple than the nearest.
+        unrounded: Callable from the variable to its value before rounding, or
+            None. The variable holds what this is rounded to, which may be
+            another multiple than the nearest.
         scales: Tensor of shape `(S, G, R)`, those of the rounded weights.
         grid: `Grid`.
     """
 
     def __init__(
-        self, target: Target, weights: Any, scales: Any, grid: Grid
+        self, target: Target, unrounded: Any, scales: Any, grid: Grid
     ) -> None:
         super().__init__(target)
-        self.weights, self.scales, self.grid = weights, scales, grid
+        self.unrounded, self.scales, self.grid = unrounded, scales, grid
 
     def start(self, weight: Any) -> Any:
         # The closest to the weights, of all that round to the values.
         reach = 0.45 * ops.abs(self.scales)[:, :, None]
-        weights = self._grouped(ops.cast(self.weights, "float32"))
-        # Nothing reads them again.
-        self.weights = None
+        weights = self.unrounded(self.target.variable)
+        weights = self._grouped(self._as_stack(weights, "float32"))
         values = self._grouped(self._as_stack(weight, "float32"))
         change = ops.clip(weights - values, -reach, reach)
         stored = ops.where(weights == 0, 0.0, values + change)

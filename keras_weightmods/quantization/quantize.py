@@ -317,14 +317,16 @@ def quantize(
         batches = data_forms.calibration_batches(model, data, batch_size)
     batches, held = data_forms.held_out(batches)
     is_trained = "blocks" in refinements
-    quantizer = _Quantizer(
-        bits, group_size, damping, fit if is_trained else {}, record
-    )
     trained: Any = None
     both: Any = None
     values = [each.variable for each in changed]
     undo = RestoredOnError(model, values=values, on_disk=True)
+    quantizer = _Quantizer(
+        *(bits, group_size, damping, fit if is_trained else {}, record),
+        undo.value_of,
+    )
     with undo:
+        outputs: Any = None
         if tables or is_mixed or "scales" in refinements:
             body = end.body if end else model
             outputs = Outputs(body, batches, held, verbose)
@@ -357,6 +359,9 @@ def quantize(
                 *about, nearest, error, grid.bits
             )
             record.keep([table])
+        if "scales" not in refinements:
+            # Nothing reads the hidden states again.
+            outputs = None
         if kernels:
             train = quantizer.train if is_trained else None
             most = _POSITIONS // 8 if end else math.inf
@@ -422,6 +427,7 @@ class _Quantizer:
         group_size, damping: As of `quantize`.
         fit: Options of `train_block`; empty where blocks are not trained.
         record: `Record` of what has been done.
+        value_before: Callable from a variable to its value before rounding.
         own_bits: Dict by key of the bits of a kernel, with a budget.
         items: Dict by key of what has been rounded and not been trained.
     """
@@ -431,6 +437,7 @@ class _Quantizer:
     damping: float
     fit: dict[str, Any]
     record: Record
+    value_before: Any
     own_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
 
@@ -450,8 +457,7 @@ class _Quantizer:
         for target in group:
             grid = self.grid_for(target)
             axes = target.contraction_axes, target.stack_axes
-            # Copy: on torch it would share the memory of the variable.
-            before = ops.copy(to_stack(target.variable.value, *axes, len(fit)))
+            before = to_stack(target.variable.value, *axes, len(fit))
             rounded = [
                 round_kept(w, h, grid, self.damping)
                 for w, h in zip(before, fit)
@@ -468,7 +474,7 @@ class _Quantizer:
                     errors[1] = errors[0]
                     own = f"{own}; to nearest, better on rows held out"
             target.variable.assign(from_stack(after, target.shape, *axes))
-            item = GridWeights(target, before, scales, grid)
+            item = GridWeights(target, self.value_before, scales, grid)
             self.record.scales[target.key] = GridScales(target, scales, grid)
             if self.fit:
                 self.items[target.key] = item
