@@ -162,7 +162,7 @@ def train_part(
     # On JAX a step that fails loses all variables of the part.
     is_lost = keras.backend.backend() == "jax"
     values = part.operation.variables if is_lost else trained
-    undo = RestoredOnError(part.operation, values=values)
+    undo = RestoredOnError(part.operation, values=values, on_disk=True)
     with undo, calibration.gradients(), free_memory.kept():
         only_trained(part.operation, trained)
         for variable in trained:

@@ -301,6 +301,9 @@ class Walk:
             return [call(*args, **kwargs) for args, kwargs in calls]
 
         own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
+        # The inputs in the unchanged model are not needed again. The caller has
+        # let them go.
+        del calls[len(self.batches) :], inputs
         taught = outputs_of(taught)
         known = self.recall(targets)
         targets = [t for t in targets if t not in known]
@@ -342,6 +345,10 @@ class Walk:
         classes = collections.Counter(type(node.operation) for node in nodes)
         for place, node in enumerate(nodes):
             calls = [node.arguments.fill_in(known) for known in values]
+            for x in node.input_tensors:
+                if last_use[id(x)] == place:
+                    for known in values:
+                        known.pop(id(x), None)
             is_repeated = classes[type(node.operation)] > 1
             outputs = self.run(node.operation, calls, is_repeated)
             if outputs is None:
@@ -349,9 +356,6 @@ class Walk:
             for known, output in zip(values, outputs):
                 flat = keras.tree.flatten(output)
                 known.update(zip(map(id, node.outputs), flat))
-                for x in node.input_tensors:
-                    if last_use[id(x)] == place:
-                        known.pop(id(x), None)
         return [
             keras_compat.graph_outputs(
                 graph, [known[id(x)] for x in graph.outputs]

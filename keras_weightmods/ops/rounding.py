@@ -45,13 +45,10 @@ class Rounded(NamedTuple):
         values: float32 tensor of shape `(K, R)`.
         scales: float32 tensor of shape `(G, R)`, G being K over the size of a
             group, rounded up.
-        nearest: float32 tensor of shape `(K, R)`: what rounding to nearest
-            gives.
     """
 
     values: Any
     scales: Any
-    nearest: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +226,6 @@ def descend(
     """
     h = second_moment
     rounded, scales = rounded.copy(), scales.copy()
-    kept = (matrix != 0).astype("float32")
     inverse = 1 / h.diagonal()[:, None]
     c = h @ (matrix - rounded)
     for _ in range(sweeps):
@@ -248,7 +244,7 @@ def descend(
             new, _ = _in_order(
                 rescaled + slopes * inverse[part],
                 own * inverse[part],
-                kept[part],
+                (matrix[part] != 0).astype("float32"),
                 np.broadcast_to(best, values.shape),
                 rescaled,
                 grid,
@@ -305,7 +301,7 @@ def round_kept(
     w = _array(matrix)
     if second_moment is None:
         scales = search_scales(w, np.ones(len(w), "float32"), grid)
-        values = nearest = grid.nearest(w, grid.spread(scales, len(w)))
+        values = grid.nearest(w, grid.spread(scales, len(w)))
     else:
         h = _array(second_moment)
         # Only ratios of H matter. With large inputs sums would overflow, and
@@ -321,8 +317,9 @@ def round_kept(
         # The loss of GPTQ on weights that are not kept may make a unit worse.
         is_better = _errors(w, values, h) < _errors(w, nearest, h)
         values = np.where(is_better, values, nearest)
+        del nearest
         values, scales = descend(w, values, scales, h, grid)
-    return Rounded(*map(backend.current().tensor_of, (values, scales, nearest)))
+    return Rounded(*map(backend.current().tensor_of, (values, scales)))
 
 
 def _array(tensor: Any) -> Any:

@@ -462,12 +462,12 @@ class _Quantizer:
                 round_kept(w, h, grid, self.damping)
                 for w, h in zip(before, fit)
             ]
-            after, scales, _ = map(ops.stack, zip(*rounded))
+            after, scales = map(ops.stack, zip(*rounded))
             errors: list[Any] = [None, None]
             own = note
             if moments is not None:
                 plain = [round_kept(w, None, grid) for w in before]
-                nearest, nearest_scales, _ = map(ops.stack, zip(*plain))
+                nearest, nearest_scales = map(ops.stack, zip(*plain))
                 errors = moments.errors(before, (nearest, after))
                 if errors[1] > errors[0]:
                     after, scales = nearest, nearest_scales
