@@ -175,12 +175,12 @@ def gptq(
     factor = inverse_factor(second_moment, damping, order)
     # The changes of later inputs for an error of 1 at an input.
     factor /= factor.diagonal()[:, None].copy()
-    # Beside the factor of a wide kernel each array counts.
+    factor = _to_float32(factor)
     rows = matrix[order]
     kept = rows != 0
     for start in range(0, len(matrix), _BLOCK):
         part = slice(start, start + _BLOCK)
-        changes = factor[part].T.astype("float32")
+        changes = factor[part].T
         rows[part], moved = _in_order(
             *(rows[part], -changes[part], kept[part].astype("float32")),
             *(scales[order[part] // grid.group_size], None, grid),
@@ -326,6 +326,20 @@ def _array(tensor: Any) -> Any:
     tensor = ops.convert_to_tensor(tensor)
     array = backend.current().array_of(tensor)
     return np.ascontiguousarray(array, "float32")
+
+
+def _to_float32(square: Any) -> Any:
+    """Return a float64 array of `(K, K)` in float32, in half of its memory.
+
+    With a wide kernel a copy beside it would take hundreds of megabytes.
+    """
+    size = len(square)
+    flat = square.view("float32").reshape(-1)
+    for i in range(size):
+        flat[i * size : (i + 1) * size] = square[i]
+    del flat
+    square.resize(size * size // 2 + 1, refcheck=False)
+    return square.view("float32")[: size * size].reshape(size, size)
 
 
 def _errors(w: Any, rounded: Any, h: Any) -> Any:
