@@ -92,6 +92,7 @@ PARTS = (
     ("Rounded to few bits, and to budgets", "quality_64", sparse_llm.texts),
     ("Rounding and pruning: time and memory", "rounding", packed.rounding),
     ("Rounding in bfloat16", "rounding_bfloat16", packed.rounding),
+    ("Rounding at 1.5B", "rounding_1.5b", packed.rounding),
     ("Rounded on TensorFlow", "quality_32", sparse_llm.texts),
     ("Beside rounding to nearest", "quality_nearest", sparse_llm.nearest),
     ("Keras' own int8 and int4", "quality_8", sparse_llm.texts),

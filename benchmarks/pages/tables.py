@@ -40,6 +40,8 @@ COMMANDS = {
     "rounding": "benchmarks.rounding --models smollm2,gemma3",
     "rounding_bfloat16": "benchmarks.rounding --models smollm2,qwen_coder "
     "--methods quantize --dtype bfloat16 --json FILE",
+    "rounding_1.5b": "benchmarks.rounding --models 1.5b "
+    "--methods quantize_blocks --dtype bfloat16 --json FILE",
     "runtimes_1b": "benchmarks.runtimes --model 1b",
     "runtimes_1.5b": "benchmarks.runtimes --model 1.5b",
     "runtimes_amx": "benchmarks.runtimes --json FILE",
